@@ -1,0 +1,2282 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# ///
+"""ssh-agent-proxy: SSH signatures over HTTP for containers, without the key and without the agent.
+
+It listens on localhost, next to an ssh-agent. A container POSTs what git wants signed to /sign and
+gets back the SSHSIG block that `ssh-keygen -Y sign` would have written. Nothing else can be asked
+of the agent through it, and no private key is ever seen here.
+
+The file reads from top to bottom; each section uses only what stands above it:
+
+    Head            imports, the kinds of errors, printable()
+    Wire            the SSH data types                          RFC 4251 section 5
+    Agent protocol  the messages that an agent understands      RFC 9987
+    SSHSIG          keys, what is signed, what comes out        OpenSSH PROTOCOL.sshsig
+    Upstream        how the agent is reached, and asked
+    Policy          browsers and hosts: may this be signed?
+    Hardening       what the process gives up
+    Config          settings, from the environment and the command line
+    HTTP            requests read strictly, answers, the server
+    Service         the log, signals
+    Commands        serve, shim, main()
+
+A signature's way is a straight line: HTTP reads, Policy allows, SSHSIG says what is to be signed,
+Upstream asks the agent, SSHSIG checks and armors, one line is logged, HTTP answers.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    # The script's own directory: a file named hmac.py beside it is not ours to run.
+    del sys.path[0]
+
+# ruff: noqa: E402  (that path has to be gone before anything else is imported)
+import argparse
+import base64
+import binascii
+import contextlib
+import errno
+import hashlib
+import io
+import ipaddress
+import logging
+import os
+import re
+import select
+import shlex
+import signal
+import socket
+import stat
+import threading
+import time
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
+from types import TracebackType
+from typing import Any, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple
+from typing import Type, Union, cast
+
+VERSION = "0.1.0"
+PROGRAM = "ssh-agent-proxy"
+
+LOG = logging.getLogger(PROGRAM)
+# Signatures, refusals and failures: between INFO and WARNING, so that --quiet keeps them.
+AUDIT = 25
+
+
+class ProxyError(Exception):
+    """Something that a person can act on; its text is one line, with foreign data escaped."""
+
+
+class WireError(ProxyError):
+    """Bytes that are not what their specification says."""
+
+
+class AgentError(ProxyError):
+    """The agent can't be used now."""
+
+
+class AgentUnreachable(AgentError):
+    """Nobody answers where the agent should be."""
+
+
+class NoUsableKey(AgentError):
+    """The agent answers, but lists no key to sign with."""
+
+
+class AgentTimeout(AgentError):
+    """The agent did not answer in time."""
+
+
+class AgentRefused(AgentError):
+    """The agent holds the key and does not want to sign with it."""
+
+
+class KeyNotHeld(AgentError):
+    """The key that the request names is not among those that the agent lists."""
+
+
+class ConfigError(ProxyError):
+    """A setting that can't be right."""
+
+
+class RequestError(ProxyError):
+    """A request that is answered with the HTTP status given, and why."""
+
+    def __init__(self, status: int, reason: str, *fields: Tuple[str, str]) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.fields = fields
+
+
+class ClientGone(ProxyError):
+    """Nobody waits for the answer any more."""
+
+
+# Blank or without width, and yet neither control nor format characters to Unicode.
+_UNSEEN = frozenset(
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0"
+    + "".join(map(chr, range(0xFE00, 0xFE10)))
+    + "".join(map(chr, range(0xE0100, 0xE01F0)))
+)
+
+
+def printable(text: Union[str, bytes], limit: int = 200) -> str:
+    """Foreign text for a log, a prompt or an error: one line, of at most LIMIT characters.
+
+    Control, bidi, zero-width and other invisible characters become escapes as in Python's source.
+    """
+    if isinstance(text, bytes):
+        text = text[: 4 * limit].decode("utf-8", "backslashreplace")
+    if len(text) > limit:
+        text = text[: limit - 1] + "…"
+    if text.isprintable() and _UNSEEN.isdisjoint(text):
+        return text
+    return "".join(
+        c
+        if c.isprintable() and c not in _UNSEEN
+        else f"\\x{ord(c):02x}"
+        if ord(c) < 0x100
+        else f"\\u{ord(c):04x}"
+        if ord(c) < 0x10000
+        else f"\\U{ord(c):08x}"
+        for c in text
+    )
+
+
+def quoted(text: str) -> str:
+    """A log line's value: as it is where it is one plain word, else in quotes that can be undone."""
+    if text and text.isascii() and text.isprintable() and not set(text) & set(' "=\\'):
+        return text
+    doubled = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{printable(doubled, 1000)}"'
+
+
+# ---------------------------------------------------------------------------------------- Wire
+
+
+def byte(value: int) -> bytes:
+    return value.to_bytes(1, "big")
+
+
+def uint32(value: int) -> bytes:
+    return value.to_bytes(4, "big")
+
+
+def string(value: bytes) -> bytes:
+    return uint32(len(value)) + value
+
+
+class Reader:
+    """Reads RFC 4251 section 5's data types off DATA; leaving it proves that nothing is left over.
+
+    Every error is a WireError that begins with WHAT.
+    """
+
+    def __init__(self, data: bytes, what: str) -> None:
+        self.data = data
+        self.what = what
+        self.at = 0
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        left = len(self.data) - self.at
+        if kind is None and left:
+            raise WireError(f"{self.what}: {left} bytes left over")
+
+    def take(self, size: int) -> bytes:
+        end = self.at + size
+        if end > len(self.data):
+            left = len(self.data) - self.at
+            raise WireError(f"{self.what}: {size} bytes expected, {left} there")
+        taken = self.data[self.at : end]
+        self.at = end
+        return taken
+
+    def byte(self) -> int:
+        return self.take(1)[0]
+
+    def uint32(self) -> int:
+        return int.from_bytes(self.take(4), "big")
+
+    def uint64(self) -> int:
+        return int.from_bytes(self.take(8), "big")
+
+    def string(self) -> bytes:
+        return self.take(self.uint32())
+
+    def mpint(self) -> int:
+        """A positive mpint in its one right encoding, which is all that keys and signatures use."""
+        value = self.string()
+        if not value or value[0] >= 0x80:
+            raise WireError(f"{self.what}: an mpint that is not positive")
+        if value[0] == 0 and (len(value) == 1 or value[1] < 0x80):
+            raise WireError(f"{self.what}: an mpint with a needless leading zero")
+        return int.from_bytes(value, "big")
+
+
+# ------------------------------------------------------------------------------ Agent protocol
+
+SSH_AGENT_FAILURE = 5
+SSH_AGENTC_REQUEST_IDENTITIES = 11
+SSH_AGENT_IDENTITIES_ANSWER = 12
+SSH_AGENTC_SIGN_REQUEST = 13
+SSH_AGENT_SIGN_RESPONSE = 14
+
+SSH_AGENT_RSA_SHA2_512 = 4
+
+# What OpenSSH's own client takes at most.
+MAX_AGENT_MESSAGE = 256 * 1024
+
+
+class Identity(NamedTuple):
+    """A key as the agent lists it; both fields are whatever the agent says."""
+
+    key_blob: bytes
+    comment: bytes
+
+
+def request_identities() -> bytes:
+    """SSH_AGENTC_REQUEST_IDENTITIES (RFC 9987)."""
+    return byte(SSH_AGENTC_REQUEST_IDENTITIES)
+
+
+def sign_request(key_blob: bytes, data: bytes, flags: int) -> bytes:
+    """SSH_AGENTC_SIGN_REQUEST (RFC 9987)."""
+    return (
+        byte(SSH_AGENTC_SIGN_REQUEST)
+        + string(key_blob)
+        + string(data)
+        + uint32(flags)
+    )  # fmt: skip
+
+
+def parse_identities_answer(reply: bytes) -> Optional[List[Identity]]:
+    """SSH_AGENT_IDENTITIES_ANSWER (RFC 9987); None where the agent says SSH_AGENT_FAILURE."""
+    if reply == byte(SSH_AGENT_FAILURE):
+        return None
+    with Reader(reply, "identities answer") as r:
+        kind = r.byte()
+        if kind != SSH_AGENT_IDENTITIES_ANSWER:
+            raise WireError(f"identities answer: message type {kind}")
+        nkeys = r.uint32()
+        return [Identity(r.string(), r.string()) for _ in range(nkeys)]
+
+
+def parse_sign_response(reply: bytes) -> Optional[bytes]:
+    """SSH_AGENT_SIGN_RESPONSE (RFC 9987), its signature; None for SSH_AGENT_FAILURE."""
+    if reply == byte(SSH_AGENT_FAILURE):
+        return None
+    with Reader(reply, "sign response") as r:
+        kind = r.byte()
+        if kind != SSH_AGENT_SIGN_RESPONSE:
+            raise WireError(f"sign response: message type {kind}")
+        return r.string()
+
+
+# -------------------------------------------------------------------------------------- SSHSIG
+
+# A key's type and the signature algorithm that belongs to it.
+ALGORITHMS = {
+    "ssh-ed25519": "ssh-ed25519",
+    "ssh-rsa": "rsa-sha2-512",
+    "ecdsa-sha2-nistp256": "ecdsa-sha2-nistp256",
+    "ecdsa-sha2-nistp384": "ecdsa-sha2-nistp384",
+    "ecdsa-sha2-nistp521": "ecdsa-sha2-nistp521",
+    "sk-ssh-ed25519@openssh.com": "sk-ssh-ed25519@openssh.com",
+    "sk-ecdsa-sha2-nistp256@openssh.com": "sk-ecdsa-sha2-nistp256@openssh.com",
+}
+
+# PROTOCOL.certkeys: a certificate's type and that of the key in it.
+CERTIFICATES = {
+    "ssh-ed25519-cert-v01@openssh.com": "ssh-ed25519",
+    "ssh-rsa-cert-v01@openssh.com": "ssh-rsa",
+    "ecdsa-sha2-nistp256-cert-v01@openssh.com": "ecdsa-sha2-nistp256",
+    "ecdsa-sha2-nistp384-cert-v01@openssh.com": "ecdsa-sha2-nistp384",
+    "ecdsa-sha2-nistp521-cert-v01@openssh.com": "ecdsa-sha2-nistp521",
+    "sk-ssh-ed25519-cert-v01@openssh.com": "sk-ssh-ed25519@openssh.com",
+    "sk-ecdsa-sha2-nistp256-cert-v01@openssh.com": "sk-ecdsa-sha2-nistp256@openssh.com",
+}
+
+# RFC 5656: the bytes of a coordinate, and of r and s.
+CURVES = {"nistp256": 32, "nistp384": 48, "nistp521": 66}
+
+HASHES = ("sha512", "sha256")  # the first is what ssh-keygen takes unasked
+
+# What OpenSSH makes and verifies; smaller keys it refuses.
+MIN_RSA_BITS, MAX_RSA_BITS = 1024, 16384
+
+
+class PublicKey(NamedTuple):
+    """A public key or certificate whose every field has been looked at."""
+
+    type: str
+    blob: bytes  # as it stands in an authorized_keys line and in SSHSIG
+    plain_type: str  # a certificate's key's; else the same as above
+    plain_blob: bytes
+    size: int  # bytes of an RSA modulus, of a curve's coordinate, of an Ed25519 key
+
+    @property
+    def fingerprint(self) -> str:
+        """As ssh-keygen shows it; a certificate has its key's."""
+        digest = hashlib.sha256(self.plain_blob).digest()
+        return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+    @property
+    def name(self) -> str:
+        """For a person."""
+        return self.fingerprint + (" (certificate)" if self.type != self.plain_type else "")
+
+    @property
+    def flags(self) -> int:
+        """For a sign request: without the flag, RSA would be signed with SHA-1."""
+        return SSH_AGENT_RSA_SHA2_512 if self.plain_type == "ssh-rsa" else 0
+
+    @property
+    def line(self) -> str:
+        """As in authorized_keys, without a comment."""
+        return f"{self.type} {base64.b64encode(self.blob).decode()}"
+
+
+def _key_fields(r: Reader, plain_type: str) -> int:
+    """Reads what stands between a key's type and its end; returns PublicKey.size."""
+    if plain_type.endswith("ed25519") or plain_type.startswith("sk-ssh-ed25519"):
+        size = len(r.string())
+        if size != 32:
+            raise WireError(f"{r.what}: an Ed25519 key of {size} bytes")
+    elif plain_type == "ssh-rsa":
+        e, n = r.mpint(), r.mpint()
+        if not MIN_RSA_BITS <= n.bit_length() <= MAX_RSA_BITS or e < 3:
+            raise WireError(f"{r.what}: an RSA key of {n.bit_length()} bits")
+        size = (n.bit_length() + 7) // 8
+    else:
+        curve = r.string().decode("ascii", "backslashreplace")
+        if curve not in CURVES or f"ecdsa-sha2-{curve}" not in plain_type:
+            raise WireError(f"{r.what}: curve {printable(curve, 20)!r} in a {plain_type} key")
+        size = CURVES[curve]
+        point = r.string()
+        if len(point) != 1 + 2 * size or point[0] != 4:
+            raise WireError(f"{r.what}: not an uncompressed point of {curve}")
+    if plain_type.startswith("sk-"):
+        r.string()  # application
+    return size
+
+
+def parse_public_key(blob: bytes) -> PublicKey:
+    """A key blob or certificate (RFC 4253 section 6.6, RFC 5656, 8709, PROTOCOL.certkeys, .u2f)."""
+    with Reader(blob, "public key") as r:
+        key_type = r.string().decode("ascii", "backslashreplace")
+        plain_type = CERTIFICATES.get(key_type, key_type)
+        if plain_type not in ALGORITHMS:
+            raise WireError(f"public key: type {printable(key_type, 60)!r} can't be used for SSHSIG")
+        certificate = key_type != plain_type
+        if certificate:
+            r.string()  # nonce
+        start = r.at
+        size = _key_fields(r, plain_type)
+        plain_blob = string(plain_type.encode()) + blob[start : r.at]
+        if certificate:
+            r.uint64()  # serial
+            r.uint32()  # type: user or host
+            r.string()  # key id
+            r.string()  # valid principals
+            r.uint64()  # valid after
+            r.uint64()  # valid before
+            r.string()  # critical options
+            r.string()  # extensions
+            r.string()  # reserved
+            r.string()  # signature key
+            r.string()  # signature
+    return PublicKey(key_type, blob, plain_type, plain_blob, size)
+
+
+def parse_key_line(line: str) -> Tuple[PublicKey, str]:
+    """An authorized_keys line without options: the key and the comment.
+
+    What is not one may be a private key: the errors never quote it.
+    """
+    words = line.split(None, 2)
+    if "PRIVATE KEY" in line:
+        raise WireError("a private key, where the public one (the .pub file) belongs")
+    if words and words[0].startswith(("SHA256:", "MD5:")):
+        raise WireError("a fingerprint, where the whole line of the public key belongs")
+    if len(words) < 2 or not (words[0] in ALGORITHMS or words[0] in CERTIFICATES):
+        raise WireError("not a public key: neither of the form 'ssh-ed25519 AAAA…', nor "
+                        "of another type that can be used for SSHSIG")  # fmt: skip
+    try:
+        blob = base64.b64decode(words[1].encode("ascii"), validate=True)
+    except (ValueError, binascii.Error) as e:
+        raise WireError(f"the base64 after {words[0]!r} is damaged") from e
+    key = parse_public_key(blob)
+    if key.type != words[0]:
+        raise WireError(f"a line of type {words[0]!r} with a key of type {key.type!r} in it")
+    return key, words[2].strip() if len(words) == 3 else ""
+
+
+def signed_data(namespace: str, hash_algorithm: str, digest: bytes) -> bytes:
+    """What is signed in place of the payload (PROTOCOL.sshsig, "Signed Data")."""
+    return (
+        b"SSHSIG"
+        + string(namespace.encode())
+        + string(b"")  # reserved
+        + string(hash_algorithm.encode())
+        + string(digest)
+    )
+
+
+def sshsig(public_key: bytes, namespace: str, hash_algorithm: str, signature: bytes) -> bytes:
+    """The blob in the armor (PROTOCOL.sshsig, "Blob format")."""
+    return (
+        b"SSHSIG"
+        + uint32(1)  # version
+        + string(public_key)
+        + string(namespace.encode())
+        + string(b"")  # reserved
+        + string(hash_algorithm.encode())
+        + string(signature)
+    )
+
+
+def armor(blob: bytes) -> bytes:
+    """PROTOCOL.sshsig, "Armored format"; lines of 70 characters, as ssh-keygen writes them."""
+    text = base64.b64encode(blob)
+    lines = [text[at : at + 70] for at in range(0, len(text), 70)]
+    return b"\n".join(
+        [b"-----BEGIN SSH SIGNATURE-----", *lines, b"-----END SSH SIGNATURE-----", b""]
+    )
+
+
+def check_signature(key: PublicKey, signature: bytes) -> None:
+    """Is this agent's answer a signature of the kind that belongs to KEY? WireError if not.
+
+    The forms: RFC 8709 section 6, RFC 8332 section 3, RFC 5656 section 3.1.2, PROTOCOL.u2f
+    "SSH U2F Signatures". Whether it is the right one, whoever verifies it finds out.
+    """
+    what = "the agent's signature"
+    with Reader(signature, what) as r:
+        algorithm = r.string().decode("ascii", "backslashreplace")
+        expected = ALGORITHMS[key.plain_type]
+        if algorithm != expected:
+            raise WireError(
+                f"{what} is of algorithm {printable(algorithm, 60)!r}, "
+                f"but a {key.type} key's is {expected!r}"
+            )
+        blob = r.string()
+        if key.plain_type.startswith("sk-"):
+            r.byte()  # flags
+            r.uint32()  # counter
+    if "ed25519" in algorithm:
+        if len(blob) != 64:
+            raise WireError(f"{what}: an Ed25519 signature of {len(blob)} bytes")
+    elif algorithm == "rsa-sha2-512":
+        # Some agents leave leading zeros out, and OpenSSH takes that.
+        if not 0 < len(blob) <= key.size:
+            raise WireError(f"{what}: {len(blob)} bytes from an RSA key of {key.size}")
+    else:
+        with Reader(blob, what) as r:
+            for name in ("r", "s"):
+                if r.mpint().bit_length() > 8 * key.size:
+                    raise WireError(f"{what}: {name} is too large for the curve")
+
+
+# ------------------------------------------------------------------------------------ Upstream
+
+EXEC_GRACE = 0.5  # seconds between SIGTERM and SIGKILL for a command's process group
+HINT_SECONDS = 1.0  # for a look at the other agents, all together
+MAX_STDERR_LINES = 20  # of a command, per exchange, in the log
+
+
+class Upstream(NamedTuple):
+    """Where an agent is: a Unix socket's path, or a command that speaks the agent protocol."""
+
+    path: str = ""
+    command: Tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.command:
+            return f"agent command {printable(self.command[0])!r}"
+        return f"agent at {printable(self.path)!r}"
+
+
+def well_known_sockets(platform: str, home: str, runtime: str) -> Tuple[str, ...]:
+    """Where agents have their sockets unless told otherwise; RUNTIME is $XDG_RUNTIME_DIR or ""."""
+    if platform == "win32":
+        return ()
+    if platform == "darwin":
+        paths = [
+            f"{home}/Library/Group Containers/2BUA8C4S2C.com.1password/t/agent.sock",
+            f"{home}/.1password/agent.sock",
+            f"{home}/Library/Containers/com.maxgoedjen.Secretive.SecretAgent/Data/socket.ssh",
+            "/opt/homebrew/var/run/yubikey-agent.sock",
+            "/usr/local/var/run/yubikey-agent.sock",
+        ]
+    else:
+        paths = [f"{home}/.1password/agent.sock"]
+    if runtime:
+        paths += [
+            f"{runtime}/yubikey-agent/yubikey-agent.sock",
+            f"{runtime}/ssh-agent.socket",
+            f"{runtime}/gcr/ssh",
+            f"{runtime}/keyring/ssh",
+            f"{runtime}/gnupg/S.gpg-agent.ssh",
+        ]
+    return (*paths, f"{home}/.gnupg/S.gpg-agent.ssh")
+
+
+class Exchange:
+    """One connection to an agent. Every wait ends by DEADLINE (time.monotonic), or with the client.
+
+    CLIENT is the connection of whoever waits for the answer: ClientGone where it closes.
+    """
+
+    def __init__(
+        self, upstream: Upstream, deadline: float, client: Optional[socket.socket] = None
+    ) -> None:
+        self.upstream = upstream
+        self.deadline = deadline
+        self.client = client
+        self.socket: Optional[socket.socket] = None
+        self.process: Any = None
+        self.stderr_lines = 0
+        self.incoming = self.outgoing = -1
+        self.poll = select.poll()
+        if client:
+            # On Linux a close is seen even behind bytes that nobody reads; elsewhere by looking.
+            self.poll.register(client, getattr(select, "POLLRDHUP", select.POLLIN))
+        try:
+            if upstream.command:
+                self._spawn()
+            else:
+                self._connect()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Exchange:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _connect(self) -> None:
+        path = self.upstream.path
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.setblocking(False)
+        pause = 0.01
+        while True:
+            try:
+                self.socket.connect(path)
+                break
+            except BlockingIOError:
+                # The agent's backlog is full: it hangs, or is about to go on.
+                self._wait(pause)
+                pause = min(2 * pause, 0.2)
+            except OSError as e:
+                raise AgentUnreachable(f"no answer from the {self.upstream}: {_why(path, e)}") from e
+        self.incoming = self.outgoing = self.socket.fileno()
+        self.poll.register(self.incoming, select.POLLIN)
+
+    def _spawn(self) -> None:
+        import subprocess  # for commands only: it would cost every start
+
+        try:
+            self.process = subprocess.Popen(
+                self.upstream.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                bufsize=0,
+            )
+        except OSError as e:
+            raise AgentUnreachable(f"cannot run the {self.upstream}: {e.strerror}") from e
+        self.incoming = self.process.stdout.fileno()
+        self.outgoing = self.process.stdin.fileno()
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            os.set_blocking(stream.fileno(), False)
+        self.poll.register(self.incoming, select.POLLIN)
+        self.poll.register(self.process.stderr, select.POLLIN)
+
+    def _wait(self, seconds: Optional[float] = None, writing: bool = False) -> None:
+        """Until the agent can be read (or written to), or until SECONDS have passed."""
+        if writing:
+            both = self.outgoing == self.incoming
+            self.poll.register(self.outgoing, select.POLLOUT | (select.POLLIN if both else 0))
+        while True:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise AgentTimeout(f"the {self.upstream} did not answer in time")
+            wait = left if seconds is None else min(left, seconds)
+            ready = [fd for fd, _ in self.poll.poll(1000 * wait + 1)]
+            if self.client and self.client.fileno() in ready:
+                self._look_at_client()
+            if self.process and self.process.stderr.fileno() in ready:
+                if not self._log_stderr():
+                    self.poll.unregister(self.process.stderr)
+            if seconds is not None or self.incoming in ready or self.outgoing in ready:
+                break
+        if writing:
+            self.poll.unregister(self.outgoing)
+            self.poll.register(self.incoming, select.POLLIN)
+
+    def _look_at_client(self) -> None:
+        assert self.client  # for mypy: it was just polled
+        if not hasattr(select, "POLLRDHUP"):
+            try:
+                if self.client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                    # Bytes that nobody will read hide a close: it shows when the answer is sent.
+                    self.poll.unregister(self.client)
+                    return
+            except BlockingIOError:
+                return
+            except OSError:
+                pass  # reset: gone
+        raise ClientGone("the client went away before the agent answered")
+
+    def _log_stderr(self) -> bool:
+        """What the command complains of, into the log; False once that is over."""
+        try:
+            data = os.read(self.process.stderr.fileno(), 4096)
+        except BlockingIOError:
+            return True
+        for line in data.splitlines():
+            self.stderr_lines += 1
+            if self.stderr_lines <= MAX_STDERR_LINES and line.strip():
+                LOG.warning("%s: %s", self.upstream, printable(line))
+        return bool(data)
+
+    def ask(self, request: bytes) -> bytes:
+        """Sends REQUEST and returns the reply, both without the length that leads them."""
+        data = string(request)
+        while data:
+            try:
+                data = data[os.write(self.outgoing, data) :]
+            except BlockingIOError:
+                self._wait(writing=True)
+            except OSError:
+                break  # it hung up; reading tells what there is to be told
+        reply = b""
+        expected = 4
+        while len(reply) < expected:
+            self._wait()
+            try:
+                piece = os.read(self.incoming, 65536)
+            except BlockingIOError:
+                continue
+            except OSError as e:
+                raise self._hung_up(reply) from e
+            if not piece:
+                raise self._hung_up(reply)
+            reply += piece
+            if expected == 4 and len(reply) >= 4:
+                size = int.from_bytes(reply[:4], "big")
+                if not 0 < size <= MAX_AGENT_MESSAGE:
+                    raise WireError(f"the {self.upstream} announced a message of {size} bytes")
+                expected = 4 + size
+        if len(reply) > expected:
+            left = len(reply) - expected
+            raise WireError(f"the {self.upstream} sent {left} bytes more than it announced")
+        return reply[4:]
+
+    def _hung_up(self, reply: bytes) -> ProxyError:
+        """Part of a message is a wrong answer; none at all is nobody there."""
+        how = ""
+        if self.process:
+            with contextlib.suppress(TimeoutError):
+                how = f" (exit status {self._exit_status()})"
+        if reply:
+            return WireError(f"the {self.upstream} hung up in the middle of its answer{how}")
+        return AgentUnreachable(f"the {self.upstream} hung up without an answer{how}")
+
+    def _exit_status(self) -> int:
+        end = time.monotonic() + EXEC_GRACE
+        while self.process.poll() is None:
+            if time.monotonic() > end:
+                raise TimeoutError
+            time.sleep(0.002)
+        return int(self.process.returncode)
+
+    def close(self) -> None:
+        if self.socket:
+            self.socket.close()
+        if self.process:
+            self._end_process()
+
+    def _end_process(self) -> None:
+        """Ends the command's whole group; its output ends when everybody in it has gone."""
+        self.process.stdin.close()
+        _kill_group(self.process.pid, signal.SIGTERM)
+        poll = select.poll()
+        poll.register(self.process.stdout, select.POLLIN)
+        poll.register(self.process.stderr, select.POLLIN)
+        end = time.monotonic() + EXEC_GRACE
+        open_streams = 2
+        while open_streams and time.monotonic() < end:
+            for fd, _ in poll.poll(1000 * EXEC_GRACE):
+                if fd == self.process.stderr.fileno():
+                    more = self._log_stderr()
+                else:
+                    more = bool(os.read(fd, 65536))
+                if not more:
+                    poll.unregister(fd)
+                    open_streams -= 1
+        _kill_group(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+
+def _kill_group(leader: int, number: int) -> None:
+    """LEADER has not been waited for, or had just been: its number is nobody else's yet."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, number)
+
+
+def _why(path: str, e: OSError) -> str:
+    """Why nobody could be reached at a Unix socket, for a person."""
+    if e.errno == errno.ENOENT:
+        return "no such socket (is the agent running?)"
+    if e.errno in (errno.ECONNREFUSED, errno.ENOTSOCK):
+        try:
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                return "that is no socket"
+        except OSError:
+            return "no such socket (is the agent running?)"
+        return "nobody listens on that socket (the agent that made it has ended)"
+    return e.strerror or str(e)
+
+
+class Listed(NamedTuple):
+    """A key that the agent lists and SSHSIG can use."""
+
+    key: PublicKey
+    comment: bytes
+
+
+# What a request is signed with: that key, the listed one with that fingerprint, or the first.
+Wanted = Union[PublicKey, str, None]
+
+
+def list_keys(exchange: Exchange) -> List[Listed]:
+    """The keys that can be used, in the agent's order; NoUsableKey where there is none."""
+    identities = parse_identities_answer(exchange.ask(request_identities()))
+    if identities is None:
+        raise NoUsableKey(f"the {exchange.upstream} refuses to list its keys (is it locked?)")
+    if not identities:
+        raise NoUsableKey("the agent lists no keys (none added, or it is locked)")
+    listed = []
+    for key_blob, comment in identities:
+        # What the agent holds besides is its own business: keys of types that nobody here knows.
+        with contextlib.suppress(WireError):
+            listed.append(Listed(parse_public_key(key_blob), comment))
+    if not listed:
+        raise NoUsableKey(
+            f"the {exchange.upstream} lists {_count(len(identities), 'key')}, "
+            "none of a type that can be used for SSHSIG"
+        )
+    return listed
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def choose(listed: Sequence[Listed], wanted: Wanted) -> Listed:
+    """The key among those LISTED that is WANTED; KeyNotHeld where it is not there."""
+    for candidate in listed:
+        key = candidate.key
+        if wanted is None or wanted in (key, key.fingerprint):
+            return candidate
+    name = wanted.name if isinstance(wanted, PublicKey) else wanted
+    raise KeyNotHeld(
+        f"the agent does not hold the key {name} (it lists {_count(len(listed), 'other')}): "
+        "add it to the agent, or sign with another"
+    )
+
+
+def request_signature(exchange: Exchange, wanted: Wanted, data: bytes) -> Tuple[PublicKey, bytes]:
+    """Has DATA signed; a key known beforehand is asked for straight away, without a listing."""
+    if isinstance(wanted, PublicKey):
+        key = wanted
+    else:
+        key = choose(list_keys(exchange), wanted).key
+    signature = parse_sign_response(exchange.ask(sign_request(key.blob, data, key.flags)))
+    if signature is None:
+        if isinstance(wanted, PublicKey):
+            choose(list_keys(exchange), wanted)  # "not held" is another thing than "refused"
+        raise AgentRefused(
+            f"the {exchange.upstream} refused to sign with {key.fingerprint} "
+            "(declined, timed out, or locked there)"
+        )
+    check_signature(key, signature)
+    return key, signature
+
+
+class Agents:
+    """Where signatures come from: the agent that was set, or the first well-known one that answers.
+
+    Nothing that an agent says is kept. TIMEOUT, in seconds, bounds the whole exchange of a request.
+    """
+
+    def __init__(
+        self, upstream: Optional[Upstream], sockets: Sequence[str], timeout: float
+    ) -> None:
+        self.upstream = upstream
+        self.sockets = sockets
+        self.timeout = timeout
+        self.last: Optional[Upstream] = None  # the agent in use, as the log last named it
+
+    def connect(self, client: Optional[socket.socket] = None) -> Exchange:
+        deadline = time.monotonic() + self.timeout
+        if not hasattr(socket, "AF_UNIX") or not hasattr(select, "poll"):
+            raise AgentUnreachable("this Python has no Unix sockets to reach an agent by")
+        if self.upstream:
+            return self._named(Exchange(self.upstream, deadline, client))
+        for path in self.sockets:
+            try:
+                return self._named(Exchange(Upstream(path), deadline, client))
+            except AgentUnreachable:
+                continue
+        raise AgentUnreachable(
+            "no agent found: set SSH_AGENT_PROXY_UPSTREAM to its socket (SSH_AUTH_SOCK is not "
+            f"set, and nobody answers at {', '.join(map(printable, self.sockets))})"
+        )
+
+    def _named(self, exchange: Exchange) -> Exchange:
+        if exchange.upstream != self.last:
+            self.last = exchange.upstream
+            LOG.info("using the %s", exchange.upstream)
+        return exchange
+
+    def sign(self, wanted: Wanted, data: bytes, client: socket.socket) -> Tuple[PublicKey, bytes]:
+        """The key that signed DATA and its signature, checked; for errors see AgentError's kinds."""
+        try:
+            with self.connect(client) as exchange:
+                return request_signature(exchange, wanted, data)
+        except (AgentUnreachable, NoUsableKey) as e:
+            raise type(e)(f"{e}{self.hint()}") from e
+
+    def find(self, wanted: Wanted, client: Optional[socket.socket] = None) -> Listed:
+        """The key that sign() would take."""
+        try:
+            with self.connect(client) as exchange:
+                return choose(list_keys(exchange), wanted)
+        except (AgentUnreachable, NoUsableKey) as e:
+            raise type(e)(f"{e}{self.hint()}") from e
+
+    def hint(self) -> str:
+        """Names another well-known agent that has keys, where the one in use is of no help."""
+        used = self.upstream or self.last
+        deadline = time.monotonic() + HINT_SECONDS
+        for path in self.sockets:
+            if used and os.path.realpath(path) == os.path.realpath(used.path):
+                continue
+            with contextlib.suppress(ProxyError):
+                with Exchange(Upstream(path), deadline) as exchange:
+                    number = len(list_keys(exchange))
+                return (
+                    f"; the {exchange.upstream} has {_count(number, 'key')}: "
+                    f"SSH_AGENT_PROXY_UPSTREAM={printable(path)} selects it"
+                )
+        return ""
+
+
+# -------------------------------------------------------------------------------------- Policy
+
+# Names that nobody but this machine's owner gives: a browser led here by DNS carries others.
+OWN_SUFFIXES = (".localhost", ".internal")
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
+_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:]*)(:[0-9]{0,5})?")
+
+
+def parse_authority(value: str) -> str:
+    """The host in a Host header or an absolute target, in lower case; RequestError 400, or 421."""
+    match = _AUTHORITY.fullmatch(value)
+    if not match:
+        raise RequestError(400, f"Host {printable(value)!r} is malformed")
+    host = match.group(1).lower()
+    if host.startswith("["):
+        try:
+            return str(ipaddress.IPv6Address(host[1:-1]))
+        except ValueError as e:
+            raise RequestError(400, f"Host {printable(value)!r} is malformed") from e
+    if host and not _HOST_NAME.fullmatch(host):
+        raise RequestError(400, f"Host {printable(value)!r} is malformed")
+    return host[:-1] if host.endswith(".") else host
+
+
+def check_host(host: str, allowed: Sequence[str]) -> None:
+    """Is HOST a name of ours? Otherwise a page may have made its own name resolve to this machine
+    (DNS rebinding), and reads our answers as if they were its own: 421.
+
+    Names that anyone on the network can claim (single labels, .local) are not ours, our own aside.
+    """
+    if host == "localhost" or host.endswith(OWN_SUFFIXES):
+        return
+    try:
+        ipaddress.ip_address(host)
+        return
+    except ValueError:
+        pass  # a name
+    own = socket.gethostname().lower().rstrip(".")
+    bare = own.partition(".")[0]
+    if bare and host in (own, bare, bare + ".local"):
+        return
+    if any(host == a or (a[0] == "." and host.endswith(a)) for a in allowed):
+        return
+    raise RequestError(
+        421,
+        f"Host {printable(host)!r} is not a name of this proxy: use an address or localhost, "
+        "or list it in SSH_AGENT_PROXY_ALLOWED_HOSTS",
+    )
+
+
+def check_browser(fields: Mapping[str, str]) -> None:
+    """Pages in a browser get nothing: Origin and Sec-Fetch-Site are theirs, and no page can drop
+    or change them. `none` is what a person typed into the address bar."""
+    if "origin" in fields or fields.get("sec-fetch-site", "none") != "none":
+        raise RequestError(403, "requests of web pages are refused")
+
+
+_NAMESPACE = re.compile(r"[!-+\--~]{1,255}")  # printable ASCII but the blank and the comma
+
+
+def choose_namespace(named: Optional[str], allowed: Sequence[str]) -> str:
+    """The namespace that the request names, else the first allowed one; 400, or 403."""
+    if named is None:
+        return allowed[0]
+    if not _NAMESPACE.fullmatch(named):
+        raise RequestError(400, f"SSHSIG-Namespace {printable(named)!r} is malformed")
+    if named not in allowed:
+        raise RequestError(
+            403,
+            f"namespace {printable(named)!r} is not allowed here: "
+            f"SSH_AGENT_PROXY_NAMESPACE allows {', '.join(allowed)}",
+        )
+    return named
+
+
+def choose_key(named: Optional[str], pinned: Optional[PublicKey]) -> Wanted:
+    """The pinned key, else the one that the request names, else None; 400, or 403."""
+    if named is None:
+        return pinned
+    wanted: Wanted
+    if re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}", named):
+        wanted = named
+    else:
+        try:
+            wanted, _ = parse_key_line(named)
+        except WireError as e:
+            raise RequestError(400, f"SSHSIG-Key: {e}") from e
+    if pinned is None:
+        return wanted
+    if wanted not in (pinned, pinned.fingerprint):
+        name = wanted.name if isinstance(wanted, PublicKey) else wanted
+        raise RequestError(
+            403,
+            f"this proxy signs with the key {pinned.name} only, not with {name}: "
+            "use that key, or change SSH_AGENT_PROXY_PUBKEY",
+        )
+    return pinned
+
+
+# ----------------------------------------------------------------------------------- Hardening
+
+
+class Step(NamedTuple):
+    """A measure, and whether the system says that it took effect."""
+
+    name: str
+    in_force: bool
+    state: str
+    expected: bool = False  # not to be had on this system at all: no warning at each start
+
+
+def harden(platform: str) -> List[Step]:
+    """Takes from this process what it doesn't need. To be called before any secret is read."""
+    if platform == "linux":
+        return _harden_linux()
+    if platform == "darwin":
+        return _harden_macos()
+    return []
+
+
+def _no_core() -> Step:
+    import resource
+
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limits = resource.getrlimit(resource.RLIMIT_CORE)
+    return Step("no core dumps", limits == (0, 0), f"RLIMIT_CORE {limits[0]}")
+
+
+def _harden_linux() -> List[Step]:
+    import ctypes
+
+    PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4
+    PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 38, 39
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl.argtypes = [ctypes.c_int, *4 * [ctypes.c_ulong]]
+    libc.prctl.restype = ctypes.c_int
+    libc.mlockall.argtypes = [ctypes.c_int]
+    libc.mlockall.restype = ctypes.c_int
+
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    dumpable = libc.prctl(PR_GET_DUMPABLE, 0, 0, 0, 0)
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    no_new_privs = libc.prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0)
+    return [
+        _no_core(),
+        Step("no debugger, no reading of memory", dumpable == 0, f"PR_GET_DUMPABLE {dumpable}"),
+        Step("no new privileges", no_new_privs == 1, f"PR_GET_NO_NEW_PRIVS {no_new_privs}"),
+        _lock_memory(libc),
+    ]
+
+
+def _lock_memory(libc: Any) -> Step:
+    """Only without a limit: with a finite one mlockall succeeds, and later threads can't start."""
+    import ctypes
+    import resource
+
+    MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
+    name = "memory kept out of swap"
+    unlimited = resource.RLIM_INFINITY
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != unlimited:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (unlimited, unlimited))
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if limit != unlimited:
+        return Step(name, False, f"RLIMIT_MEMLOCK is {limit >> 10} KiB, not unlimited")
+    if libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT):
+        return Step(name, False, f"mlockall: {os.strerror(ctypes.get_errno())}")
+    with open("/proc/self/status", encoding="ascii", errors="replace") as f:
+        locked = next((line.split()[1] for line in f if line.startswith("VmLck:")), "0")
+    return Step(name, locked != "0", f"VmLck {locked} kB")
+
+
+def _harden_macos() -> List[Step]:
+    import ctypes
+
+    PT_DENY_ATTACH = 31
+    MCL_CURRENT, MCL_FUTURE = 1, 2
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+    libc.ptrace.restype = ctypes.c_int
+    libc.mlockall.argtypes = [ctypes.c_int]
+    libc.mlockall.restype = ctypes.c_int
+
+    # The system has no call that reads this one back: its answer is all there is.
+    denied = libc.ptrace(PT_DENY_ATTACH, 0, None, 0)
+    attach = "PT_DENY_ATTACH" if denied == 0 else f"ptrace: {os.strerror(ctypes.get_errno())}"
+    locked = libc.mlockall(MCL_CURRENT | MCL_FUTURE)
+    error = ctypes.get_errno()
+    memory = "mlockall" if locked == 0 else f"mlockall: {os.strerror(error)}"
+    return [
+        _no_core(),
+        Step("no debugger, no reading of memory", denied == 0, attach),
+        Step("memory kept out of swap", locked == 0, memory, expected=error == errno.ENOSYS),
+    ]
+
+
+# -------------------------------------------------------------------------------------- Config
+
+MAX_KEY_FILE = 64 * 1024
+
+
+class Setting(NamedTuple):
+    """A setting as it was found: NAME is what the person calls it, the variable or the option."""
+
+    name: str
+    value: str
+
+    def wrong(self, reason: str) -> ConfigError:
+        return ConfigError(f"{self.name}: {reason}")
+
+
+class Address(NamedTuple):
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Option(NamedTuple):
+    """A setting: its variable's name after SSH_AGENT_PROXY_, and what --help says of it."""
+
+    variable: str
+    metavar: str
+    help: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.variable.lower().replace("_", "-")
+
+
+OPTIONS = (
+    Option("ADDR", "HOST:PORT", "where to listen, several separated by commas; port 0 picks one "
+           "(127.0.0.1:7221)"),
+    Option("NAMESPACE", "NAMES", "SSHSIG namespaces that may be signed, comma-separated, the first "
+           "is the default (git)"),
+    Option("UPSTREAM", "AGENT", "the agent: /path or unix:/path of its socket, or exec:COMMAND "
+           "that speaks its protocol ($SSH_AUTH_SOCK, else the first well-known socket)"),
+    Option("PUBKEY", "LINE", "sign with this key only: an authorized_keys line"),
+    Option("PUBKEY_FILE", "FILE", "a file with that line, read at each request"),
+    Option("ALLOWED_HOSTS", "NAMES", "further names that a Host header may carry, comma-separated, "
+           ".suffix for all below it"),
+    Option("TIMEOUT", "SECONDS", "for one whole exchange with the agent, a touch included (120)"),
+)  # fmt: skip
+
+# What they would forbid must not be signed because this version can't forbid it.
+UNSUPPORTED = ("TOKEN_FILE", "PAYLOADS", "CONFIRM", "CONFIRM_FOR")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line and an exception like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {PROGRAM} --help)")
+
+
+def argument_parser(commands: Mapping[str, str]) -> Parser:
+    """COMMANDS: name and what it does."""
+    parser = Parser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} [COMMAND] [OPTIONS]",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Signs git commits for containers with a key that stays in your ssh-agent.\n\n"
+        "commands:\n" + "\n".join(f"  {name:<21} {text}" for name, text in commands.items()),
+        epilog="Each of these settings is also a variable: --addr is SSH_AGENT_PROXY_ADDR. "
+        "An option wins.",
+    )
+    parser.add_argument("command", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("-V", "--version", action="version", version=f"{PROGRAM} {VERSION}")
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("-v", "--verbose", action="store_true", help="debug lines in the log")
+    loudness.add_argument("-q", "--quiet", action="store_true", help="warnings and audit lines only")
+    parser.add_argument("--console", action="store_true", help=argparse.SUPPRESS)
+    for option in OPTIONS:
+        parser.add_argument(option.flag, metavar=option.metavar, help=option.help)
+    return parser
+
+
+def expand(setting: Setting, path: str, env: Mapping[str, str]) -> str:
+    """PATH with a leading ~ or %h/ and with $VAR expanded: a systemd env file expands nothing."""
+    if path == "~" or path.startswith(("~/", "%h/")):
+        path = home_directory(env) + path.partition("/")[1] + path.partition("/")[2]
+    elif path.startswith("~"):
+        path = os.path.expanduser(path)
+
+    def variable(match: re.Match[str]) -> str:
+        name = match.group(1) or match.group(2)
+        if not env.get(name):
+            raise setting.wrong(f"{printable(path)!r} names ${name}, which is not set")
+        return env[name]
+
+    path = re.sub(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})", variable, path)
+    if "\0" in path:
+        raise setting.wrong("a NUL in a path")
+    return path
+
+
+def home_directory(env: Mapping[str, str]) -> str:
+    return env.get("HOME") or env.get("USERPROFILE") or os.path.expanduser("~")
+
+
+def parse_addresses(setting: Setting) -> Tuple[Address, ...]:
+    addresses = []
+    for part in setting.value.split(","):
+        match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]+)):([0-9]{1,5})", part.strip())
+        if not match or int(match.group(3)) > 65535:
+            raise setting.wrong(f"{printable(part.strip())!r} is neither HOST:PORT nor [IPV6]:PORT")
+        addresses.append(Address(match.group(1) or match.group(2), int(match.group(3))))
+    return tuple(addresses)
+
+
+def parse_upstream(setting: Setting, env: Mapping[str, str]) -> Upstream:
+    value = setting.value
+    if value.startswith("exec:"):
+        try:
+            command = shlex.split(value[len("exec:") :])
+        except ValueError as e:
+            raise setting.wrong(f"{printable(value)!r}: {str(e).lower()}") from e
+        if not command:
+            raise setting.wrong("exec: without a command")
+        return Upstream(command=(expand(setting, command[0], env), *command[1:]))
+    path = expand(setting, value[len("unix:") :] if value.startswith("unix:") else value, env)
+    if not path.startswith("/"):
+        raise setting.wrong(
+            f"{printable(value)!r} is neither the absolute path of a socket nor exec:COMMAND"
+        )
+    return Upstream(path)
+
+
+def parse_hosts(setting: Setting) -> Tuple[str, ...]:
+    hosts = []
+    for part in setting.value.split(","):
+        name = part.strip().lower()
+        if not _HOST_NAME.fullmatch(name[1:] if name.startswith(".") else name):
+            raise setting.wrong(f"{printable(part.strip())!r} is not a host name or .suffix")
+        hosts.append(name[:-1] if name.endswith(".") else name)
+    return tuple(hosts)
+
+
+def parse_seconds(setting: Setting) -> float:
+    value = setting.value
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value) or not float(value):
+        raise setting.wrong(f"{printable(value)!r} is not a number of seconds above 0")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that was set. Nothing else reads the environment."""
+
+    command: Tuple[str, ...]
+    level: int
+    addresses: Tuple[Address, ...]
+    namespaces: Tuple[str, ...]
+    upstream: Optional[Upstream]  # None: look for one at each request
+    sockets: Tuple[str, ...]  # the well-known ones
+    pubkey: Optional[PublicKey]
+    pubkey_comment: str
+    pubkey_file: Optional[Setting]
+    allowed_hosts: Tuple[str, ...]
+    timeout: float
+    unknown: Tuple[str, ...]  # variables that look like ours
+
+    @classmethod
+    def from_env(
+        cls, env: Mapping[str, str], argv: Sequence[str], commands: Mapping[str, str]
+    ) -> Config:
+        """From os.environ and sys.argv[1:]; ConfigError names the setting that is wrong."""
+        options = argument_parser(commands).parse_intermixed_args(argv)
+
+        def setting(variable: str, default: str = "") -> Setting:
+            given = getattr(options, variable.lower(), None)
+            if given:
+                return Setting("--" + variable.lower().replace("_", "-"), given)
+            name = "SSH_AGENT_PROXY_" + variable
+            return Setting(name, env.get(name) or default)
+
+        for variable in UNSUPPORTED:
+            if setting(variable).value:
+                raise setting(variable).wrong(
+                    "this version can't enforce it, so it does not start with it set"
+                )
+        known = [o.variable for o in OPTIONS] + ["URL", "PUBKEY_URL", "TOKEN", "CURL"]
+        unknown = [n for n in env if n.startswith("SSH_AGENT_PROXY_") and n[16:] not in known]
+
+        namespace = setting("NAMESPACE", "git")
+        namespaces = tuple(part.strip() for part in namespace.value.split(","))
+        for part in namespaces:
+            if not _NAMESPACE.fullmatch(part):
+                raise namespace.wrong(f"{printable(part)!r} is not a namespace of 1 to 255 "
+                                      "printable ASCII characters")  # fmt: skip
+
+        upstream = None
+        agent = setting("UPSTREAM")
+        if agent.value:
+            upstream = parse_upstream(agent, env)
+        elif env.get("SSH_AUTH_SOCK"):
+            upstream = Upstream(env["SSH_AUTH_SOCK"])
+
+        pubkey, comment, pubkey_file = None, "", None
+        pin, pin_file = setting("PUBKEY"), setting("PUBKEY_FILE")
+        if pin.value:
+            pubkey, comment = parse_pin(pin, pin.value)
+        elif pin_file.value:
+            pubkey_file = Setting(pin_file.name, expand(pin_file, pin_file.value, env))
+            read_pin(pubkey_file)
+
+        runtime = env.get("XDG_RUNTIME_DIR", "")
+        hosts = setting("ALLOWED_HOSTS")
+        return cls(
+            command=tuple(options.command),
+            level=logging.DEBUG if options.verbose else AUDIT if options.quiet else logging.INFO,
+            addresses=parse_addresses(setting("ADDR", "127.0.0.1:7221")),
+            namespaces=namespaces,
+            upstream=upstream,
+            sockets=well_known_sockets(sys.platform, home_directory(env), runtime),
+            pubkey=pubkey,
+            pubkey_comment=comment,
+            pubkey_file=pubkey_file,
+            allowed_hosts=parse_hosts(hosts) if hosts.value else (),
+            timeout=parse_seconds(setting("TIMEOUT", "120")),
+            unknown=tuple(sorted(unknown)),
+        )
+
+    def pinned(self) -> Tuple[Optional[PublicKey], str]:
+        """The key that alone signs, or None, and its comment; the file is read each time anew."""
+        if self.pubkey_file:
+            return read_pin(self.pubkey_file)
+        return self.pubkey, self.pubkey_comment
+
+
+def parse_pin(setting: Setting, text: str) -> Tuple[PublicKey, str]:
+    """The one authorized_keys line in TEXT, which may have comments and empty lines around it."""
+    lines = [line for line in text.splitlines() if line.strip() and line.lstrip()[0] != "#"]
+    if "PRIVATE KEY" in text:
+        raise setting.wrong("a private key, where the public one (the .pub file) belongs")
+    if len(lines) != 1:
+        raise setting.wrong(f"one line with a public key is needed, {len(lines)} are there")
+    try:
+        return parse_key_line(lines[0])
+    except WireError as e:
+        raise setting.wrong(str(e)) from e
+
+
+def read_small_file(setting: Setting, limit: int) -> bytes:
+    """The regular file that SETTING names, of at most LIMIT bytes; ConfigError names both."""
+    path = printable(setting.value)
+    try:
+        # A FIFO would be waited for.
+        fd = os.open(setting.value, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with open(fd, "rb") as f:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise setting.wrong(f"{path!r} is not a regular file")
+            data = f.read(limit + 1)
+    except OSError as e:
+        raise setting.wrong(f"cannot read {path!r}: {e.strerror}") from e
+    if len(data) > limit:
+        raise setting.wrong(f"{path!r} is larger than {limit >> 10} KiB")
+    return data
+
+
+def read_pin(setting: Setting) -> Tuple[PublicKey, str]:
+    data = read_small_file(setting, MAX_KEY_FILE)
+    named = Setting(f"{setting.name}: {printable(setting.value)!r}", "")
+    return parse_pin(named, data.decode("utf-8", "replace"))
+
+
+# ---------------------------------------------------------------------------------------- HTTP
+
+MAX_HEAD = 16 * 1024
+MAX_FIELDS = 100
+MAX_BODY = 1 << 30
+HEAD_SECONDS = 10  # from the accept
+GAP_SECONDS = 30  # between two pieces of a body
+REQUEST_SECONDS = 600  # from the accept to the body's last byte
+ANSWER_SECONDS = 10  # for a client that doesn't read
+BUFFER = 256 * 1024
+
+PLACES = 128
+LINGERERS = 16  # connections that have their answer, and whose client may still be sending
+LINGER_SECONDS = 5
+LINGER_GAP = 2
+
+# RFC 9110 section 5.6.2 (token) and 5.5 (field-value), RFC 3986 (a target without a fragment).
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_REQUEST_LINE = re.compile(
+    rb"(" + _TOKEN + rb") "
+    rb"((?:[A-Za-z0-9\-._~!$&'()*+,;=:@/?\[\]]|%[0-9A-Fa-f]{2})+) "
+    rb"HTTP/([0-9])\.([0-9])"
+)
+_FIELD = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+
+# Fields of which a second one would leave open which of them counts.
+_SINGLE = frozenset(
+    ("host", "content-length", "transfer-encoding", "expect", "authorization", "sec-fetch-site",
+     "sshsig-namespace", "sshsig-hash", "sshsig-key")
+)  # fmt: skip
+
+
+class Head(NamedTuple):
+    """A request's head."""
+
+    method: str
+    path: str  # with the query, where there is one: no path of ours has one
+    minor: int  # HTTP/1.minor
+    hosts: Tuple[str, ...]  # authorities: of the Host field and of a target in absolute form
+    fields: Dict[str, str]  # by lower-case name; a field that stands twice has its last value
+    length: Optional[int]  # Content-Length, if any
+    chunked: bool
+
+    @property
+    def has_body(self) -> bool:
+        return self.chunked or bool(self.length)
+
+    @property
+    def expects(self) -> bool:
+        """Does the client wait for 100 (Continue)? (RFC 9110 section 10.1.1)"""
+        return self.minor > 0 and "expect" in self.fields
+
+
+def check_line_ends(data: bytes) -> None:
+    """The head so far: a bare CR or LF is where two readers disagree on what a line is."""
+    if data.count(b"\n") != data.count(b"\r\n"):
+        raise RequestError(400, "a line feed without a carriage return in the request's head")
+    if data.count(b"\r") - data.endswith(b"\r") > data.count(b"\r\n"):
+        raise RequestError(400, "a carriage return without a line feed in the request's head")
+
+
+def parse_field(line: bytes) -> Tuple[str, str]:
+    """A field line (RFC 9112 section 5): its name in lower case, and its value."""
+    match = _FIELD.fullmatch(line)
+    if match:
+        return match.group(1).decode().lower(), match.group(2).strip(b" \t").decode("latin-1")
+    if line[:1] in (b" ", b"\t"):
+        raise RequestError(400, "a header line begins with a blank: folded headers are refused")
+    name, colon, _ = line.partition(b":")
+    if colon and name.rstrip(b" \t") != name:
+        raise RequestError(400, f"a blank before the colon of header {printable(name, 60)!r}")
+    raise RequestError(400, f"a malformed header line: {printable(line, 60)!r}")
+
+
+def parse_head(data: bytes) -> Head:
+    """The bytes of a head, the empty line included (RFC 9112); RequestError 400 or 431.
+
+    Strict where the standard library is lenient: whatever RFC 9112 lets a server refuse is refused.
+    """
+    check_line_ends(data)
+    first, *lines = data[:-4].split(b"\r\n")
+    match = _REQUEST_LINE.fullmatch(first)
+    if not match:
+        raise RequestError(400, f"a malformed request line: {printable(first, 60)!r}")
+    method, target, major, minor = (part.decode() for part in match.groups())
+    if (major, minor) not in (("1", "1"), ("1", "0")):
+        raise RequestError(400, f"HTTP/{major}.{minor} is not spoken here: use HTTP/1.1")
+    if len(lines) > MAX_FIELDS:
+        raise RequestError(431, f"more than {MAX_FIELDS} header fields")
+    fields: Dict[str, str] = {}
+    for line in lines:
+        name, value = parse_field(line)
+        if name in fields and name in _SINGLE:
+            raise RequestError(400, f"header {name!r} stands twice")
+        fields[name] = value
+
+    hosts = []
+    if "host" in fields:
+        hosts.append(parse_authority(fields["host"]))
+    elif minor == "1":
+        raise RequestError(400, "HTTP/1.1 without a Host header")
+    if target[:7].lower() == "http://":
+        authority, slash, path = target[7:].partition("/")
+        hosts.append(parse_authority(authority))
+        target = slash + path or "/"
+    elif not target.startswith("/"):
+        raise RequestError(400, f"a request target of another form: {printable(target, 60)!r}")
+
+    length, chunked = parse_framing(fields, int(minor))
+    if fields.get("expect", "100-continue").lower() != "100-continue":
+        raise RequestError(400, f"Expect {printable(fields['expect'], 60)!r} can't be met")
+    return Head(method, target, int(minor), tuple(hosts), fields, length, chunked)
+
+
+def parse_framing(fields: Mapping[str, str], minor: int) -> Tuple[Optional[int], bool]:
+    """RFC 9112 section 6: Content-Length if any, and whether the body is chunked."""
+    coding = fields.get("transfer-encoding")
+    length = fields.get("content-length")
+    if coding is not None:
+        if length is not None:
+            raise RequestError(400, "both Content-Length and Transfer-Encoding")
+        if minor == 0:
+            raise RequestError(400, "Transfer-Encoding in HTTP/1.0")
+        if coding.lower() != "chunked":
+            raise RequestError(400, f"Transfer-Encoding {printable(coding, 60)!r}: not chunked")
+        return None, True
+    if length is None:
+        return None, False
+    if not re.fullmatch("[0-9]+", length):
+        raise RequestError(400, f"Content-Length {printable(length, 60)!r} is no number")
+    # Python refuses to read numbers of thousands of digits.
+    return int(length) if len(length.lstrip("0")) < 19 else MAX_BODY + 1, False
+
+
+class Chunked:
+    """A chunked body (RFC 9112 section 7.1), fed as it arrives; RequestError 400, 413 or 431."""
+
+    MAX_LINE = 4096
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.done = False
+        self._left = 0  # of the chunk's data
+        self._line = b""  # one that has not ended yet
+        self._next = self._size_line
+        self._trailers = 0
+
+    def feed(self, data: memoryview) -> Tuple[List[memoryview], int]:
+        """The pieces of body in DATA, and how many bytes of it stand behind the body's end."""
+        pieces = []
+        while data and not self.done:
+            if self._left:
+                pieces.append(data[: self._left])
+                self._left -= len(pieces[-1])
+                data = data[len(pieces[-1]) :]
+                continue
+            start = bytes(data[: self.MAX_LINE])
+            end = start.find(b"\n") + 1
+            self._line += start[:end] if end else start
+            data = data[end or len(start) :]
+            if len(self._line) > self.MAX_LINE:
+                raise RequestError(400, "a line of the chunked body is too long")
+            if end:
+                line, self._line = self._line, b""
+                if not line.endswith(b"\r\n"):
+                    raise RequestError(400, "a line of the chunked body ends without CR LF")
+                self._next(line[:-2])
+        return pieces, len(data)
+
+    def _size_line(self, line: bytes) -> None:
+        match = _CHUNK.fullmatch(line)
+        if not match:
+            raise RequestError(400, f"a malformed chunk size: {printable(line, 60)!r}")
+        self._left = int(match.group(1), 16)
+        self.total += self._left
+        if self.total > MAX_BODY:
+            raise RequestError(413, "more than 1 GiB to sign")
+        self._next = self._data_end if self._left else self._trailer
+
+    def _data_end(self, line: bytes) -> None:
+        if line:
+            raise RequestError(400, "a chunk is longer than its size")
+        self._next = self._size_line
+
+    def _trailer(self, line: bytes) -> None:
+        if not line:
+            self.done = True
+            return
+        parse_field(line)
+        self._trailers += 1
+        if self._trailers > MAX_FIELDS:
+            raise RequestError(431, f"more than {MAX_FIELDS} trailer fields")
+
+
+class Answer(NamedTuple):
+    status: int
+    content_type: str
+    body: bytes
+    fields: Tuple[Tuple[str, str], ...] = ()
+
+
+def plain(status: int, text: str, *fields: Tuple[str, str]) -> Answer:
+    return Answer(status, "text/plain; charset=utf-8", (text + "\n").encode(), fields)
+
+
+BUSY = plain(503, "busy: too many requests at once, try again", ("Retry-After", "1"))
+
+
+def error_answer(error: ProxyError) -> Answer:
+    """The one place where kinds of errors become statuses."""
+    if isinstance(error, RequestError):
+        return plain(error.status, str(error), *error.fields)
+    for kind, status in (
+        (WireError, 502),
+        (AgentTimeout, 504),
+        (AgentRefused, 403),
+        (KeyNotHeld, 404),
+        (AgentError, 503),
+        (ConfigError, 503),
+        (ClientGone, 400),
+    ):
+        if isinstance(error, kind):
+            return plain(status, str(error))
+    return plain(500, str(error))
+
+
+def read_shim() -> Optional[bytes]:
+    """shim.sh from beside this file or from the same zip; None where only this file was copied."""
+    try:
+        loader = globals()["__loader__"]
+        return bytes(loader.get_data(os.path.join(os.path.dirname(__file__), "shim.sh")))
+    except OSError:
+        return None
+
+
+NO_SHIM = "no shim.sh beside this copy of the program: copy it too, from where the program came"
+
+
+class Choices(NamedTuple):
+    """What a request's SSHSIG-* fields and the settings come to."""
+
+    namespace: str
+    hash_algorithm: str
+    wanted: Wanted
+    pinned: bool  # it is the pinned key that is wanted
+    comment: str  # the pinned key's
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection: one request, one answer, one line in the log."""
+
+    server_version = f"{PROGRAM}/{VERSION}"
+    protocol_version = request_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        self.accepted = time.monotonic()
+        self.proxy: Server = self.server  # type: ignore[assignment]  # BaseServer to the library
+        self.client: socket.socket = self.request
+        self.wfile = io.BytesIO()
+        # Under the server's lock, for it may give this place to another connection:
+        self.reading = True  # and may be put off; once False, the answer is this thread's to give
+        self.evicted = False
+        self.since = self.accepted  # when the client's last byte came
+        # This thread's own:
+        self.begun = False
+        self.rest = b""  # read, but behind the head
+        self.whole = False  # the request is read, and nothing stands behind it
+        self.noted: Dict[str, str] = {}  # for the log
+
+    def version_string(self) -> str:
+        return self.server_version
+
+    def handle(self) -> None:
+        if not self.proxy.admit(self):
+            self.begun = True  # as far as the gentle close goes
+            self.noted["outcome"] = "busy"
+            self.send(BUSY)
+            return
+        try:
+            data = self.read_head()
+            if not data:
+                return
+            answer = self.answer(parse_head(data))
+        except ProxyError as e:
+            answer = error_answer(e)
+            if isinstance(e, ClientGone):
+                self.noted["outcome"] = "gone"
+            if answer.status >= 500:
+                LOG.debug("%s", e, exc_info=True)
+        except OSError as e:  # the client reset the connection
+            self.noted["outcome"] = "gone"
+            answer = plain(400, f"the connection broke: {e.strerror or e}")
+        except Exception as e:  # a fault of ours must not take the thread with it
+            LOG.error("internal error: %s: %s", type(e).__name__, printable(str(e)))
+            LOG.debug("where it happened", exc_info=True)
+            answer = plain(500, "internal error: the proxy's log says more")
+        if self.proxy.claim(self):
+            self.send(answer)
+
+    # ---- reading
+
+    def receive(self, buffer: memoryview, deadline: float) -> int:
+        """Bytes of the client's into BUFFER, 0 at the end; RequestError 408 at DEADLINE."""
+        left = deadline - time.monotonic()
+        try:
+            self.client.settimeout(max(left, 0.001))
+            size = self.client.recv_into(buffer)
+        except socket.timeout as e:
+            raise RequestError(408, "the request took too long to arrive") from e
+        self.since = time.monotonic()
+        if self.evicted:
+            raise ClientGone("its place was given to another")
+        self.begun = self.begun or size > 0
+        return size
+
+    def read_head(self) -> bytes:
+        """The head, the empty line included; b"" where the client sent nothing at all."""
+        buffer = memoryview(bytearray(MAX_HEAD))
+        deadline = self.accepted + HEAD_SECONDS
+        data = b""
+        while True:
+            try:
+                size = self.receive(buffer, deadline)
+            except (RequestError, OSError):
+                if data:
+                    raise
+                return b""
+            if not size:
+                if data:
+                    raise RequestError(400, "the request ended inside its head")
+                return b""
+            data += buffer[:size]
+            end = data.find(b"\r\n\r\n") + 4
+            if end > 3 and end <= MAX_HEAD:
+                self.rest = data[end:]
+                return data[:end]
+            if data[:1] == b"\x16":
+                raise RequestError(400, "this is TLS: use http://, not https://")
+            check_line_ends(data)
+            if len(data) > MAX_HEAD:
+                raise RequestError(431, f"the request's head is larger than {MAX_HEAD >> 10} KiB")
+
+    def read_body(self, head: Head, hash_algorithm: str) -> bytes:
+        """The digest of the body, hashed as it arrives."""
+        hasher = hashlib.new(hash_algorithm)
+        if head.expects and not self.rest:
+            self.client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        size = self.read_chunked(hasher) if head.chunked else self.read_length(hasher, head.length)
+        if not size:
+            raise RequestError(400, "an empty body: there is nothing to sign")
+        return hasher.digest()
+
+    def read_length(self, hasher: Any, length: Optional[int]) -> int:
+        left = length or 0
+        hasher.update(self.rest[:left])
+        self.whole = len(self.rest) <= left
+        left -= min(left, len(self.rest))
+        buffer = memoryview(bytearray(min(left, BUFFER)))
+        while left:
+            size = self.receive_body(buffer[:left])
+            hasher.update(buffer[:size])
+            left -= size
+        return length or 0
+
+    def read_chunked(self, hasher: Any) -> int:
+        body = Chunked()
+        data, buffer = memoryview(self.rest), memoryview(b"")
+        while True:
+            pieces, extra = body.feed(data)
+            for piece in pieces:
+                hasher.update(piece)
+            if body.done:
+                self.whole = not extra
+                return body.total
+            buffer = buffer or memoryview(bytearray(BUFFER))
+            data = buffer[: self.receive_body(buffer)]
+
+    def receive_body(self, buffer: memoryview) -> int:
+        gap = time.monotonic() + GAP_SECONDS
+        size = self.receive(buffer, min(gap, self.accepted + REQUEST_SECONDS))
+        if not size:
+            raise RequestError(400, "the request ended inside its body")
+        return size
+
+    # ---- deciding, in the order of what costs least
+
+    def answer(self, head: Head) -> Answer:
+        self.command = head.method
+        self.noted = {"method": head.method, "path": head.path}
+        self.whole = not head.has_body and not self.rest
+        for host in head.hosts:
+            check_host(host, self.proxy.config.allowed_hosts)
+        check_browser(head.fields)
+        try:
+            methods, route = self.ROUTES[head.path]
+        except KeyError:
+            known = ", ".join(self.ROUTES)
+            raise RequestError(404, f"no such path: there are {known}, without a query") from None
+        if head.method not in methods:
+            allow = ", ".join(methods)
+            raise RequestError(405, f"{head.path} takes {allow}", ("Allow", allow))
+        return route(self, head)
+
+    def answer_sign(self, head: Head) -> Answer:
+        choices = self.choices(head)
+        if not head.chunked and head.length is None:
+            raise RequestError(411, "a body with Content-Length or chunked is needed")
+        if not head.chunked and not head.length:
+            raise RequestError(400, "an empty body: there is nothing to sign")
+        if head.length and head.length > MAX_BODY:
+            raise RequestError(413, "more than 1 GiB to sign")
+        digest = self.read_body(head, choices.hash_algorithm)
+        if not self.proxy.claim(self):
+            raise ClientGone("its place was given to another")
+        data = signed_data(choices.namespace, choices.hash_algorithm, digest)
+        try:
+            key, signature = self.proxy.agents.sign(choices.wanted, data, self.client)
+        except KeyNotHeld as e:
+            raise not_held(e, choices.pinned) from e
+        self.noted["key"] = key.fingerprint
+        self.noted["outcome"] = "signed"
+        block = armor(sshsig(key.blob, choices.namespace, choices.hash_algorithm, signature))
+        return Answer(200, "application/x-ssh-signature", block)
+
+    def answer_publickey(self, head: Head) -> Answer:
+        choices = self.choices(head)
+        if not self.proxy.claim(self):
+            raise ClientGone("its place was given to another")
+        try:
+            listed = self.proxy.agents.find(choices.wanted, self.client)
+        except KeyNotHeld as e:
+            raise not_held(e, choices.pinned) from e
+        self.noted["key"] = listed.key.fingerprint
+        comment = choices.comment or listed.comment.decode("utf-8", "backslashreplace")
+        line = f"{listed.key.line} {printable(comment)}".rstrip()
+        return plain(200, line, ("Cache-Control", "no-cache"))
+
+    def answer_healthz(self, head: Head) -> Answer:
+        return plain(200, "ok")
+
+    def answer_shim(self, head: Head) -> Answer:
+        shim = read_shim()
+        if shim is None:
+            raise RequestError(404, NO_SHIM)
+        return Answer(200, "text/x-shellscript", shim)
+
+    ROUTES = {
+        "/sign": (("POST",), answer_sign),
+        "/publickey": (("GET", "HEAD"), answer_publickey),
+        "/healthz": (("GET", "HEAD"), answer_healthz),
+        "/shim": (("GET", "HEAD"), answer_shim),
+    }
+
+    def choices(self, head: Head) -> Choices:
+        config, fields = self.proxy.config, head.fields
+        namespace = choose_namespace(fields.get("sshsig-namespace"), config.namespaces)
+        self.noted["namespace"] = namespace
+        hash_algorithm = fields.get("sshsig-hash", HASHES[0])
+        if hash_algorithm not in HASHES:
+            raise RequestError(400, f"SSHSIG-Hash {printable(hash_algorithm, 60)!r}: neither "
+                                    f"{' nor '.join(HASHES)}")  # fmt: skip
+        pinned, comment = config.pinned()
+        wanted = choose_key(fields.get("sshsig-key"), pinned)
+        return Choices(namespace, hash_algorithm, wanted, pinned is not None, comment)
+
+    # ---- answering
+
+    def log_answer(self, status: int) -> None:
+        """Before the answer leaves: what is signed is on record."""
+        served = self.noted.get("path") != "/sign" and status == 200
+        outcome = "served" if served else "refused" if status < 500 else "failed"
+        host, port = self.client_address[:2]
+        values = {
+            "outcome": self.noted.pop("outcome", outcome),
+            "status": str(status),
+            **self.noted,
+            "peer": str(Address(host, port)),
+            "ms": str(round(1000 * (time.monotonic() - self.accepted))),
+        }
+        line = " ".join(f"{name}={quoted(value)}" for name, value in values.items())
+        LOG.log(logging.INFO if served else AUDIT, "%s", line)
+
+    def send(self, answer: Answer) -> None:
+        if answer.status >= 400:
+            self.noted["reason"] = answer.body.decode().rstrip("\n")
+        self.log_answer(answer.status)
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.content_type)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.send_header("Connection", "close")
+        for name, value in answer.fields:
+            self.send_header(name, value)
+        self.end_headers()
+        data = cast(io.BytesIO, self.wfile).getvalue()
+        if self.command != "HEAD":
+            data += answer.body
+        with contextlib.suppress(OSError):  # it went away: the log has said what it would have got
+            self.client.settimeout(ANSWER_SECONDS)
+            self.client.sendall(data)
+
+    command = ""  # until the head is read
+
+    def log_request(self, code: object = "-", size: object = "-") -> None:
+        """Not the library's line: log_answer() writes ours."""
+
+    def finish(self) -> None:
+        """Closes the connection such that an answer reaches a client that is still sending: bytes
+        that nobody has read would make the system throw the answer away."""
+        with contextlib.suppress(OSError):
+            if self.whole and not self.evicted:
+                self.client.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    self.whole = not self.client.recv(1, socket.MSG_PEEK)
+            if not self.whole and self.begun:
+                self.proxy.linger(self)
+                self.drain()
+        self.proxy.leave(self)
+
+    def drain(self) -> None:
+        self.client.shutdown(socket.SHUT_WR)
+        buffer = bytearray(BUFFER // 4)
+        end = time.monotonic() + LINGER_SECONDS
+        while True:
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            self.client.settimeout(min(left, LINGER_GAP))
+            if not self.client.recv_into(buffer):
+                return
+
+
+def not_held(error: KeyNotHeld, pinned: bool) -> ProxyError:
+    """The key that a request names is the client's to correct, the pinned one is not."""
+    if not pinned:
+        return error
+    return NoUsableKey(f"the pinned key is missing (SSH_AGENT_PROXY_PUBKEY): {error}")
+
+
+class Listener(NamedTuple):
+    socket: socket.socket
+    name: str
+
+
+def listen(addresses: Sequence[Address]) -> List[Listener]:
+    """Listening sockets for all of ADDRESSES, a name's every address included; ProxyError if not."""
+    listeners: List[Listener] = []
+    try:
+        for address in addresses:
+            listeners += _listen_at(address)
+    except ProxyError:
+        for listener in listeners:
+            listener.socket.close()
+        raise
+    return listeners
+
+
+def _listen_at(address: Address) -> List[Listener]:
+    try:
+        found = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, UnicodeError) as e:
+        raise ProxyError(f"cannot listen on {address}: the name is not known ({e})") from e
+    listeners, failed = [], None
+    for family, _, _, _, where in dict.fromkeys(found):
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as e:  # no IPv6 here, say
+            failed = e
+            continue
+        try:
+            if os.name == "posix":  # on Windows it would let two programs have the same port
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if sys.platform == "linux":
+                # An address that comes later (docker0, a VPN) can be listed from the start.
+                IP_FREEBIND, IPV6_FREEBIND = 15, 78
+                v6 = family == socket.AF_INET6
+                level = socket.IPPROTO_IPV6 if v6 else socket.IPPROTO_IP
+                sock.setsockopt(level, IPV6_FREEBIND if v6 else IP_FREEBIND, 1)
+            sock.bind(where)
+            sock.listen(1024)
+        except OSError as e:
+            sock.close()
+            if e.errno == errno.EADDRNOTAVAIL and len(found) > 1:
+                failed = e  # a name's other address may do
+                continue
+            raise ProxyError(f"cannot listen on {address}: {_why_not(address, e)}") from e
+        bound = sock.getsockname()
+        listeners.append(Listener(sock, str(Address(bound[0], bound[1]))))
+    if not listeners:
+        raise ProxyError(f"cannot listen on {address}: {failed and failed.strerror}")
+    return listeners
+
+
+def _why_not(address: Address, e: OSError) -> str:
+    if e.errno == errno.EADDRINUSE:
+        return (
+            f"port {address.port} is in use: end the program that has it, or choose another "
+            "with SSH_AGENT_PROXY_ADDR"
+        )
+    if e.errno == errno.EACCES:
+        return f"port {address.port} needs privileges: choose one from 1024 on"
+    return e.strerror or str(e)
+
+
+class Server:
+    """Threads that wait in accept, each a whole connection at a time; one more is started when the
+    last free one takes a connection. At most PLACES requests have a place at once."""
+
+    def __init__(self, config: Config, agents: Agents, listeners: Sequence[Listener]) -> None:
+        self.config = config
+        self.agents = agents
+        self.listeners = listeners
+        self.lock = threading.Lock()
+        self.free = dict.fromkeys(listeners, 0)  # threads waiting in accept
+        self.places: Set[Handler] = set()
+        self.lingering: Dict[Handler, None] = {}  # in the order in which they came
+        self.stopping = False
+
+    def start(self) -> None:
+        threading.stack_size(256 * 1024)
+        for listener in self.listeners:
+            self.start_thread(listener)
+
+    def start_thread(self, listener: Listener) -> None:
+        with self.lock:
+            self.free[listener] += 1
+        try:
+            threading.Thread(target=self.work, args=(listener,), daemon=True).start()
+        except RuntimeError as e:  # the system has no more: those that are there go on
+            with self.lock:
+                self.free[listener] -= 1
+            LOG.warning("cannot start another thread: %s", e)
+
+    def work(self, listener: Listener) -> None:
+        while True:
+            try:
+                connection, peer = listener.socket.accept()
+            except OSError as e:
+                if self.stopping:
+                    return
+                if e.errno != errno.ECONNABORTED:
+                    LOG.error("cannot take a connection on %s: %s", listener.name, e.strerror)
+                    time.sleep(0.1)  # no file descriptors, say: a tight loop would not help
+                continue
+            with self.lock:
+                self.free[listener] -= 1
+                last = not self.free[listener]
+            if last and not self.stopping:
+                self.start_thread(listener)
+            try:
+                if not self.stopping:
+                    Handler(connection, peer, cast(Any, self))
+            except Exception as e:
+                LOG.error("internal error: %s: %s", type(e).__name__, printable(str(e)))
+            finally:
+                connection.close()
+                with self.lock:
+                    self.free[listener] += 1
+
+    def admit(self, handler: Handler) -> bool:
+        """A place for HANDLER's connection, where need be that of the one which has kept us waiting
+        longest for its own bytes; False where all requests are read whole."""
+        with self.lock:
+            if len(self.places) >= PLACES:
+                waiting = [h for h in self.places if h.reading]
+                if not waiting:
+                    return False
+                self.evict(min(waiting, key=lambda h: h.since))
+            self.places.add(handler)
+            return True
+
+    def evict(self, victim: Handler) -> None:
+        """Under the lock: while it is held, VICTIM's thread neither answers nor closes."""
+        self.places.discard(victim)
+        victim.reading = False
+        victim.evicted = True
+        with contextlib.suppress(OSError):
+            if not victim.begun:
+                victim.client.shutdown(socket.SHUT_RDWR)
+                return
+            victim.noted["outcome"] = "busy"
+            victim.send(BUSY)
+            victim.client.shutdown(socket.SHUT_WR)
+        self._linger(victim)
+
+    def claim(self, handler: Handler) -> bool:
+        """Is the answer HANDLER's to give? From now on its place is safe until it is given."""
+        with self.lock:
+            handler.reading = False
+            return not handler.evicted
+
+    def linger(self, handler: Handler) -> None:
+        """HANDLER has answered and gives its place back; it reads on until its client is done."""
+        with self.lock:
+            self.places.discard(handler)
+            self._linger(handler)
+
+    def _linger(self, handler: Handler) -> None:
+        self.lingering[handler] = None
+        if len(self.lingering) > LINGERERS:
+            oldest = next(iter(self.lingering))
+            del self.lingering[oldest]
+            with contextlib.suppress(OSError):
+                oldest.client.shutdown(socket.SHUT_RDWR)
+
+    def leave(self, handler: Handler) -> None:
+        """HANDLER is about to close its connection."""
+        with self.lock:
+            self.places.discard(handler)
+            self.lingering.pop(handler, None)
+
+    def stop(self) -> None:
+        """No further connections, and an end to those on which no request has begun."""
+        self.stopping = True
+        for listener in self.listeners:
+            with contextlib.suppress(OSError):
+                # Closing alone leaves threads in accept, and they would take one more each.
+                listener.socket.shutdown(socket.SHUT_RDWR)
+            listener.socket.close()
+        with self.lock:
+            for handler in self.places:
+                if not handler.begun:
+                    with contextlib.suppress(OSError):
+                        handler.client.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.places or self.lingering)
+
+
+# ------------------------------------------------------------------------------------- Service
+
+DRAIN_SECONDS = 10
+
+
+class StderrHandler(logging.Handler):
+    """The log on stderr, which never waits: a line that would have to is dropped, and counted."""
+
+    # What a pipe takes whole or not at all, and without waiting where it says that it can be
+    # written to (pipe(7), PIPE_BUF).
+    MAX_LINE = 4096
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost = 0
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s",
+                                            "%Y-%m-%dT%H:%M:%S%z"))  # fmt: skip
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        if self.lost:
+            line = f"({self.lost} lines before this one could not be written) {line}"
+        data = line.encode("utf-8", "backslashreplace")[: self.MAX_LINE - 1] + b"\n"
+        try:
+            if self.writable():
+                os.write(2, data)
+                self.lost = 0
+            else:
+                self.lost += 1
+        except OSError:  # closed: there is nobody to tell
+            self.lost += 1
+
+    def writable(self) -> bool:
+        if not hasattr(select, "poll"):
+            return True
+        poll = select.poll()
+        poll.register(2, select.POLLOUT)
+        return any(event & select.POLLOUT for _, event in poll.poll(0))
+
+
+def start_log(level: int) -> None:
+    logging.addLevelName(AUDIT, "AUDIT")
+    LOG.propagate = False
+    LOG.setLevel(level)
+    LOG.handlers[:] = [StderrHandler()]
+
+
+class Signals:
+    """SIGTERM and SIGINT, wherever the system delivers them, as bytes to wait for."""
+
+    def __init__(self) -> None:
+        self.receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        self.sender = sender  # kept open
+        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: None)
+
+    def wait(self, seconds: Optional[float] = None) -> bool:
+        """Has a signal come, now or within SECONDS?"""
+        self.receiver.settimeout(seconds)
+        try:
+            return bool(self.receiver.recv(1))
+        except socket.timeout:
+            return False
+
+
+# ------------------------------------------------------------------------------------ Commands
+
+COMMANDS = {
+    "serve": "run the proxy in the foreground (also without a command)",
+    "shim": "print shim.sh, the container's side",
+}
+
+
+def raise_file_limit() -> None:
+    """Room for every place's connection and agent: macOS starts with 256 file descriptors."""
+    if os.name != "posix":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 8 * PLACES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY:
+            wanted = max(soft, min(wanted, hard))
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def warn_of_weak_settings(config: Config, listeners: Sequence[Listener]) -> None:
+    for name in config.unknown:
+        LOG.warning("%s is set, but is no setting of this program", printable(name))
+    for listener in listeners:
+        host = listener.socket.getsockname()[0].partition("%")[0]
+        if not ipaddress.ip_address(host).is_loopback:
+            LOG.warning(
+                "%s is not a loopback address: whoever reaches it can have anything signed",
+                listener.name,
+            )
+
+
+def report_agent(config: Config, agents: Agents) -> None:
+    """What the log says at the start of the keys, or of why there are none yet."""
+    try:
+        pinned, _ = config.pinned()
+        with agents.connect() as exchange:
+            listed = list_keys(exchange)
+        key = choose(listed, pinned).key
+    except ProxyError as e:
+        hint = agents.hint() if isinstance(e, (AgentUnreachable, NoUsableKey)) else ""
+        LOG.warning("/sign can't work yet: %s%s", e, hint)
+        return
+    LOG.info("signing with %s unless a request names another" if not pinned
+             else "signing with %s only", key.name)  # fmt: skip
+    if len(listed) > 1 and not pinned:
+        LOG.warning(
+            "the agent holds %d keys and none is pinned: SSH_AGENT_PROXY_PUBKEY pins one",
+            len(listed),
+        )
+
+
+def serve(config: Config) -> int:
+    for step in harden(sys.platform):
+        level = logging.DEBUG if step.in_force or step.expected else logging.WARNING
+        state = "in force" if step.in_force else "not in force"
+        LOG.log(level, "%s: %s (%s)", step.name, state, step.state)
+    raise_file_limit()
+    signals = Signals()
+    agents = Agents(config.upstream, config.sockets, config.timeout)
+    server = Server(config, agents, listen(config.addresses))
+    server.start()
+    names = ", ".join(f'"{name}"' for name in config.namespaces)
+    for listener in server.listeners:
+        LOG.info("listening on %s (namespace %s)", listener.name, names)
+    warn_of_weak_settings(config, server.listeners)
+    # An agent that hangs must hold up neither requests nor a signal.
+    threading.Thread(target=report_agent, args=(config, agents), daemon=True).start()
+
+    signals.wait()
+    LOG.info("stopping")
+    server.stop()
+    end = time.monotonic() + DRAIN_SECONDS
+    while server.busy and time.monotonic() < end:
+        if signals.wait(0.02):
+            break  # a second signal: at once
+    return 0
+
+
+def print_shim() -> int:
+    shim = read_shim()
+    if shim is None:
+        raise ProxyError(NO_SHIM)
+    sys.stdout.buffer.write(shim)
+    sys.stdout.flush()
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """ARGV without the program's name. Exit status: 0, 1 it could not run, 2 wrong settings."""
+    try:
+        config = Config.from_env(os.environ, argv, COMMANDS)
+        start_log(config.level)
+        command = " ".join(config.command) or "serve"
+        if command == "serve":
+            return serve(config)
+        if command == "shim":
+            return print_shim()
+        raise ConfigError(
+            f"no such command: {printable(command)!r} (there are {', '.join(COMMANDS)})"
+        )
+    except ConfigError as e:
+        print(f"{PROGRAM}: {e}", file=sys.stderr)
+        return 2
+    except ProxyError as e:
+        print(f"{PROGRAM}: {e}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,419 @@
+"""What the tests share: real agents, the real proxy, throwaway homes. Nothing of the user's is touched."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROXY = ROOT / "ssh_agent_proxy.py"
+SHIM = ROOT / "shim.sh"
+sys.path.insert(0, str(ROOT))
+
+KEY_KINDS = {
+    "ed25519": ["-t", "ed25519"],
+    "other": ["-t", "ed25519"],
+    "rsa2048": ["-t", "rsa", "-b", "2048"],
+    "rsa3072": ["-t", "rsa", "-b", "3072"],
+    "rsa4096": ["-t", "rsa", "-b", "4096"],
+    "ecdsa256": ["-t", "ecdsa", "-b", "256"],
+    "ecdsa384": ["-t", "ecdsa", "-b", "384"],
+    "ecdsa521": ["-t", "ecdsa", "-b", "521"],
+}
+
+# ---------------------------------------------------------------- programs that may be missing
+
+_missing: Dict[str, List[str]] = {}
+
+
+def need(program: str, package: str, test: str = "") -> str:
+    """The path of PROGRAM. Where it is missing: a failure in CI, counted and named elsewhere."""
+    found = shutil.which(program)
+    if found:
+        return found
+    if os.environ.get("CI"):
+        pytest.fail(f"{program} is missing: install {package}")
+    _missing.setdefault(f"{program} (package {package})", []).append(test)
+    pytest.skip(f"{program} is missing: install {package}")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for program, tests in sorted(_missing.items()):
+        terminalreporter.write_line(f"not run without {program}: {len(tests)} tests")
+
+
+# ---------------------------------------------------------------- running things
+
+
+def run(
+    argv: Sequence[Any],
+    env: Optional[Dict[str, str]] = None,
+    cwd: Optional[Path] = None,
+    input: Optional[bytes] = None,
+    check: bool = True,
+    timeout: float = 60,
+) -> "subprocess.CompletedProcess[bytes]":
+    done = subprocess.run(
+        [str(a) for a in argv],
+        env=env,
+        cwd=cwd,
+        input=input,
+        stdin=subprocess.DEVNULL if input is None else None,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=timeout,
+    )
+    if check and done.returncode:
+        words = " ".join(str(a) for a in argv)
+        pytest.fail(f"{words}: exit {done.returncode}\n{done.stdout!r}\n{done.stderr.decode()}")
+    return done
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 10, message: str = "") -> Any:
+    """The first true value of WHAT(), or a failure once SECONDS have passed."""
+    end = time.monotonic() + seconds
+    while True:
+        value = what()
+        if value:
+            return value
+        if time.monotonic() > end:
+            pytest.fail(f"not within {seconds} s: {message or what}")
+        time.sleep(0.005)
+
+
+def clean_env(home: Path, **more: Any) -> Dict[str, str]:
+    temporary = home / "tmp"
+    temporary.mkdir(parents=True, exist_ok=True)
+    env = {
+        "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+        "HOME": str(home),
+        "LANG": "C.UTF-8",
+        "TMPDIR": str(temporary),
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_AUTHOR_NAME": "A U Thor",
+        "GIT_AUTHOR_EMAIL": "author@example.com",
+        "GIT_COMMITTER_NAME": "C O Mitter",
+        "GIT_COMMITTER_EMAIL": "committer@example.com",
+    }
+    env.update({name: str(value) for name, value in more.items()})
+    return env
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A private directory with a short name: the path of a Unix socket holds 107 bytes."""
+    path = Path(tempfile.mkdtemp(prefix="sap.", dir="/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def home(short: Path) -> Path:
+    path = short / "home"
+    path.mkdir()
+    return path
+
+
+# ---------------------------------------------------------------- keys and agents
+
+
+class Keys(Dict[str, Path]):
+    """Private keys by name, each made when it is first asked for; NAME.pub stands beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str) -> Path:
+        path = self.folder / name
+        run(["ssh-keygen", "-q", "-N", "", "-C", f"{name}@test", "-f", path, *KEY_KINDS[name]])
+        self[name] = path
+        return path
+
+    def line(self, name: str) -> str:
+        """The public key as an authorized_keys line."""
+        return self[name].with_suffix(".pub").read_text().strip()
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    return Keys(tmp_path_factory.mktemp("keys"))
+
+
+class Agent:
+    """A real `ssh-agent`, in the foreground, ended by PID."""
+
+    def __init__(self, sock: Path) -> None:
+        self.sock = sock
+        self.env = dict(os.environ, SSH_AUTH_SOCK=str(sock))
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            ["ssh-agent", "-D", "-a", str(self.sock)],
+            stdout=subprocess.DEVNULL,
+            env={"PATH": os.environ["PATH"]},
+        )
+        self.pid = self.process.pid
+        wait_for(self.sock.exists, message="ssh-agent's socket")
+
+    def add(self, path: Path, *options: str) -> None:
+        run(["ssh-add", "-q", *options, path], env=self.env)
+
+    def delete_all(self) -> None:
+        run(["ssh-add", "-q", "-D"], env=self.env)
+
+    def _lock(self, option: str) -> None:
+        # ssh-add asks for the password through an askpass program.
+        askpass = self.sock.with_name(self.sock.name + ".askpass")
+        askpass.write_text("#!/bin/sh\necho secret\n")
+        askpass.chmod(0o755)
+        env = dict(self.env, SSH_ASKPASS=str(askpass), SSH_ASKPASS_REQUIRE="force")
+        run(["ssh-add", option], env=env)
+        askpass.unlink()
+
+    def lock(self) -> None:
+        self._lock("-x")
+
+    def unlock(self) -> None:
+        self._lock("-X")
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            self.process.wait(10)
+
+
+@pytest.fixture
+def start_agent(short: Path) -> Iterator[Callable[..., Agent]]:
+    started: List[Agent] = []
+
+    def start(path: Optional[Path] = None) -> Agent:
+        agent = Agent(path or short / f"agent{len(started)}")
+        started.append(agent)
+        return agent
+
+    yield start
+    for agent in started:
+        agent.stop()
+
+
+@pytest.fixture
+def agent(start_agent: Callable[..., Agent]) -> Agent:
+    return start_agent()
+
+
+def read_message(connection: socket.socket) -> bytes:
+    """One message of the agent protocol without its length, b"" at the end."""
+    with connection.makefile("rb") as f:
+        size = f.read(4)
+        return f.read(int.from_bytes(size, "big")) if len(size) == 4 else b""
+
+
+def message(payload: bytes) -> bytes:
+    return len(payload).to_bytes(4, "big") + payload
+
+
+@pytest.fixture
+def scripted_agent(short: Path) -> Iterator[Callable[..., Path]]:
+    """An agent that does what no real one does: lies, stalls, dies."""
+    listeners: List[socket.socket] = []
+    connections: List[socket.socket] = []
+    stopping = threading.Event()
+
+    def start(handler: Callable[[socket.socket], None]) -> Path:
+        path = short / f"scripted{len(listeners)}"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.listen(256)
+        listeners.append(listener)
+
+        def one(connection: socket.socket) -> None:
+            with connection:
+                try:
+                    handler(connection)
+                except OSError:
+                    pass  # the proxy went away first
+
+        def serve() -> None:
+            while not stopping.is_set():
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                connections.append(connection)
+                threading.Thread(target=one, args=(connection,), daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        return path
+
+    yield start
+    stopping.set()
+    for sock in listeners + connections:
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        sock.close()
+
+
+# ---------------------------------------------------------------- the proxy
+
+
+class Proxy:
+    """`ssh_agent_proxy.py serve` as a process of its own."""
+
+    def __init__(self, argv: List[str], env: Dict[str, str], wait: bool = True) -> None:
+        self._log: List[str] = []
+        self.process = subprocess.Popen(
+            argv, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        self.pid = self.process.pid
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if wait:
+            self.port = int(self.wait_log(r"listening on \S+:(\d+) ").group(1))
+            self.url = f"http://127.0.0.1:{self.port}"
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self._log.append(line.decode("utf-8", "backslashreplace"))
+
+    def log(self) -> str:
+        return "".join(self._log)
+
+    def wait_log(self, pattern: str, seconds: float = 10) -> "re.Match[str]":
+        def look() -> Optional["re.Match[str]"]:
+            over = self.process.poll() is not None
+            if over:
+                self._reader.join(5)
+            found = re.search(pattern, self.log(), re.M)
+            if over and not found:
+                pytest.fail(f"exit {self.process.returncode} without {pattern!r}:\n{self.log()}")
+            return found
+
+        end = time.monotonic() + seconds
+        while True:
+            match = look()
+            if match:
+                return match
+            if time.monotonic() > end:
+                pytest.fail(f"no {pattern!r} in the log within {seconds} s:\n{self.log()}")
+            time.sleep(0.005)
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            status = self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait(5)
+        self._reader.join(5)
+        return status
+
+
+@pytest.fixture
+def start_proxy(home: Path) -> Iterator[Callable[..., Proxy]]:
+    started: List[Proxy] = []
+
+    def start(
+        *args: Any,
+        env: Optional[Dict[str, str]] = None,
+        upstream: Any = None,
+        python: Optional[str] = None,
+        wait: bool = True,
+        addr: Optional[str] = "127.0.0.1:0",
+    ) -> Proxy:
+        argv = [python or sys.executable, str(PROXY)]
+        argv += ["--addr", addr] if addr else []
+        argv += ["--upstream", str(upstream)] if upstream else []
+        argv += [str(a) for a in args]
+        proxy = Proxy(argv, clean_env(home, **(env or {})), wait)
+        started.append(proxy)
+        return proxy
+
+    yield start
+    for proxy in started:
+        proxy.stop()
+        assert "Traceback" not in proxy.log(), proxy.log()
+
+
+@pytest.fixture
+def proxy(agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]) -> Proxy:
+    agent.add(keys["ed25519"])
+    return start_proxy(upstream=agent.sock)
+
+
+# ---------------------------------------------------------------- HTTP by hand
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: Dict[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+
+def parse_answer(data: bytes) -> Answer:
+    """The final answer in DATA; interim ones (100 Continue) before it are passed over."""
+    head, separator, body = data.partition(b"\r\n\r\n")
+    assert separator, f"no whole answer in {data!r}"
+    lines = head.decode("latin-1").split("\r\n")
+    match = re.fullmatch(r"HTTP/1\.1 (\d{3}) .+", lines[0])
+    assert match, f"not a status line: {lines[0]!r}"
+    status = int(match.group(1))
+    if status == 100:
+        return parse_answer(body)
+    headers = {}
+    for line in lines[1:]:
+        name, _, value = line.partition(": ")
+        assert name.lower() not in headers, f"{name} stands twice"
+        headers[name.lower()] = value
+    return Answer(status, headers, body)
+
+
+def raw(port: int, data: bytes, seconds: float = 10) -> bytes:
+    """Sends DATA over a new connection and reads to the end of what comes back."""
+    with socket.create_connection(("127.0.0.1", port), seconds) as s:
+        s.sendall(data)
+        answer = b""
+        while True:
+            piece = s.recv(65536)
+            if not piece:
+                return answer
+            answer += piece
+
+
+def http(
+    port: int,
+    method: str,
+    path: str,
+    body: Optional[bytes] = None,
+    headers: Optional[Dict[str, str]] = None,
+    seconds: float = 30,
+) -> Answer:
+    fields = {"Host": f"127.0.0.1:{port}"}
+    if body is not None:
+        fields["Content-Length"] = str(len(body))
+    fields.update(headers or {})
+    head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{n}: {v}\r\n" for n, v in fields.items())
+    return parse_answer(raw(port, head.encode("latin-1") + b"\r\n" + (body or b""), seconds))
