@@ -56,8 +56,8 @@ import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from types import TracebackType
-from typing import Any, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple
-from typing import Type, Union, cast
+from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn
+from typing import Optional, Sequence, Set, Tuple, Type, Union, cast
 
 VERSION = "0.1.0"
 PROGRAM = "ssh-agent-proxy"
@@ -117,11 +117,10 @@ class ClientGone(ProxyError):
 
 
 # Blank or without width, and yet neither control nor format characters to Unicode.
-_UNSEEN = frozenset(
-    "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0"
-    + "".join(map(chr, range(0xFE00, 0xFE10)))
-    + "".join(map(chr, range(0xE0100, 0xE01F0)))
-)
+_UNSEEN = frozenset(map(chr, (
+    0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x3164, 0xFFA0,
+    *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0),
+)))  # fmt: skip
 
 
 def printable(text: Union[str, bytes], limit: int = 200) -> str:
@@ -136,19 +135,13 @@ def printable(text: Union[str, bytes], limit: int = 200) -> str:
     if text.isprintable() and _UNSEEN.isdisjoint(text):
         return text
     return "".join(
-        c
-        if c.isprintable() and c not in _UNSEEN
-        else f"\\x{ord(c):02x}"
-        if ord(c) < 0x100
-        else f"\\u{ord(c):04x}"
-        if ord(c) < 0x10000
-        else f"\\U{ord(c):08x}"
+        c if c.isprintable() and c not in _UNSEEN else c.encode("unicode_escape").decode()
         for c in text
     )
 
 
 def quoted(text: str) -> str:
-    """A log line's value: as it is where it is one plain word, else in quotes that can be undone."""
+    """A log line's value: bare where it is one plain word, else in quotes that can be undone."""
     if text and text.isascii() and text.isprintable() and not set(text) & set(' "=\\'):
         return text
     doubled = text.replace("\\", "\\\\").replace('"', '\\"')
@@ -378,7 +371,7 @@ def parse_public_key(blob: bytes) -> PublicKey:
         key_type = r.string().decode("ascii", "backslashreplace")
         plain_type = CERTIFICATES.get(key_type, key_type)
         if plain_type not in ALGORITHMS:
-            raise WireError(f"public key: type {printable(key_type, 60)!r} can't be used for SSHSIG")
+            raise WireError(f"public key: SSHSIG can't use type {printable(key_type, 60)!r}")
         certificate = key_type != plain_type
         if certificate:
             r.string()  # nonce
@@ -545,19 +538,20 @@ class Exchange:
         self.upstream = upstream
         self.deadline = deadline
         self.client = client
-        self.socket: Optional[socket.socket] = None
         self.process: Any = None
         self.stderr_lines = 0
-        self.incoming = self.outgoing = -1
         self.poll = select.poll()
         if client:
-            # On Linux a close is seen even behind bytes that nobody reads; elsewhere by looking.
+            # Linux shows a close even behind bytes that nobody reads; elsewhere it has to be read.
             self.poll.register(client, getattr(select, "POLLRDHUP", select.POLLIN))
+        self.socket = socket.socket(socket.AF_UNIX)
         try:
             if upstream.command:
                 self._spawn()
             else:
+                self.socket.setblocking(False)
                 self._connect()
+            self.poll.register(self.socket, select.POLLIN)
         except BaseException:
             self.close()
             raise
@@ -569,49 +563,41 @@ class Exchange:
         self.close()
 
     def _connect(self) -> None:
-        path = self.upstream.path
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.setblocking(False)
         pause = 0.01
         while True:
             try:
-                self.socket.connect(path)
-                break
+                return self.socket.connect(self.upstream.path)
             except BlockingIOError:
                 # The agent's backlog is full: it hangs, or is about to go on.
                 self._wait(pause)
                 pause = min(2 * pause, 0.2)
             except OSError as e:
-                raise AgentUnreachable(f"no answer from the {self.upstream}: {_why(path, e)}") from e
-        self.incoming = self.outgoing = self.socket.fileno()
-        self.poll.register(self.incoming, select.POLLIN)
+                why = _why(self.upstream.path, e)
+                raise AgentUnreachable(f"no answer from the {self.upstream}: {why}") from e
 
     def _spawn(self) -> None:
         import subprocess  # for commands only: it would cost every start
 
+        self.socket.close()
+        self.socket, theirs = socket.socketpair()
+        self.socket.setblocking(False)
         try:
-            self.process = subprocess.Popen(
-                self.upstream.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-                bufsize=0,
-            )
+            with theirs:
+                self.process = subprocess.Popen(
+                    self.upstream.command,
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
+                    stderr=subprocess.PIPE,
+                    start_new_session=True,
+                    bufsize=0,
+                )
         except OSError as e:
             raise AgentUnreachable(f"cannot run the {self.upstream}: {e.strerror}") from e
-        self.incoming = self.process.stdout.fileno()
-        self.outgoing = self.process.stdin.fileno()
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            os.set_blocking(stream.fileno(), False)
-        self.poll.register(self.incoming, select.POLLIN)
+        os.set_blocking(self.process.stderr.fileno(), False)
         self.poll.register(self.process.stderr, select.POLLIN)
 
-    def _wait(self, seconds: Optional[float] = None, writing: bool = False) -> None:
-        """Until the agent can be read (or written to), or until SECONDS have passed."""
-        if writing:
-            both = self.outgoing == self.incoming
-            self.poll.register(self.outgoing, select.POLLOUT | (select.POLLIN if both else 0))
+    def _wait(self, seconds: Optional[float] = None) -> None:
+        """Until the agent's connection is ready, or for SECONDS."""
         while True:
             left = self.deadline - time.monotonic()
             if left <= 0:
@@ -619,36 +605,24 @@ class Exchange:
             wait = left if seconds is None else min(left, seconds)
             ready = [fd for fd, _ in self.poll.poll(1000 * wait + 1)]
             if self.client and self.client.fileno() in ready:
-                self._look_at_client()
+                self._look_at(self.client)
             if self.process and self.process.stderr.fileno() in ready:
                 if not self._log_stderr():
                     self.poll.unregister(self.process.stderr)
-            if seconds is not None or self.incoming in ready or self.outgoing in ready:
-                break
-        if writing:
-            self.poll.unregister(self.outgoing)
-            self.poll.register(self.incoming, select.POLLIN)
-
-    def _look_at_client(self) -> None:
-        assert self.client  # for mypy: it was just polled
-        if not hasattr(select, "POLLRDHUP"):
-            try:
-                if self.client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                    # Bytes that nobody will read hide a close: it shows when the answer is sent.
-                    self.poll.unregister(self.client)
-                    return
-            except BlockingIOError:
+            if seconds is not None or self.socket.fileno() in ready:
                 return
-            except OSError:
-                pass  # reset: gone
+
+    def _look_at(self, client: socket.socket) -> None:
+        if not hasattr(select, "POLLRDHUP"):
+            with contextlib.suppress(ConnectionError):
+                if client.recv(1, socket.MSG_PEEK):
+                    # Bytes that nobody will read hide a close: it shows when the answer is sent.
+                    return self.poll.unregister(client)
         raise ClientGone("the client went away before the agent answered")
 
     def _log_stderr(self) -> bool:
-        """What the command complains of, into the log; False once that is over."""
-        try:
-            data = os.read(self.process.stderr.fileno(), 4096)
-        except BlockingIOError:
-            return True
+        """What the command complains of, into the log; False once it can't any more."""
+        data = os.read(self.process.stderr.fileno(), 4096)
         for line in data.splitlines():
             self.stderr_lines += 1
             if self.stderr_lines <= MAX_STDERR_LINES and line.strip():
@@ -660,9 +634,11 @@ class Exchange:
         data = string(request)
         while data:
             try:
-                data = data[os.write(self.outgoing, data) :]
+                data = data[self.socket.send(data) :]
             except BlockingIOError:
-                self._wait(writing=True)
+                self.poll.modify(self.socket, select.POLLIN | select.POLLOUT)
+                self._wait()
+                self.poll.modify(self.socket, select.POLLIN)
             except OSError:
                 break  # it hung up; reading tells what there is to be told
         reply = b""
@@ -670,13 +646,15 @@ class Exchange:
         while len(reply) < expected:
             self._wait()
             try:
-                piece = os.read(self.incoming, 65536)
+                piece = self.socket.recv(65536)
             except BlockingIOError:
                 continue
-            except OSError as e:
-                raise self._hung_up(reply) from e
+            except OSError:
+                piece = b""  # it hung up on what we wrote
+            if not piece and not reply:
+                raise AgentUnreachable(f"the {self.upstream} hung up without an answer")
             if not piece:
-                raise self._hung_up(reply)
+                raise WireError(f"the {self.upstream} hung up in the middle of its answer")
             reply += piece
             if expected == 4 and len(reply) >= 4:
                 size = int.from_bytes(reply[:4], "big")
@@ -688,56 +666,23 @@ class Exchange:
             raise WireError(f"the {self.upstream} sent {left} bytes more than it announced")
         return reply[4:]
 
-    def _hung_up(self, reply: bytes) -> ProxyError:
-        """Part of a message is a wrong answer; none at all is nobody there."""
-        how = ""
-        if self.process:
-            with contextlib.suppress(TimeoutError):
-                how = f" (exit status {self._exit_status()})"
-        if reply:
-            return WireError(f"the {self.upstream} hung up in the middle of its answer{how}")
-        return AgentUnreachable(f"the {self.upstream} hung up without an answer{how}")
-
-    def _exit_status(self) -> int:
-        end = time.monotonic() + EXEC_GRACE
-        while self.process.poll() is None:
-            if time.monotonic() > end:
-                raise TimeoutError
-            time.sleep(0.002)
-        return int(self.process.returncode)
-
     def close(self) -> None:
-        if self.socket:
-            self.socket.close()
+        """Ends a command with its whole group: its stderr ends when everybody in it has gone."""
+        self.socket.close()
         if self.process:
-            self._end_process()
-
-    def _end_process(self) -> None:
-        """Ends the command's whole group; its output ends when everybody in it has gone."""
-        self.process.stdin.close()
-        _kill_group(self.process.pid, signal.SIGTERM)
-        poll = select.poll()
-        poll.register(self.process.stdout, select.POLLIN)
-        poll.register(self.process.stderr, select.POLLIN)
-        end = time.monotonic() + EXEC_GRACE
-        open_streams = 2
-        while open_streams and time.monotonic() < end:
-            for fd, _ in poll.poll(1000 * EXEC_GRACE):
-                if fd == self.process.stderr.fileno():
-                    more = self._log_stderr()
-                else:
-                    more = bool(os.read(fd, 65536))
-                if not more:
-                    poll.unregister(fd)
-                    open_streams -= 1
-        _kill_group(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.process.stdout.close()
-        self.process.stderr.close()
+            _kill_group(self.process.pid, signal.SIGTERM)
+            end = time.monotonic() + EXEC_GRACE
+            last_words = select.poll()
+            last_words.register(self.process.stderr, select.POLLIN)
+            while last_words.poll(max(0, 1000 * (end - time.monotonic()))) and self._log_stderr():
+                pass
+            _kill_group(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process.stderr.close()
 
 
 def _kill_group(leader: int, number: int) -> None:
-    """LEADER has not been waited for, or had just been: its number is nobody else's yet."""
+    """LEADER has not been waited for: its number is nobody else's yet."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, number)
 
@@ -1365,6 +1310,7 @@ def read_pin(setting: Setting) -> Tuple[PublicKey, str]:
 
 MAX_HEAD = 16 * 1024
 MAX_FIELDS = 100
+MAX_LINE = 4096  # of a chunked body
 MAX_BODY = 1 << 30
 HEAD_SECONDS = 10  # from the accept
 GAP_SECONDS = 30  # between two pieces of a body
@@ -1388,10 +1334,10 @@ _FIELD = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 # Fields of which a second one would leave open which of them counts.
-_SINGLE = frozenset(
-    ("host", "content-length", "transfer-encoding", "expect", "authorization", "sec-fetch-site",
-     "sshsig-namespace", "sshsig-hash", "sshsig-key")
-)  # fmt: skip
+_SINGLE = frozenset((
+    "host", "content-length", "transfer-encoding", "expect", "authorization", "sec-fetch-site",
+    "sshsig-namespace", "sshsig-hash", "sshsig-key",
+))  # fmt: skip
 
 
 class Head(NamedTuple):
@@ -1405,22 +1351,20 @@ class Head(NamedTuple):
     length: Optional[int]  # Content-Length, if any
     chunked: bool
 
-    @property
-    def has_body(self) -> bool:
-        return self.chunked or bool(self.length)
 
-    @property
-    def expects(self) -> bool:
-        """Does the client wait for 100 (Continue)? (RFC 9110 section 10.1.1)"""
-        return self.minor > 0 and "expect" in self.fields
+def read_line(stream: BinaryIO, limit: int, what: str) -> bytes:
+    """A line of at most LIMIT bytes off STREAM, without its CR LF.
 
-
-def check_line_ends(data: bytes) -> None:
-    """The head so far: a bare CR or LF is where two readers disagree on what a line is."""
-    if data.count(b"\n") != data.count(b"\r\n"):
-        raise RequestError(400, "a line feed without a carriage return in the request's head")
-    if data.count(b"\r") - data.endswith(b"\r") > data.count(b"\r\n"):
-        raise RequestError(400, "a carriage return without a line feed in the request's head")
+    A bare CR or LF is where two readers disagree on what a line is: RequestError 400.
+    """
+    line = stream.readline(limit)
+    if line.endswith(b"\r\n") and line.find(b"\r") == len(line) - 2:
+        return line[:-2]
+    if len(line) == limit:
+        raise RequestError(431, f"{what} is longer than {limit >> 10} KiB")
+    if b"\n" in line or b"\r" in line[:-1]:
+        raise RequestError(400, f"a bare CR or LF in {what}")
+    raise RequestError(400, f"the request ended inside {what}")
 
 
 def parse_field(line: bytes) -> Tuple[str, str]:
@@ -1436,27 +1380,32 @@ def parse_field(line: bytes) -> Tuple[str, str]:
     raise RequestError(400, f"a malformed header line: {printable(line, 60)!r}")
 
 
-def parse_head(data: bytes) -> Head:
-    """The bytes of a head, the empty line included (RFC 9112); RequestError 400 or 431.
+def read_head(stream: BinaryIO) -> Head:
+    """A head, the empty line behind it included (RFC 9112); RequestError 400 or 431.
 
     Strict where the standard library is lenient: whatever RFC 9112 lets a server refuse is refused.
     """
-    check_line_ends(data)
-    first, *lines = data[:-4].split(b"\r\n")
+    what = "the request's head"
+    first = read_line(stream, MAX_HEAD, what)
+    left = MAX_HEAD - len(first) - 2
     match = _REQUEST_LINE.fullmatch(first)
     if not match:
-        raise RequestError(400, f"a malformed request line: {printable(first, 60)!r}")
+        hint = " (TLS? use http://)" if first[:1] == b"\x16" else ""
+        raise RequestError(400, f"a malformed request line: {printable(first, 60)!r}{hint}")
     method, target, major, minor = (part.decode() for part in match.groups())
     if (major, minor) not in (("1", "1"), ("1", "0")):
         raise RequestError(400, f"HTTP/{major}.{minor} is not spoken here: use HTTP/1.1")
-    if len(lines) > MAX_FIELDS:
-        raise RequestError(431, f"more than {MAX_FIELDS} header fields")
     fields: Dict[str, str] = {}
-    for line in lines:
+    number = 0
+    while line := read_line(stream, left, what):
+        left -= len(line) + 2
         name, value = parse_field(line)
         if name in fields and name in _SINGLE:
             raise RequestError(400, f"header {name!r} stands twice")
         fields[name] = value
+        number += 1
+        if number > MAX_FIELDS:
+            raise RequestError(431, f"more than {MAX_FIELDS} header fields")
 
     hosts = []
     if "host" in fields:
@@ -1496,64 +1445,32 @@ def parse_framing(fields: Mapping[str, str], minor: int) -> Tuple[Optional[int],
     return int(length) if len(length.lstrip("0")) < 19 else MAX_BODY + 1, False
 
 
-class Chunked:
-    """A chunked body (RFC 9112 section 7.1), fed as it arrives; RequestError 400, 413 or 431."""
+def chunk_sizes(stream: BinaryIO) -> Iterator[int]:
+    """The chunks' sizes of a chunked body (RFC 9112 section 7.1); RequestError 400, 413 or 431.
 
-    MAX_LINE = 4096
-
-    def __init__(self) -> None:
-        self.total = 0
-        self.done = False
-        self._left = 0  # of the chunk's data
-        self._line = b""  # one that has not ended yet
-        self._next = self._size_line
-        self._trailers = 0
-
-    def feed(self, data: memoryview) -> Tuple[List[memoryview], int]:
-        """The pieces of body in DATA, and how many bytes of it stand behind the body's end."""
-        pieces = []
-        while data and not self.done:
-            if self._left:
-                pieces.append(data[: self._left])
-                self._left -= len(pieces[-1])
-                data = data[len(pieces[-1]) :]
-                continue
-            start = bytes(data[: self.MAX_LINE])
-            end = start.find(b"\n") + 1
-            self._line += start[:end] if end else start
-            data = data[end or len(start) :]
-            if len(self._line) > self.MAX_LINE:
-                raise RequestError(400, "a line of the chunked body is too long")
-            if end:
-                line, self._line = self._line, b""
-                if not line.endswith(b"\r\n"):
-                    raise RequestError(400, "a line of the chunked body ends without CR LF")
-                self._next(line[:-2])
-        return pieces, len(data)
-
-    def _size_line(self, line: bytes) -> None:
+    The caller reads that many bytes off STREAM before it asks for the next.
+    """
+    total = 0
+    while True:
+        line = read_line(stream, MAX_LINE, "a chunk's size")
         match = _CHUNK.fullmatch(line)
         if not match:
             raise RequestError(400, f"a malformed chunk size: {printable(line, 60)!r}")
-        self._left = int(match.group(1), 16)
-        self.total += self._left
-        if self.total > MAX_BODY:
+        size = int(match.group(1), 16)
+        if not size:
+            break
+        total += size
+        if total > MAX_BODY:
             raise RequestError(413, "more than 1 GiB to sign")
-        self._next = self._data_end if self._left else self._trailer
-
-    def _data_end(self, line: bytes) -> None:
-        if line:
-            raise RequestError(400, "a chunk is longer than its size")
-        self._next = self._size_line
-
-    def _trailer(self, line: bytes) -> None:
+        yield size
+        if stream.read(2) != b"\r\n":
+            raise RequestError(400, "a chunk is not of the size announced")
+    for _ in range(MAX_FIELDS):  # trailers, which mean nothing here
+        line = read_line(stream, MAX_LINE, "a trailer")
         if not line:
-            self.done = True
             return
         parse_field(line)
-        self._trailers += 1
-        if self._trailers > MAX_FIELDS:
-            raise RequestError(431, f"more than {MAX_FIELDS} trailer fields")
+    raise RequestError(431, f"more than {MAX_FIELDS} trailer fields")
 
 
 class Answer(NamedTuple):
@@ -1610,29 +1527,42 @@ class Choices(NamedTuple):
     comment: str  # the pinned key's
 
 
+class ClientStream(io.RawIOBase):
+    """What a client sends, read by RECEIVE, which returns None where there is nothing just now."""
+
+    def __init__(self, receive: Callable[[memoryview], Optional[int]]) -> None:
+        self.readinto = receive  # type: ignore[assignment]
+
+    def readable(self) -> bool:
+        return True
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection: one request, one answer, one line in the log."""
 
     server_version = f"{PROGRAM}/{VERSION}"
     protocol_version = request_version = "HTTP/1.1"
+    command = ""  # until the head is read
 
     def setup(self) -> None:
-        self.accepted = time.monotonic()
         self.proxy: Server = self.server  # type: ignore[assignment]  # BaseServer to the library
         self.client: socket.socket = self.request
+        self.stream = io.BufferedReader(ClientStream(self.receive), BUFFER // 4)
         self.wfile = io.BytesIO()
-        # Under the server's lock, for it may give this place to another connection:
-        self.reading = True  # and may be put off; once False, the answer is this thread's to give
-        self.evicted = False
-        self.since = self.accepted  # when the client's last byte came
-        # This thread's own:
-        self.begun = False
-        self.rest = b""  # read, but behind the head
-        self.whole = False  # the request is read, and nothing stands behind it
+        self.accepted = self.since = time.monotonic()  # the latter: its last byte
+        self.limit = self.accepted + HEAD_SECONDS
+        self.begun = False  # the client has sent something
+        self.whole = False  # the request is read to its end
         self.noted: Dict[str, str] = {}  # for the log
+        # Under the server's lock, for it may give this place to another connection:
+        self.reading = True  # it may; once False, the answer is this thread's to give
+        self.evicted = False  # it did
 
     def version_string(self) -> str:
         return self.server_version
+
+    def log_request(self, code: object = "-", size: object = "-") -> None:
+        """Not the library's line: log_answer() writes ours."""
 
     def handle(self) -> None:
         if not self.proxy.admit(self):
@@ -1641,19 +1571,13 @@ class Handler(BaseHTTPRequestHandler):
             self.send(BUSY)
             return
         try:
-            data = self.read_head()
-            if not data:
-                return
-            answer = self.answer(parse_head(data))
+            answer = self.answer(self.read_request())
         except ProxyError as e:
-            answer = error_answer(e)
+            if not self.begun:
+                return
             if isinstance(e, ClientGone):
                 self.noted["outcome"] = "gone"
-            if answer.status >= 500:
-                LOG.debug("%s", e, exc_info=True)
-        except OSError as e:  # the client reset the connection
-            self.noted["outcome"] = "gone"
-            answer = plain(400, f"the connection broke: {e.strerror or e}")
+            answer = error_answer(e)
         except Exception as e:  # a fault of ours must not take the thread with it
             LOG.error("internal error: %s: %s", type(e).__name__, printable(str(e)))
             LOG.debug("where it happened", exc_info=True)
@@ -1663,95 +1587,62 @@ class Handler(BaseHTTPRequestHandler):
 
     # ---- reading
 
-    def receive(self, buffer: memoryview, deadline: float) -> int:
-        """Bytes of the client's into BUFFER, 0 at the end; RequestError 408 at DEADLINE."""
-        left = deadline - time.monotonic()
+    def receive(self, buffer: memoryview) -> Optional[int]:
+        """Bytes of the client's into BUFFER, 0 at the end; RequestError 408, or ClientGone."""
+        now = time.monotonic()
         try:
-            self.client.settimeout(max(left, 0.001))
+            if not self.whole:
+                self.client.settimeout(max(0.001, min(self.limit - now, GAP_SECONDS)))
             size = self.client.recv_into(buffer)
+        except BlockingIOError:
+            return None
         except socket.timeout as e:
             raise RequestError(408, "the request took too long to arrive") from e
-        self.since = time.monotonic()
+        except OSError as e:
+            raise ClientGone(f"the connection broke: {e.strerror or e}") from e
         if self.evicted:
             raise ClientGone("its place was given to another")
+        self.since = time.monotonic()
         self.begun = self.begun or size > 0
         return size
 
-    def read_head(self) -> bytes:
-        """The head, the empty line included; b"" where the client sent nothing at all."""
-        buffer = memoryview(bytearray(MAX_HEAD))
-        deadline = self.accepted + HEAD_SECONDS
-        data = b""
-        while True:
-            try:
-                size = self.receive(buffer, deadline)
-            except (RequestError, OSError):
-                if data:
-                    raise
-                return b""
-            if not size:
-                if data:
-                    raise RequestError(400, "the request ended inside its head")
-                return b""
-            data += buffer[:size]
-            end = data.find(b"\r\n\r\n") + 4
-            if end > 3 and end <= MAX_HEAD:
-                self.rest = data[end:]
-                return data[:end]
-            if data[:1] == b"\x16":
-                raise RequestError(400, "this is TLS: use http://, not https://")
-            check_line_ends(data)
-            if len(data) > MAX_HEAD:
-                raise RequestError(431, f"the request's head is larger than {MAX_HEAD >> 10} KiB")
+    def read_request(self) -> Head:
+        first = self.stream.peek(1)[:1]
+        if not first:
+            raise ClientGone("a connection without a request")
+        if first == b"\x16":
+            raise RequestError(400, "this is TLS: use http://, not https://")
+        head = read_head(self.stream)
+        self.limit = self.accepted + REQUEST_SECONDS
+        self.whole = not head.chunked and not head.length
+        return head
 
     def read_body(self, head: Head, hash_algorithm: str) -> bytes:
         """The digest of the body, hashed as it arrives."""
-        hasher = hashlib.new(hash_algorithm)
-        if head.expects and not self.rest:
+        if head.minor and "expect" in head.fields:
             self.client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        size = self.read_chunked(hasher) if head.chunked else self.read_length(hasher, head.length)
-        if not size:
+        hasher = hashlib.new(hash_algorithm)
+        sizes = chunk_sizes(self.stream) if head.chunked else [head.length or 0]
+        total = 0
+        for left in sizes:
+            total += left
+            buffer = memoryview(bytearray(min(left, BUFFER)))
+            while left:
+                size = self.stream.readinto1(buffer[:left])
+                if not size:
+                    raise RequestError(400, "the request ended inside its body")
+                hasher.update(buffer[:size])
+                left -= size
+        if not total:
             raise RequestError(400, "an empty body: there is nothing to sign")
+        self.whole = True
         return hasher.digest()
-
-    def read_length(self, hasher: Any, length: Optional[int]) -> int:
-        left = length or 0
-        hasher.update(self.rest[:left])
-        self.whole = len(self.rest) <= left
-        left -= min(left, len(self.rest))
-        buffer = memoryview(bytearray(min(left, BUFFER)))
-        while left:
-            size = self.receive_body(buffer[:left])
-            hasher.update(buffer[:size])
-            left -= size
-        return length or 0
-
-    def read_chunked(self, hasher: Any) -> int:
-        body = Chunked()
-        data, buffer = memoryview(self.rest), memoryview(b"")
-        while True:
-            pieces, extra = body.feed(data)
-            for piece in pieces:
-                hasher.update(piece)
-            if body.done:
-                self.whole = not extra
-                return body.total
-            buffer = buffer or memoryview(bytearray(BUFFER))
-            data = buffer[: self.receive_body(buffer)]
-
-    def receive_body(self, buffer: memoryview) -> int:
-        gap = time.monotonic() + GAP_SECONDS
-        size = self.receive(buffer, min(gap, self.accepted + REQUEST_SECONDS))
-        if not size:
-            raise RequestError(400, "the request ended inside its body")
-        return size
 
     # ---- deciding, in the order of what costs least
 
     def answer(self, head: Head) -> Answer:
         self.command = head.method
         self.noted = {"method": head.method, "path": head.path}
-        self.whole = not head.has_body and not self.rest
         for host in head.hosts:
             check_host(host, self.proxy.config.allowed_hosts)
         check_browser(head.fields)
@@ -1862,19 +1753,13 @@ class Handler(BaseHTTPRequestHandler):
             self.client.settimeout(ANSWER_SECONDS)
             self.client.sendall(data)
 
-    command = ""  # until the head is read
-
-    def log_request(self, code: object = "-", size: object = "-") -> None:
-        """Not the library's line: log_answer() writes ours."""
-
     def finish(self) -> None:
         """Closes the connection such that an answer reaches a client that is still sending: bytes
         that nobody has read would make the system throw the answer away."""
-        with contextlib.suppress(OSError):
-            if self.whole and not self.evicted:
+        with contextlib.suppress(OSError, ProxyError):
+            if self.whole:
                 self.client.setblocking(False)
-                with contextlib.suppress(BlockingIOError):
-                    self.whole = not self.client.recv(1, socket.MSG_PEEK)
+                self.whole = not self.stream.peek(1)
             if not self.whole and self.begun:
                 self.proxy.linger(self)
                 self.drain()
@@ -1905,68 +1790,43 @@ class Listener(NamedTuple):
     name: str
 
 
-def listen(addresses: Sequence[Address]) -> List[Listener]:
-    """Listening sockets for all of ADDRESSES, a name's every address included; ProxyError if not."""
+def listen(address: Address) -> List[Listener]:
+    """Listening sockets at ADDRESS, at all of a name's addresses; ProxyError where there is none."""
     listeners: List[Listener] = []
     try:
-        for address in addresses:
-            listeners += _listen_at(address)
-    except ProxyError:
-        for listener in listeners:
-            listener.socket.close()
-        raise
-    return listeners
-
-
-def _listen_at(address: Address) -> List[Listener]:
-    try:
-        found = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as e:
-        raise ProxyError(f"cannot listen on {address}: the name is not known ({e})") from e
-    listeners, failed = [], None
-    for family, _, _, _, where in dict.fromkeys(found):
+        raise ProxyError(f"cannot listen on {address}: no such name ({e})") from e
+    error = None
+    for family, _, _, _, where in found:
+        sock = None
         try:
             sock = socket.socket(family, socket.SOCK_STREAM)
-        except OSError as e:  # no IPv6 here, say
-            failed = e
-            continue
-        try:
+            v6 = family == socket.AF_INET6
             if os.name == "posix":  # on Windows it would let two programs have the same port
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
+            if v6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             if sys.platform == "linux":
                 # An address that comes later (docker0, a VPN) can be listed from the start.
                 IP_FREEBIND, IPV6_FREEBIND = 15, 78
-                v6 = family == socket.AF_INET6
                 level = socket.IPPROTO_IPV6 if v6 else socket.IPPROTO_IP
                 sock.setsockopt(level, IPV6_FREEBIND if v6 else IP_FREEBIND, 1)
             sock.bind(where)
             sock.listen(1024)
+            listeners.append(Listener(sock, str(Address(*sock.getsockname()[:2]))))
         except OSError as e:
-            sock.close()
-            if e.errno == errno.EADDRNOTAVAIL and len(found) > 1:
-                failed = e  # a name's other address may do
-                continue
-            raise ProxyError(f"cannot listen on {address}: {_why_not(address, e)}") from e
-        bound = sock.getsockname()
-        listeners.append(Listener(sock, str(Address(bound[0], bound[1]))))
-    if not listeners:
-        raise ProxyError(f"cannot listen on {address}: {failed and failed.strerror}")
+            if sock:
+                sock.close()
+            error = e
+            if e.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                break  # those may be a name's address that this system has no use for
+    if error and (not listeners or error.errno == errno.EADDRINUSE):
+        why = error.strerror
+        if error.errno == errno.EADDRINUSE:
+            why = f"port {address.port} is in use: end the program that has it, or choose another"
+        raise ProxyError(f"cannot listen on {address}: {why} (SSH_AGENT_PROXY_ADDR)") from error
     return listeners
-
-
-def _why_not(address: Address, e: OSError) -> str:
-    if e.errno == errno.EADDRINUSE:
-        return (
-            f"port {address.port} is in use: end the program that has it, or choose another "
-            "with SSH_AGENT_PROXY_ADDR"
-        )
-    if e.errno == errno.EACCES:
-        return f"port {address.port} needs privileges: choose one from 1024 on"
-    return e.strerror or str(e)
 
 
 class Server:
@@ -2225,7 +2085,7 @@ def serve(config: Config) -> int:
     raise_file_limit()
     signals = Signals()
     agents = Agents(config.upstream, config.sockets, config.timeout)
-    server = Server(config, agents, listen(config.addresses))
+    server = Server(config, agents, [one for a in config.addresses for one in listen(a)])
     server.start()
     names = ", ".join(f'"{name}"' for name in config.namespaces)
     for listener in server.listeners:
