@@ -54,6 +54,7 @@ import stat
 import threading
 import time
 from dataclasses import dataclass
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from types import TracebackType
 from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn
@@ -140,9 +141,12 @@ def printable(text: Union[str, bytes], limit: int = 200) -> str:
     )
 
 
+_PLAIN_WORD = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but blank, quote, = and backslash
+
+
 def quoted(text: str) -> str:
     """A log line's value: bare where it is one plain word, else in quotes that can be undone."""
-    if text and text.isascii() and text.isprintable() and not set(text) & set(' "=\\'):
+    if _PLAIN_WORD.fullmatch(text):
         return text
     doubled = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{printable(doubled, 1000)}"'
@@ -1485,36 +1489,28 @@ def plain(status: int, text: str, *fields: Tuple[str, str]) -> Answer:
 
 
 BUSY = plain(503, "busy: too many requests at once, try again", ("Retry-After", "1"))
+NO_SHIM = "no shim.sh beside this copy of the program: copy it too, from where the program came"
+
+# The one place where kinds of errors become statuses.
+STATUSES: Dict[Type[ProxyError], int] = {
+    WireError: 502,
+    AgentUnreachable: 503,
+    NoUsableKey: 503,
+    AgentTimeout: 504,
+    AgentRefused: 403,
+    KeyNotHeld: 404,
+    ConfigError: 503,
+    ClientGone: 400,
+}
 
 
-def error_answer(error: ProxyError) -> Answer:
-    """The one place where kinds of errors become statuses."""
-    if isinstance(error, RequestError):
-        return plain(error.status, str(error), *error.fields)
-    for kind, status in (
-        (WireError, 502),
-        (AgentTimeout, 504),
-        (AgentRefused, 403),
-        (KeyNotHeld, 404),
-        (AgentError, 503),
-        (ConfigError, 503),
-        (ClientGone, 400),
-    ):
-        if isinstance(error, kind):
-            return plain(status, str(error))
-    return plain(500, str(error))
-
-
-def read_shim() -> Optional[bytes]:
-    """shim.sh from beside this file or from the same zip; None where only this file was copied."""
+def read_shim() -> bytes:
+    """shim.sh from beside this file or from the same zip; 404 where only this file was copied."""
     try:
         loader = globals()["__loader__"]
         return bytes(loader.get_data(os.path.join(os.path.dirname(__file__), "shim.sh")))
-    except OSError:
-        return None
-
-
-NO_SHIM = "no shim.sh beside this copy of the program: copy it too, from where the program came"
+    except OSError as e:
+        raise RequestError(404, NO_SHIM) from e
 
 
 class Choices(NamedTuple):
@@ -1527,57 +1523,70 @@ class Choices(NamedTuple):
     comment: str  # the pinned key's
 
 
-class ClientStream(io.RawIOBase):
-    """What a client sends, read by RECEIVE, which returns None where there is nothing just now."""
+class Client(io.RawIOBase):
+    """A client's connection, as a stream of what it sends; every wait for that is bounded."""
 
-    def __init__(self, receive: Callable[[memoryview], Optional[int]]) -> None:
-        self.readinto = receive  # type: ignore[assignment]
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self.since = time.monotonic()  # when its last byte came
+        self.limit = self.since + HEAD_SECONDS
+        self.begun = False  # it has sent something
+        # Under the server's lock, for it may give this one's place to another connection:
+        self.reading = True  # it may; once False, the answer is the thread's own to give
+        self.evicted = False  # it did
 
     def readable(self) -> bool:
         return True
+
+    def readinto(self, buffer: Any) -> int:
+        """RequestError 408 where nothing came in time; ClientGone."""
+        left = min(self.limit - time.monotonic(), GAP_SECONDS)
+        try:
+            self.socket.settimeout(max(0, left))
+            size = self.socket.recv_into(buffer)
+        except (socket.timeout, BlockingIOError) as e:
+            raise RequestError(408, "the request took too long to arrive") from e
+        except OSError as e:
+            raise ClientGone(f"the connection broke: {e.strerror or e}") from e
+        if self.evicted:
+            raise ClientGone("its place was given to another")
+        if size:
+            self.since = time.monotonic()
+            self.begun = True
+        return size
 
 
 class Handler(BaseHTTPRequestHandler):
     """One connection: one request, one answer, one line in the log."""
 
     server_version = f"{PROGRAM}/{VERSION}"
-    protocol_version = request_version = "HTTP/1.1"
     command = ""  # until the head is read
 
     def setup(self) -> None:
         self.proxy: Server = self.server  # type: ignore[assignment]  # BaseServer to the library
-        self.client: socket.socket = self.request
-        self.stream = io.BufferedReader(ClientStream(self.receive), BUFFER // 4)
-        self.wfile = io.BytesIO()
-        self.accepted = self.since = time.monotonic()  # the latter: its last byte
-        self.limit = self.accepted + HEAD_SECONDS
-        self.begun = False  # the client has sent something
+        self.accepted = time.monotonic()
+        self.client = Client(self.request)
+        self.stream = io.BufferedReader(self.client, BUFFER // 4)
         self.whole = False  # the request is read to its end
         self.noted: Dict[str, str] = {}  # for the log
-        # Under the server's lock, for it may give this place to another connection:
-        self.reading = True  # it may; once False, the answer is this thread's to give
-        self.evicted = False  # it did
-
-    def version_string(self) -> str:
-        return self.server_version
-
-    def log_request(self, code: object = "-", size: object = "-") -> None:
-        """Not the library's line: log_answer() writes ours."""
 
     def handle(self) -> None:
         if not self.proxy.admit(self):
-            self.begun = True  # as far as the gentle close goes
+            self.client.begun = True  # as far as the gentle close goes
             self.noted["outcome"] = "busy"
             self.send(BUSY)
             return
         try:
             answer = self.answer(self.read_request())
         except ProxyError as e:
-            if not self.begun:
+            if not self.client.begun:
                 return
+            if isinstance(e, RequestError):
+                answer = plain(e.status, str(e), *e.fields)
+            else:
+                answer = plain(STATUSES[type(e)], str(e))
             if isinstance(e, ClientGone):
                 self.noted["outcome"] = "gone"
-            answer = error_answer(e)
         except Exception as e:  # a fault of ours must not take the thread with it
             LOG.error("internal error: %s: %s", type(e).__name__, printable(str(e)))
             LOG.debug("where it happened", exc_info=True)
@@ -1587,44 +1596,24 @@ class Handler(BaseHTTPRequestHandler):
 
     # ---- reading
 
-    def receive(self, buffer: memoryview) -> Optional[int]:
-        """Bytes of the client's into BUFFER, 0 at the end; RequestError 408, or ClientGone."""
-        now = time.monotonic()
-        try:
-            if not self.whole:
-                self.client.settimeout(max(0.001, min(self.limit - now, GAP_SECONDS)))
-            size = self.client.recv_into(buffer)
-        except BlockingIOError:
-            return None
-        except socket.timeout as e:
-            raise RequestError(408, "the request took too long to arrive") from e
-        except OSError as e:
-            raise ClientGone(f"the connection broke: {e.strerror or e}") from e
-        if self.evicted:
-            raise ClientGone("its place was given to another")
-        self.since = time.monotonic()
-        self.begun = self.begun or size > 0
-        return size
-
     def read_request(self) -> Head:
         first = self.stream.peek(1)[:1]
-        if not first:
-            raise ClientGone("a connection without a request")
         if first == b"\x16":
             raise RequestError(400, "this is TLS: use http://, not https://")
+        if not first:
+            raise ClientGone("a connection without a request")
         head = read_head(self.stream)
-        self.limit = self.accepted + REQUEST_SECONDS
+        self.client.limit = self.accepted + REQUEST_SECONDS
         self.whole = not head.chunked and not head.length
         return head
 
     def read_body(self, head: Head, hash_algorithm: str) -> bytes:
         """The digest of the body, hashed as it arrives."""
         if head.minor and "expect" in head.fields:
-            self.client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         hasher = hashlib.new(hash_algorithm)
-        sizes = chunk_sizes(self.stream) if head.chunked else [head.length or 0]
         total = 0
-        for left in sizes:
+        for left in chunk_sizes(self.stream) if head.chunked else [head.length or 0]:
             total += left
             buffer = memoryview(bytearray(min(left, BUFFER)))
             while left:
@@ -1646,11 +1635,10 @@ class Handler(BaseHTTPRequestHandler):
         for host in head.hosts:
             check_host(host, self.proxy.config.allowed_hosts)
         check_browser(head.fields)
-        try:
-            methods, route = self.ROUTES[head.path]
-        except KeyError:
+        if head.path not in self.ROUTES:
             known = ", ".join(self.ROUTES)
-            raise RequestError(404, f"no such path: there are {known}, without a query") from None
+            raise RequestError(404, f"no such path: there are {known}, without a query")
+        methods, route = self.ROUTES[head.path]
         if head.method not in methods:
             allow = ", ".join(methods)
             raise RequestError(405, f"{head.path} takes {allow}", ("Allow", allow))
@@ -1660,16 +1648,13 @@ class Handler(BaseHTTPRequestHandler):
         choices = self.choices(head)
         if not head.chunked and head.length is None:
             raise RequestError(411, "a body with Content-Length or chunked is needed")
-        if not head.chunked and not head.length:
-            raise RequestError(400, "an empty body: there is nothing to sign")
         if head.length and head.length > MAX_BODY:
             raise RequestError(413, "more than 1 GiB to sign")
         digest = self.read_body(head, choices.hash_algorithm)
-        if not self.proxy.claim(self):
-            raise ClientGone("its place was given to another")
         data = signed_data(choices.namespace, choices.hash_algorithm, digest)
+        self.keep_place()
         try:
-            key, signature = self.proxy.agents.sign(choices.wanted, data, self.client)
+            key, signature = self.proxy.agents.sign(choices.wanted, data, self.request)
         except KeyNotHeld as e:
             raise not_held(e, choices.pinned) from e
         self.noted["key"] = key.fingerprint
@@ -1679,10 +1664,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_publickey(self, head: Head) -> Answer:
         choices = self.choices(head)
-        if not self.proxy.claim(self):
-            raise ClientGone("its place was given to another")
+        self.keep_place()
         try:
-            listed = self.proxy.agents.find(choices.wanted, self.client)
+            listed = self.proxy.agents.find(choices.wanted, self.request)
         except KeyNotHeld as e:
             raise not_held(e, choices.pinned) from e
         self.noted["key"] = listed.key.fingerprint
@@ -1694,10 +1678,7 @@ class Handler(BaseHTTPRequestHandler):
         return plain(200, "ok")
 
     def answer_shim(self, head: Head) -> Answer:
-        shim = read_shim()
-        if shim is None:
-            raise RequestError(404, NO_SHIM)
-        return Answer(200, "text/x-shellscript", shim)
+        return Answer(200, "text/x-shellscript", read_shim())
 
     ROUTES = {
         "/sign": (("POST",), answer_sign),
@@ -1718,64 +1699,61 @@ class Handler(BaseHTTPRequestHandler):
         wanted = choose_key(fields.get("sshsig-key"), pinned)
         return Choices(namespace, hash_algorithm, wanted, pinned is not None, comment)
 
+    def keep_place(self) -> None:
+        """The request is read: from now on it is ours that takes time."""
+        if not self.proxy.claim(self):
+            raise ClientGone("its place was given to another")
+
     # ---- answering
 
-    def log_answer(self, status: int) -> None:
-        """Before the answer leaves: what is signed is on record."""
-        served = self.noted.get("path") != "/sign" and status == 200
-        outcome = "served" if served else "refused" if status < 500 else "failed"
-        host, port = self.client_address[:2]
-        values = {
-            "outcome": self.noted.pop("outcome", outcome),
-            "status": str(status),
-            **self.noted,
-            "peer": str(Address(host, port)),
-            "ms": str(round(1000 * (time.monotonic() - self.accepted))),
-        }
-        line = " ".join(f"{name}={quoted(value)}" for name, value in values.items())
-        LOG.log(logging.INFO if served else AUDIT, "%s", line)
-
     def send(self, answer: Answer) -> None:
-        if answer.status >= 400:
-            self.noted["reason"] = answer.body.decode().rstrip("\n")
-        self.log_answer(answer.status)
-        self.send_response(answer.status)
-        self.send_header("Content-Type", answer.content_type)
-        self.send_header("Content-Length", str(len(answer.body)))
-        self.send_header("Connection", "close")
-        for name, value in answer.fields:
-            self.send_header(name, value)
-        self.end_headers()
-        data = cast(io.BytesIO, self.wfile).getvalue()
-        if self.command != "HEAD":
-            data += answer.body
-        with contextlib.suppress(OSError):  # it went away: the log has said what it would have got
-            self.client.settimeout(ANSWER_SECONDS)
-            self.client.sendall(data)
+        """The log's line, and then the answer: no signature leaves that is not on record."""
+        status, body = answer.status, answer.body
+        outcome = "served" if status < 400 else "refused" if status < 500 else "failed"
+        self.noted = {"outcome": self.noted.pop("outcome", outcome), "status": str(status),
+                      **self.noted}  # fmt: skip
+        if status >= 400:
+            self.noted["reason"] = body.decode().rstrip("\n")
+        self.noted["peer"] = str(Address(*self.client_address[:2]))
+        self.noted["ms"] = str(round(1000 * (time.monotonic() - self.accepted)))
+        line = " ".join([f"{name}={quoted(value)}" for name, value in self.noted.items()])
+        LOG.log(logging.INFO if self.noted["outcome"] == "served" else AUDIT, "%s", line)
+
+        head = [
+            f"HTTP/1.1 {status} {self.responses[HTTPStatus(status)][0]}",
+            f"Server: {self.server_version}",
+            f"Date: {self.date_time_string()}",
+            f"Content-Type: {answer.content_type}",
+            f"Content-Length: {len(body)}",
+            "Connection: close",
+            *[f"{name}: {value}" for name, value in answer.fields],
+            "\r\n",
+        ]
+        data = "\r\n".join(head).encode() + (b"" if self.command == "HEAD" else body)
+        with contextlib.suppress(OSError):  # it went away: the log has what it would have got
+            self.request.settimeout(ANSWER_SECONDS)
+            self.request.sendall(data)
 
     def finish(self) -> None:
         """Closes the connection such that an answer reaches a client that is still sending: bytes
         that nobody has read would make the system throw the answer away."""
         with contextlib.suppress(OSError, ProxyError):
             if self.whole:
-                self.client.setblocking(False)
+                self.client.limit = 0  # what is here now, or nothing (408)
                 self.whole = not self.stream.peek(1)
-            if not self.whole and self.begun:
+            if not self.whole and self.client.begun:
                 self.proxy.linger(self)
                 self.drain()
         self.proxy.leave(self)
 
     def drain(self) -> None:
-        self.client.shutdown(socket.SHUT_WR)
+        self.request.shutdown(socket.SHUT_WR)
         buffer = bytearray(BUFFER // 4)
         end = time.monotonic() + LINGER_SECONDS
-        while True:
-            left = end - time.monotonic()
-            if left <= 0:
-                return
-            self.client.settimeout(min(left, LINGER_GAP))
-            if not self.client.recv_into(buffer):
-                return
+        size = 1
+        while size and time.monotonic() < end:
+            self.request.settimeout(LINGER_GAP)
+            size = self.request.recv_into(buffer)
 
 
 def not_held(error: KeyNotHeld, pinned: bool) -> ProxyError:
@@ -1793,16 +1771,15 @@ class Listener(NamedTuple):
 def listen(address: Address) -> List[Listener]:
     """Listening sockets at ADDRESS, at all of a name's addresses; ProxyError where there is none."""
     listeners: List[Listener] = []
+    error: Optional[OSError] = None
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as e:
         raise ProxyError(f"cannot listen on {address}: no such name ({e})") from e
-    error = None
     for family, _, _, _, where in found:
-        sock = None
+        v6 = family == socket.AF_INET6
         try:
             sock = socket.socket(family, socket.SOCK_STREAM)
-            v6 = family == socket.AF_INET6
             if os.name == "posix":  # on Windows it would let two programs have the same port
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if v6:
@@ -1816,16 +1793,12 @@ def listen(address: Address) -> List[Listener]:
             sock.listen(1024)
             listeners.append(Listener(sock, str(Address(*sock.getsockname()[:2]))))
         except OSError as e:
-            if sock:
-                sock.close()
             error = e
-            if e.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                break  # those may be a name's address that this system has no use for
-    if error and (not listeners or error.errno == errno.EADDRINUSE):
-        why = error.strerror
-        if error.errno == errno.EADDRINUSE:
-            why = f"port {address.port} is in use: end the program that has it, or choose another"
-        raise ProxyError(f"cannot listen on {address}: {why} (SSH_AGENT_PROXY_ADDR)") from error
+            if e.errno == errno.EADDRINUSE:
+                raise ProxyError(f"cannot listen on {address}: port {address.port} is in use "
+                                 "(another is chosen by SSH_AGENT_PROXY_ADDR)") from e  # fmt: skip
+    if not listeners:  # else it is a name's other address, which this system has no use for
+        raise ProxyError(f"cannot listen on {address}: {error and error.strerror}") from error
     return listeners
 
 
@@ -1889,32 +1862,32 @@ class Server:
         longest for its own bytes; False where all requests are read whole."""
         with self.lock:
             if len(self.places) >= PLACES:
-                waiting = [h for h in self.places if h.reading]
+                waiting = [h for h in self.places if h.client.reading]
                 if not waiting:
                     return False
-                self.evict(min(waiting, key=lambda h: h.since))
+                self._evict(min(waiting, key=lambda h: h.client.since))
             self.places.add(handler)
             return True
 
-    def evict(self, victim: Handler) -> None:
-        """Under the lock: while it is held, VICTIM's thread neither answers nor closes."""
+    def _evict(self, victim: Handler) -> None:
+        """While the lock is held, VICTIM's own thread neither answers nor closes."""
         self.places.discard(victim)
-        victim.reading = False
-        victim.evicted = True
+        victim.client.reading = False
+        victim.client.evicted = True
         with contextlib.suppress(OSError):
-            if not victim.begun:
-                victim.client.shutdown(socket.SHUT_RDWR)
+            if not victim.client.begun:
+                victim.request.shutdown(socket.SHUT_RDWR)
                 return
             victim.noted["outcome"] = "busy"
             victim.send(BUSY)
-            victim.client.shutdown(socket.SHUT_WR)
+            victim.request.shutdown(socket.SHUT_WR)
         self._linger(victim)
 
     def claim(self, handler: Handler) -> bool:
         """Is the answer HANDLER's to give? From now on its place is safe until it is given."""
         with self.lock:
-            handler.reading = False
-            return not handler.evicted
+            handler.client.reading = False
+            return not handler.client.evicted
 
     def linger(self, handler: Handler) -> None:
         """HANDLER has answered and gives its place back; it reads on until its client is done."""
@@ -1928,7 +1901,7 @@ class Server:
             oldest = next(iter(self.lingering))
             del self.lingering[oldest]
             with contextlib.suppress(OSError):
-                oldest.client.shutdown(socket.SHUT_RDWR)
+                oldest.request.shutdown(socket.SHUT_RDWR)
 
     def leave(self, handler: Handler) -> None:
         """HANDLER is about to close its connection."""
@@ -1946,9 +1919,9 @@ class Server:
             listener.socket.close()
         with self.lock:
             for handler in self.places:
-                if not handler.begun:
+                if not handler.client.begun:
                     with contextlib.suppress(OSError):
-                        handler.client.shutdown(socket.SHUT_RDWR)
+                        handler.request.shutdown(socket.SHUT_RDWR)
 
     @property
     def busy(self) -> bool:
@@ -1996,6 +1969,7 @@ class StderrHandler(logging.Handler):
 
 
 def start_log(level: int) -> None:
+    logging.logThreads = logging.logProcesses = False  # nothing here shows them
     logging.addLevelName(AUDIT, "AUDIT")
     LOG.propagate = False
     LOG.setLevel(level)
@@ -2105,10 +2079,7 @@ def serve(config: Config) -> int:
 
 
 def print_shim() -> int:
-    shim = read_shim()
-    if shim is None:
-        raise ProxyError(NO_SHIM)
-    sys.stdout.buffer.write(shim)
+    sys.stdout.buffer.write(read_shim())
     sys.stdout.flush()
     return 0
 
