@@ -53,7 +53,6 @@ import socket
 import stat
 import threading
 import time
-from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from types import TracebackType
@@ -1189,8 +1188,7 @@ def parse_seconds(setting: Setting) -> float:
     return float(value)
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """Everything that was set. Nothing else reads the environment."""
 
     command: Tuple[str, ...]
