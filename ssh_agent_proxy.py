@@ -53,11 +53,11 @@ import socket
 import stat
 import threading
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
-from types import TracebackType
-from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn
-from typing import Optional, Sequence, Set, Tuple, Type, Union, cast
+from string import Template
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
 VERSION = "0.1.0"
 PROGRAM = "ssh-agent-proxy"
@@ -106,7 +106,7 @@ class ConfigError(ProxyError):
 class RequestError(ProxyError):
     """A request that is answered with the HTTP status given, and why."""
 
-    def __init__(self, status: int, reason: str, *fields: Tuple[str, str]) -> None:
+    def __init__(self, status: int, reason: str, *fields: tuple[str, str]) -> None:
         super().__init__(reason)
         self.status = status
         self.fields = fields
@@ -123,7 +123,7 @@ _UNSEEN = frozenset(map(chr, (
 )))  # fmt: skip
 
 
-def printable(text: Union[str, bytes], limit: int = 200) -> str:
+def printable(text: str | bytes, limit: int = 200) -> str:
     """Foreign text for a log, a prompt or an error: one line, of at most LIMIT characters.
 
     Control, bidi, zero-width and other invisible characters become escapes as in Python's source.
@@ -180,12 +180,7 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(
-        self,
-        kind: Optional[Type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         left = len(self.data) - self.at
         if kind is None and left:
             raise WireError(f"{self.what}: {left} bytes left over")
@@ -257,7 +252,7 @@ def sign_request(key_blob: bytes, data: bytes, flags: int) -> bytes:
     )  # fmt: skip
 
 
-def parse_identities_answer(reply: bytes) -> Optional[List[Identity]]:
+def parse_identities_answer(reply: bytes) -> list[Identity] | None:
     """SSH_AGENT_IDENTITIES_ANSWER (RFC 9987); None where the agent says SSH_AGENT_FAILURE."""
     if reply == byte(SSH_AGENT_FAILURE):
         return None
@@ -269,7 +264,7 @@ def parse_identities_answer(reply: bytes) -> Optional[List[Identity]]:
         return [Identity(r.string(), r.string()) for _ in range(nkeys)]
 
 
-def parse_sign_response(reply: bytes) -> Optional[bytes]:
+def parse_sign_response(reply: bytes) -> bytes | None:
     """SSH_AGENT_SIGN_RESPONSE (RFC 9987), its signature; None for SSH_AGENT_FAILURE."""
     if reply == byte(SSH_AGENT_FAILURE):
         return None
@@ -396,7 +391,14 @@ def parse_public_key(blob: bytes) -> PublicKey:
     return PublicKey(key_type, blob, plain_type, plain_blob, size)
 
 
-def parse_key_line(line: str) -> Tuple[PublicKey, str]:
+class Listed(NamedTuple):
+    """A key with its comment, from an agent's list or an authorized_keys line."""
+
+    key: PublicKey
+    comment: str
+
+
+def parse_key_line(line: str) -> Listed:
     """An authorized_keys line without options: the key and the comment.
 
     What is not one may be a private key: the errors never quote it.
@@ -416,7 +418,7 @@ def parse_key_line(line: str) -> Tuple[PublicKey, str]:
     key = parse_public_key(blob)
     if key.type != words[0]:
         raise WireError(f"a line of type {words[0]!r} with a key of type {key.type!r} in it")
-    return key, words[2].strip() if len(words) == 3 else ""
+    return Listed(key, words[2].strip() if len(words) == 3 else "")
 
 
 def signed_data(namespace: str, hash_algorithm: str, digest: bytes) -> bytes:
@@ -447,9 +449,8 @@ def armor(blob: bytes) -> bytes:
     """PROTOCOL.sshsig, "Armored format"; lines of 70 characters, as ssh-keygen writes them."""
     text = base64.b64encode(blob)
     lines = [text[at : at + 70] for at in range(0, len(text), 70)]
-    return b"\n".join(
-        [b"-----BEGIN SSH SIGNATURE-----", *lines, b"-----END SSH SIGNATURE-----", b""]
-    )
+    head, foot = b"-----BEGIN SSH SIGNATURE-----", b"-----END SSH SIGNATURE-----"
+    return b"\n".join([head, *lines, foot, b""])
 
 
 def check_signature(key: PublicKey, signature: bytes) -> None:
@@ -463,10 +464,8 @@ def check_signature(key: PublicKey, signature: bytes) -> None:
         algorithm = r.string().decode("ascii", "backslashreplace")
         expected = ALGORITHMS[key.plain_type]
         if algorithm != expected:
-            raise WireError(
-                f"{what} is of algorithm {printable(algorithm, 60)!r}, "
-                f"but a {key.type} key's is {expected!r}"
-            )
+            raise WireError(f"{what} is of algorithm {printable(algorithm, 60)!r}, "
+                            f"but a {key.type} key's is {expected!r}")  # fmt: skip
         blob = r.string()
         if key.plain_type.startswith("sk-"):
             r.byte()  # flags
@@ -496,7 +495,7 @@ class Upstream(NamedTuple):
     """Where an agent is: a Unix socket's path, or a command that speaks the agent protocol."""
 
     path: str = ""
-    command: Tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.command:
@@ -504,7 +503,7 @@ class Upstream(NamedTuple):
         return f"agent at {printable(self.path)!r}"
 
 
-def well_known_sockets(platform: str, home: str, runtime: str) -> Tuple[str, ...]:
+def well_known_sockets(platform: str, home: str, runtime: str) -> tuple[str, ...]:
     """Where agents have their sockets unless told otherwise; RUNTIME is $XDG_RUNTIME_DIR or ""."""
     if platform == "win32":
         return ()
@@ -536,7 +535,7 @@ class Exchange:
     """
 
     def __init__(
-        self, upstream: Upstream, deadline: float, client: Optional[socket.socket] = None
+        self, upstream: Upstream, deadline: float, client: socket.socket | None = None
     ) -> None:
         self.upstream = upstream
         self.deadline = deadline
@@ -599,7 +598,7 @@ class Exchange:
         os.set_blocking(self.process.stderr.fileno(), False)
         self.poll.register(self.process.stderr, select.POLLIN)
 
-    def _wait(self, seconds: Optional[float] = None) -> None:
+    def _wait(self, seconds: float | None = None) -> None:
         """Until the agent's connection is ready, or for SECONDS."""
         while True:
             left = self.deadline - time.monotonic()
@@ -704,18 +703,25 @@ def _why(path: str, e: OSError) -> str:
     return e.strerror or str(e)
 
 
-class Listed(NamedTuple):
-    """A key that the agent lists and SSHSIG can use."""
+class Wanted(NamedTuple):
+    """What is to sign: that key, or the listed one with that fingerprint, or the first listed."""
 
-    key: PublicKey
-    comment: bytes
+    key: PublicKey | None = None
+    fingerprint: str = ""
+    pinned: bool = False  # by a setting, not named by the request
+    comment: str = ""
+
+    def fits(self, key: PublicKey) -> bool:
+        if self.key:
+            return key.blob == self.key.blob
+        return not self.fingerprint or key.fingerprint == self.fingerprint
+
+    @property
+    def name(self) -> str:
+        return self.key.name if self.key else self.fingerprint
 
 
-# What a request is signed with: that key, the listed one with that fingerprint, or the first.
-Wanted = Union[PublicKey, str, None]
-
-
-def list_keys(exchange: Exchange) -> List[Listed]:
+def list_keys(exchange: Exchange) -> list[Listed]:
     """The keys that can be used, in the agent's order; NoUsableKey where there is none."""
     identities = parse_identities_answer(exchange.ask(request_identities()))
     if identities is None:
@@ -726,101 +732,83 @@ def list_keys(exchange: Exchange) -> List[Listed]:
     for key_blob, comment in identities:
         # What the agent holds besides is its own business: keys of types that nobody here knows.
         with contextlib.suppress(WireError):
-            listed.append(Listed(parse_public_key(key_blob), comment))
+            key = parse_public_key(key_blob)
+            listed.append(Listed(key, comment.decode("utf-8", "backslashreplace")))
     if not listed:
-        raise NoUsableKey(
-            f"the {exchange.upstream} lists {_count(len(identities), 'key')}, "
-            "none of a type that can be used for SSHSIG"
-        )
+        raise NoUsableKey(f"the {exchange.upstream} lists {count(len(identities), 'key')}, "
+                          "none of a type that can be used for SSHSIG")  # fmt: skip
     return listed
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def choose(listed: Sequence[Listed], wanted: Wanted) -> Listed:
-    """The key among those LISTED that is WANTED; KeyNotHeld where it is not there."""
+    """The key among those LISTED that is WANTED; KeyNotHeld, or NoUsableKey where it is pinned."""
     for candidate in listed:
-        key = candidate.key
-        if wanted is None or wanted in (key, key.fingerprint):
-            return candidate
-    name = wanted.name if isinstance(wanted, PublicKey) else wanted
-    raise KeyNotHeld(
-        f"the agent does not hold the key {name} (it lists {_count(len(listed), 'other')}): "
-        "add it to the agent, or sign with another"
-    )
+        if wanted.fits(candidate.key):
+            return Listed(candidate.key, wanted.comment or candidate.comment)
+    others = f"the agent does not hold it, but {count(len(listed), 'other')}"
+    if wanted.pinned:
+        raise NoUsableKey(f"the pinned key {wanted.name} is missing: {others}")
+    raise KeyNotHeld(f"no key {wanted.name}: {others}; add it there, or sign with another")
 
 
-def request_signature(exchange: Exchange, wanted: Wanted, data: bytes) -> Tuple[PublicKey, bytes]:
-    """Has DATA signed; a key known beforehand is asked for straight away, without a listing."""
-    if isinstance(wanted, PublicKey):
-        key = wanted
-    else:
-        key = choose(list_keys(exchange), wanted).key
+def request_signature(exchange: Exchange, wanted: Wanted, data: bytes) -> tuple[PublicKey, bytes]:
+    """The key that signed DATA, and its signature, checked.
+
+    A key known beforehand is asked for straight away, without a listing.
+    """
+    key = wanted.key or choose(list_keys(exchange), wanted).key
     signature = parse_sign_response(exchange.ask(sign_request(key.blob, data, key.flags)))
     if signature is None:
-        if isinstance(wanted, PublicKey):
+        if wanted.key:
             choose(list_keys(exchange), wanted)  # "not held" is another thing than "refused"
-        raise AgentRefused(
-            f"the {exchange.upstream} refused to sign with {key.fingerprint} "
-            "(declined, timed out, or locked there)"
-        )
+        raise AgentRefused(f"the {exchange.upstream} refused to sign with {key.name} (declined, "
+                           "timed out, or locked there)")  # fmt: skip
     check_signature(key, signature)
     return key, signature
 
 
 class Agents:
-    """Where signatures come from: the agent that was set, or the first well-known one that answers.
+    """The agent that was set, or the first well-known one that answers.
 
     Nothing that an agent says is kept. TIMEOUT, in seconds, bounds the whole exchange of a request.
     """
 
     def __init__(
-        self, upstream: Optional[Upstream], sockets: Sequence[str], timeout: float
+        self, upstream: Upstream | None, sockets: Sequence[str], timeout: float
     ) -> None:
         self.upstream = upstream
         self.sockets = sockets
         self.timeout = timeout
-        self.last: Optional[Upstream] = None  # the agent in use, as the log last named it
+        self.last: Upstream | None = None  # the agent in use, as the log last named it
 
-    def connect(self, client: Optional[socket.socket] = None) -> Exchange:
+    @contextlib.contextmanager
+    def exchange(self, client: socket.socket | None = None) -> Iterator[Exchange]:
+        """A fresh connection for one request; where it is of no help, the error names another."""
+        try:
+            with self._connect(client) as exchange:
+                if exchange.upstream != self.last:
+                    self.last = exchange.upstream
+                    LOG.info("using the %s", exchange.upstream)
+                yield exchange
+        except (AgentUnreachable, NoUsableKey) as e:
+            raise type(e)(f"{e}{self.hint()}") from e
+
+    def _connect(self, client: socket.socket | None) -> Exchange:
         deadline = time.monotonic() + self.timeout
         if not hasattr(socket, "AF_UNIX") or not hasattr(select, "poll"):
             raise AgentUnreachable("this Python has no Unix sockets to reach an agent by")
         if self.upstream:
-            return self._named(Exchange(self.upstream, deadline, client))
+            return Exchange(self.upstream, deadline, client)
         for path in self.sockets:
-            try:
-                return self._named(Exchange(Upstream(path), deadline, client))
-            except AgentUnreachable:
-                continue
-        raise AgentUnreachable(
-            "no agent found: set SSH_AGENT_PROXY_UPSTREAM to its socket (SSH_AUTH_SOCK is not "
-            f"set, and nobody answers at {', '.join(map(printable, self.sockets))})"
-        )
-
-    def _named(self, exchange: Exchange) -> Exchange:
-        if exchange.upstream != self.last:
-            self.last = exchange.upstream
-            LOG.info("using the %s", exchange.upstream)
-        return exchange
-
-    def sign(self, wanted: Wanted, data: bytes, client: socket.socket) -> Tuple[PublicKey, bytes]:
-        """The key that signed DATA and its signature, checked; for errors see AgentError's kinds."""
-        try:
-            with self.connect(client) as exchange:
-                return request_signature(exchange, wanted, data)
-        except (AgentUnreachable, NoUsableKey) as e:
-            raise type(e)(f"{e}{self.hint()}") from e
-
-    def find(self, wanted: Wanted, client: Optional[socket.socket] = None) -> Listed:
-        """The key that sign() would take."""
-        try:
-            with self.connect(client) as exchange:
-                return choose(list_keys(exchange), wanted)
-        except (AgentUnreachable, NoUsableKey) as e:
-            raise type(e)(f"{e}{self.hint()}") from e
+            with contextlib.suppress(AgentUnreachable):
+                return Exchange(Upstream(path), deadline, client)
+        places = ", ".join(map(printable, self.sockets))
+        raise AgentUnreachable("no agent found: set SSH_AGENT_PROXY_UPSTREAM (SSH_AUTH_SOCK is not "
+                               f"set, and nobody answers at {places})")  # fmt: skip
 
     def hint(self) -> str:
         """Names another well-known agent that has keys, where the one in use is of no help."""
@@ -832,10 +820,8 @@ class Agents:
             with contextlib.suppress(ProxyError):
                 with Exchange(Upstream(path), deadline) as exchange:
                     number = len(list_keys(exchange))
-                return (
-                    f"; the {exchange.upstream} has {_count(number, 'key')}: "
-                    f"SSH_AGENT_PROXY_UPSTREAM={printable(path)} selects it"
-                )
+                return (f"; the {exchange.upstream} has {count(number, 'key')}: "
+                        f"SSH_AGENT_PROXY_UPSTREAM={printable(path)} selects it")  # fmt: skip
         return ""
 
 
@@ -883,11 +869,8 @@ def check_host(host: str, allowed: Sequence[str]) -> None:
         return
     if any(host == a or (a[0] == "." and host.endswith(a)) for a in allowed):
         return
-    raise RequestError(
-        421,
-        f"Host {printable(host)!r} is not a name of this proxy: use an address or localhost, "
-        "or list it in SSH_AGENT_PROXY_ALLOWED_HOSTS",
-    )
+    raise RequestError(421, f"Host {printable(host)!r} is not a name of this proxy: use localhost, "
+                            "or list it in SSH_AGENT_PROXY_ALLOWED_HOSTS")  # fmt: skip
 
 
 def check_browser(fields: Mapping[str, str]) -> None:
@@ -900,43 +883,36 @@ def check_browser(fields: Mapping[str, str]) -> None:
 _NAMESPACE = re.compile(r"[!-+\--~]{1,255}")  # printable ASCII but the blank and the comma
 
 
-def choose_namespace(named: Optional[str], allowed: Sequence[str]) -> str:
+def choose_namespace(named: str | None, allowed: Sequence[str]) -> str:
     """The namespace that the request names, else the first allowed one; 400, or 403."""
     if named is None:
         return allowed[0]
     if not _NAMESPACE.fullmatch(named):
         raise RequestError(400, f"SSHSIG-Namespace {printable(named)!r} is malformed")
     if named not in allowed:
-        raise RequestError(
-            403,
-            f"namespace {printable(named)!r} is not allowed here: "
-            f"SSH_AGENT_PROXY_NAMESPACE allows {', '.join(allowed)}",
-        )
+        raise RequestError(403, f"namespace {printable(named)!r} is not allowed here: "
+                                f"SSH_AGENT_PROXY_NAMESPACE is {','.join(allowed)}")  # fmt: skip
     return named
 
 
-def choose_key(named: Optional[str], pinned: Optional[PublicKey]) -> Wanted:
-    """The pinned key, else the one that the request names, else None; 400, or 403."""
+def choose_key(named: str | None, pinned: Listed | None) -> Wanted:
+    """The pinned key, else the one that the request names, else any; 400, or 403."""
+    pin = Wanted(pinned.key, pinned=True, comment=pinned.comment) if pinned else Wanted()
     if named is None:
-        return pinned
-    wanted: Wanted
+        return pin
     if re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}", named):
-        wanted = named
+        wanted = Wanted(fingerprint=named)
     else:
         try:
-            wanted, _ = parse_key_line(named)
+            wanted = Wanted(parse_key_line(named).key)
         except WireError as e:
             raise RequestError(400, f"SSHSIG-Key: {e}") from e
-    if pinned is None:
+    if not pin.key:
         return wanted
-    if wanted not in (pinned, pinned.fingerprint):
-        name = wanted.name if isinstance(wanted, PublicKey) else wanted
-        raise RequestError(
-            403,
-            f"this proxy signs with the key {pinned.name} only, not with {name}: "
-            "use that key, or change SSH_AGENT_PROXY_PUBKEY",
-        )
-    return pinned
+    if not wanted.fits(pin.key):
+        raise RequestError(403, f"this proxy signs with {pin.name} only, not with {wanted.name}: "
+                                "use that key, or change SSH_AGENT_PROXY_PUBKEY")  # fmt: skip
+    return pin
 
 
 # ----------------------------------------------------------------------------------- Hardening
@@ -951,7 +927,7 @@ class Step(NamedTuple):
     expected: bool = False  # not to be had on this system at all: no warning at each start
 
 
-def harden(platform: str) -> List[Step]:
+def harden(platform: str) -> list[Step]:
     """Takes from this process what it doesn't need. To be called before any secret is read."""
     if platform == "linux":
         return _harden_linux()
@@ -969,7 +945,7 @@ def _no_core() -> Step:
     return Step("no core dumps", limits == (0, 0), f"RLIMIT_CORE {limits[0]}")
 
 
-def _harden_linux() -> List[Step]:
+def _harden_linux() -> list[Step]:
     import ctypes
 
     PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4
@@ -1013,7 +989,7 @@ def _lock_memory(libc: Any) -> Step:
     return Step(name, locked != "0", f"VmLck {locked} kB")
 
 
-def _harden_macos() -> List[Step]:
+def _harden_macos() -> list[Step]:
     import ctypes
 
     PT_DENY_ATTACH = 31
@@ -1113,7 +1089,7 @@ def argument_parser(commands: Mapping[str, str]) -> Parser:
     parser.add_argument("-V", "--version", action="version", version=f"{PROGRAM} {VERSION}")
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("-v", "--verbose", action="store_true", help="debug lines in the log")
-    loudness.add_argument("-q", "--quiet", action="store_true", help="warnings and audit lines only")
+    loudness.add_argument("-q", "--quiet", action="store_true", help="warnings and audit lines")
     parser.add_argument("--console", action="store_true", help=argparse.SUPPRESS)
     for option in OPTIONS:
         parser.add_argument(option.flag, metavar=option.metavar, help=option.help)
@@ -1123,32 +1099,28 @@ def argument_parser(commands: Mapping[str, str]) -> Parser:
 def expand(setting: Setting, path: str, env: Mapping[str, str]) -> str:
     """PATH with a leading ~ or %h/ and with $VAR expanded: a systemd env file expands nothing."""
     if path == "~" or path.startswith(("~/", "%h/")):
-        path = home_directory(env) + path.partition("/")[1] + path.partition("/")[2]
+        path = home_directory(env) + path[2 if path[0] == "%" else 1 :]
     elif path.startswith("~"):
         path = os.path.expanduser(path)
-
-    def variable(match: re.Match[str]) -> str:
-        name = match.group(1) or match.group(2)
-        if not env.get(name):
-            raise setting.wrong(f"{printable(path)!r} names ${name}, which is not set")
-        return env[name]
-
-    path = re.sub(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})", variable, path)
-    if "\0" in path:
+    try:
+        expanded = Template(path).substitute(env)
+    except (KeyError, ValueError) as e:
+        raise setting.wrong(f"{printable(path)!r} names a variable that is not set: {e}") from e
+    if "\0" in expanded:
         raise setting.wrong("a NUL in a path")
-    return path
+    return expanded
 
 
 def home_directory(env: Mapping[str, str]) -> str:
     return env.get("HOME") or env.get("USERPROFILE") or os.path.expanduser("~")
 
 
-def parse_addresses(setting: Setting) -> Tuple[Address, ...]:
+def parse_addresses(setting: Setting) -> tuple[Address, ...]:
     addresses = []
-    for part in setting.value.split(","):
-        match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]+)):([0-9]{1,5})", part.strip())
+    for part in map(str.strip, setting.value.split(",")):
+        match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]+)):([0-9]{1,5})", part)
         if not match or int(match.group(3)) > 65535:
-            raise setting.wrong(f"{printable(part.strip())!r} is neither HOST:PORT nor [IPV6]:PORT")
+            raise setting.wrong(f"{printable(part)!r} is neither HOST:PORT nor [V6]:PORT")
         addresses.append(Address(match.group(1) or match.group(2), int(match.group(3))))
     return tuple(addresses)
 
@@ -1171,7 +1143,7 @@ def parse_upstream(setting: Setting, env: Mapping[str, str]) -> Upstream:
     return Upstream(path)
 
 
-def parse_hosts(setting: Setting) -> Tuple[str, ...]:
+def parse_hosts(setting: Setting) -> tuple[str, ...]:
     hosts = []
     for part in setting.value.split(","):
         name = part.strip().lower()
@@ -1191,18 +1163,17 @@ def parse_seconds(setting: Setting) -> float:
 class Config(NamedTuple):
     """Everything that was set. Nothing else reads the environment."""
 
-    command: Tuple[str, ...]
+    command: tuple[str, ...]
     level: int
-    addresses: Tuple[Address, ...]
-    namespaces: Tuple[str, ...]
-    upstream: Optional[Upstream]  # None: look for one at each request
-    sockets: Tuple[str, ...]  # the well-known ones
-    pubkey: Optional[PublicKey]
-    pubkey_comment: str
-    pubkey_file: Optional[Setting]
-    allowed_hosts: Tuple[str, ...]
+    addresses: tuple[Address, ...]
+    namespaces: tuple[str, ...]
+    upstream: Upstream | None  # None: look for one at each request
+    sockets: tuple[str, ...]  # the well-known ones
+    pubkey: Listed | None
+    pubkey_file: Setting | None
+    allowed_hosts: tuple[str, ...]
     timeout: float
-    unknown: Tuple[str, ...]  # variables that look like ours
+    unknown: tuple[str, ...]  # variables that look like ours
 
     @classmethod
     def from_env(
@@ -1240,10 +1211,10 @@ class Config(NamedTuple):
         elif env.get("SSH_AUTH_SOCK"):
             upstream = Upstream(env["SSH_AUTH_SOCK"])
 
-        pubkey, comment, pubkey_file = None, "", None
+        pubkey = pubkey_file = None
         pin, pin_file = setting("PUBKEY"), setting("PUBKEY_FILE")
         if pin.value:
-            pubkey, comment = parse_pin(pin, pin.value)
+            pubkey = parse_pin(pin, pin.value)
         elif pin_file.value:
             pubkey_file = Setting(pin_file.name, expand(pin_file, pin_file.value, env))
             read_pin(pubkey_file)
@@ -1258,21 +1229,18 @@ class Config(NamedTuple):
             upstream=upstream,
             sockets=well_known_sockets(sys.platform, home_directory(env), runtime),
             pubkey=pubkey,
-            pubkey_comment=comment,
             pubkey_file=pubkey_file,
             allowed_hosts=parse_hosts(hosts) if hosts.value else (),
             timeout=parse_seconds(setting("TIMEOUT", "120")),
             unknown=tuple(sorted(unknown)),
         )
 
-    def pinned(self) -> Tuple[Optional[PublicKey], str]:
-        """The key that alone signs, or None, and its comment; the file is read each time anew."""
-        if self.pubkey_file:
-            return read_pin(self.pubkey_file)
-        return self.pubkey, self.pubkey_comment
+    def pinned(self) -> Listed | None:
+        """The key that alone signs, if any; the file is read each time anew."""
+        return read_pin(self.pubkey_file) if self.pubkey_file else self.pubkey
 
 
-def parse_pin(setting: Setting, text: str) -> Tuple[PublicKey, str]:
+def parse_pin(setting: Setting, text: str) -> Listed:
     """The one authorized_keys line in TEXT, which may have comments and empty lines around it."""
     lines = [line for line in text.splitlines() if line.strip() and line.lstrip()[0] != "#"]
     if "PRIVATE KEY" in text:
@@ -1302,7 +1270,7 @@ def read_small_file(setting: Setting, limit: int) -> bytes:
     return data
 
 
-def read_pin(setting: Setting) -> Tuple[PublicKey, str]:
+def read_pin(setting: Setting) -> Listed:
     data = read_small_file(setting, MAX_KEY_FILE)
     named = Setting(f"{setting.name}: {printable(setting.value)!r}", "")
     return parse_pin(named, data.decode("utf-8", "replace"))
@@ -1348,9 +1316,9 @@ class Head(NamedTuple):
     method: str
     path: str  # with the query, where there is one: no path of ours has one
     minor: int  # HTTP/1.minor
-    hosts: Tuple[str, ...]  # authorities: of the Host field and of a target in absolute form
-    fields: Dict[str, str]  # by lower-case name; a field that stands twice has its last value
-    length: Optional[int]  # Content-Length, if any
+    hosts: tuple[str, ...]  # authorities: of the Host field and of a target in absolute form
+    fields: dict[str, str]  # by lower-case name; a field that stands twice has its last value
+    length: int | None  # Content-Length, if any
     chunked: bool
 
 
@@ -1369,7 +1337,7 @@ def read_line(stream: BinaryIO, limit: int, what: str) -> bytes:
     raise RequestError(400, f"the request ended inside {what}")
 
 
-def parse_field(line: bytes) -> Tuple[str, str]:
+def parse_field(line: bytes) -> tuple[str, str]:
     """A field line (RFC 9112 section 5): its name in lower case, and its value."""
     match = _FIELD.fullmatch(line)
     if match:
@@ -1397,7 +1365,7 @@ def read_head(stream: BinaryIO) -> Head:
     method, target, major, minor = (part.decode() for part in match.groups())
     if (major, minor) not in (("1", "1"), ("1", "0")):
         raise RequestError(400, f"HTTP/{major}.{minor} is not spoken here: use HTTP/1.1")
-    fields: Dict[str, str] = {}
+    fields: dict[str, str] = {}
     number = 0
     while line := read_line(stream, left, what):
         left -= len(line) + 2
@@ -1427,7 +1395,7 @@ def read_head(stream: BinaryIO) -> Head:
     return Head(method, target, int(minor), tuple(hosts), fields, length, chunked)
 
 
-def parse_framing(fields: Mapping[str, str], minor: int) -> Tuple[Optional[int], bool]:
+def parse_framing(fields: Mapping[str, str], minor: int) -> tuple[int | None, bool]:
     """RFC 9112 section 6: Content-Length if any, and whether the body is chunked."""
     coding = fields.get("transfer-encoding")
     length = fields.get("content-length")
@@ -1479,10 +1447,10 @@ class Answer(NamedTuple):
     status: int
     content_type: str
     body: bytes
-    fields: Tuple[Tuple[str, str], ...] = ()
+    fields: tuple[tuple[str, str], ...] = ()
 
 
-def plain(status: int, text: str, *fields: Tuple[str, str]) -> Answer:
+def plain(status: int, text: str, *fields: tuple[str, str]) -> Answer:
     return Answer(status, "text/plain; charset=utf-8", (text + "\n").encode(), fields)
 
 
@@ -1490,7 +1458,7 @@ BUSY = plain(503, "busy: too many requests at once, try again", ("Retry-After", 
 NO_SHIM = "no shim.sh beside this copy of the program: copy it too, from where the program came"
 
 # The one place where kinds of errors become statuses.
-STATUSES: Dict[Type[ProxyError], int] = {
+STATUSES: dict[type[ProxyError], int] = {
     WireError: 502,
     AgentUnreachable: 503,
     NoUsableKey: 503,
@@ -1509,16 +1477,6 @@ def read_shim() -> bytes:
         return bytes(loader.get_data(os.path.join(os.path.dirname(__file__), "shim.sh")))
     except OSError as e:
         raise RequestError(404, NO_SHIM) from e
-
-
-class Choices(NamedTuple):
-    """What a request's SSHSIG-* fields and the settings come to."""
-
-    namespace: str
-    hash_algorithm: str
-    wanted: Wanted
-    pinned: bool  # it is the pinned key that is wanted
-    comment: str  # the pinned key's
 
 
 class Client(io.RawIOBase):
@@ -1566,7 +1524,7 @@ class Handler(BaseHTTPRequestHandler):
         self.client = Client(self.request)
         self.stream = io.BufferedReader(self.client, BUFFER // 4)
         self.whole = False  # the request is read to its end
-        self.noted: Dict[str, str] = {}  # for the log
+        self.noted: dict[str, str] = {}  # for the log
 
     def handle(self) -> None:
         if not self.proxy.admit(self):
@@ -1643,33 +1601,28 @@ class Handler(BaseHTTPRequestHandler):
         return route(self, head)
 
     def answer_sign(self, head: Head) -> Answer:
-        choices = self.choices(head)
+        namespace, hash_algorithm, wanted = self.choices(head)
         if not head.chunked and head.length is None:
             raise RequestError(411, "a body with Content-Length or chunked is needed")
         if head.length and head.length > MAX_BODY:
             raise RequestError(413, "more than 1 GiB to sign")
-        digest = self.read_body(head, choices.hash_algorithm)
-        data = signed_data(choices.namespace, choices.hash_algorithm, digest)
+        digest = self.read_body(head, hash_algorithm)
+        data = signed_data(namespace, hash_algorithm, digest)
         self.keep_place()
-        try:
-            key, signature = self.proxy.agents.sign(choices.wanted, data, self.request)
-        except KeyNotHeld as e:
-            raise not_held(e, choices.pinned) from e
+        with self.proxy.agents.exchange(self.request) as exchange:
+            key, signature = request_signature(exchange, wanted, data)
         self.noted["key"] = key.fingerprint
         self.noted["outcome"] = "signed"
-        block = armor(sshsig(key.blob, choices.namespace, choices.hash_algorithm, signature))
+        block = armor(sshsig(key.blob, namespace, hash_algorithm, signature))
         return Answer(200, "application/x-ssh-signature", block)
 
     def answer_publickey(self, head: Head) -> Answer:
-        choices = self.choices(head)
+        wanted = self.choices(head)[2]
         self.keep_place()
-        try:
-            listed = self.proxy.agents.find(choices.wanted, self.request)
-        except KeyNotHeld as e:
-            raise not_held(e, choices.pinned) from e
+        with self.proxy.agents.exchange(self.request) as exchange:
+            listed = choose(list_keys(exchange), wanted)
         self.noted["key"] = listed.key.fingerprint
-        comment = choices.comment or listed.comment.decode("utf-8", "backslashreplace")
-        line = f"{listed.key.line} {printable(comment)}".rstrip()
+        line = f"{listed.key.line} {printable(listed.comment)}".rstrip()
         return plain(200, line, ("Cache-Control", "no-cache"))
 
     def answer_healthz(self, head: Head) -> Answer:
@@ -1685,7 +1638,8 @@ class Handler(BaseHTTPRequestHandler):
         "/shim": (("GET", "HEAD"), answer_shim),
     }
 
-    def choices(self, head: Head) -> Choices:
+    def choices(self, head: Head) -> tuple[str, str, Wanted]:
+        """Namespace, hash algorithm and key, by the request's SSHSIG-* fields and the settings."""
         config, fields = self.proxy.config, head.fields
         namespace = choose_namespace(fields.get("sshsig-namespace"), config.namespaces)
         self.noted["namespace"] = namespace
@@ -1693,9 +1647,7 @@ class Handler(BaseHTTPRequestHandler):
         if hash_algorithm not in HASHES:
             raise RequestError(400, f"SSHSIG-Hash {printable(hash_algorithm, 60)!r}: neither "
                                     f"{' nor '.join(HASHES)}")  # fmt: skip
-        pinned, comment = config.pinned()
-        wanted = choose_key(fields.get("sshsig-key"), pinned)
-        return Choices(namespace, hash_algorithm, wanted, pinned is not None, comment)
+        return namespace, hash_algorithm, choose_key(fields.get("sshsig-key"), config.pinned())
 
     def keep_place(self) -> None:
         """The request is read: from now on it is ours that takes time."""
@@ -1754,22 +1706,15 @@ class Handler(BaseHTTPRequestHandler):
             size = self.request.recv_into(buffer)
 
 
-def not_held(error: KeyNotHeld, pinned: bool) -> ProxyError:
-    """The key that a request names is the client's to correct, the pinned one is not."""
-    if not pinned:
-        return error
-    return NoUsableKey(f"the pinned key is missing (SSH_AGENT_PROXY_PUBKEY): {error}")
-
-
 class Listener(NamedTuple):
     socket: socket.socket
     name: str
 
 
-def listen(address: Address) -> List[Listener]:
-    """Listening sockets at ADDRESS, at all of a name's addresses; ProxyError where there is none."""
-    listeners: List[Listener] = []
-    error: Optional[OSError] = None
+def listen(address: Address) -> list[Listener]:
+    """Listening sockets at ADDRESS, for a name at all it has; ProxyError where there is none."""
+    listeners: list[Listener] = []
+    error: OSError | None = None
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as e:
@@ -1810,8 +1755,8 @@ class Server:
         self.listeners = listeners
         self.lock = threading.Lock()
         self.free = dict.fromkeys(listeners, 0)  # threads waiting in accept
-        self.places: Set[Handler] = set()
-        self.lingering: Dict[Handler, None] = {}  # in the order in which they came
+        self.places: set[Handler] = set()
+        self.lingering: dict[Handler, None] = {}  # in the order in which they came
         self.stopping = False
 
     def start(self) -> None:
@@ -1985,7 +1930,7 @@ class Signals:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: None)
 
-    def wait(self, seconds: Optional[float] = None) -> bool:
+    def wait(self, seconds: float | None = None) -> bool:
         """Has a signal come, now or within SECONDS?"""
         self.receiver.settimeout(seconds)
         try:
@@ -2023,30 +1968,24 @@ def warn_of_weak_settings(config: Config, listeners: Sequence[Listener]) -> None
     for listener in listeners:
         host = listener.socket.getsockname()[0].partition("%")[0]
         if not ipaddress.ip_address(host).is_loopback:
-            LOG.warning(
-                "%s is not a loopback address: whoever reaches it can have anything signed",
-                listener.name,
-            )
+            LOG.warning("%s is not a loopback address: whoever reaches it can have anything signed",
+                        listener.name)  # fmt: skip
 
 
 def report_agent(config: Config, agents: Agents) -> None:
     """What the log says at the start of the keys, or of why there are none yet."""
     try:
-        pinned, _ = config.pinned()
-        with agents.connect() as exchange:
+        wanted = choose_key(None, config.pinned())
+        with agents.exchange() as exchange:
             listed = list_keys(exchange)
-        key = choose(listed, pinned).key
+            key = choose(listed, wanted).key
     except ProxyError as e:
-        hint = agents.hint() if isinstance(e, (AgentUnreachable, NoUsableKey)) else ""
-        LOG.warning("/sign can't work yet: %s%s", e, hint)
+        LOG.warning("/sign can't work yet: %s", e)
         return
-    LOG.info("signing with %s unless a request names another" if not pinned
-             else "signing with %s only", key.name)  # fmt: skip
-    if len(listed) > 1 and not pinned:
-        LOG.warning(
-            "the agent holds %d keys and none is pinned: SSH_AGENT_PROXY_PUBKEY pins one",
-            len(listed),
-        )
+    LOG.info("signing with %s%s", key.name, "" if wanted.pinned else " unless another is named")
+    if len(listed) > 1 and not wanted.pinned:
+        LOG.warning("the agent holds %d keys and none is pinned: SSH_AGENT_PROXY_PUBKEY pins one",
+                    len(listed))  # fmt: skip
 
 
 def serve(config: Config) -> int:
@@ -2092,9 +2031,8 @@ def main(argv: Sequence[str]) -> int:
             return serve(config)
         if command == "shim":
             return print_shim()
-        raise ConfigError(
-            f"no such command: {printable(command)!r} (there are {', '.join(COMMANDS)})"
-        )
+        known = " and ".join(COMMANDS)
+        raise ConfigError(f"no such command: {printable(command)!r} (there are {known})")
     except ConfigError as e:
         print(f"{PROGRAM}: {e}", file=sys.stderr)
         return 2
