@@ -54,7 +54,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from http import HTTPStatus
+from http.client import responses
 from http.server import BaseHTTPRequestHandler
 from string import Template
 from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
@@ -856,7 +856,7 @@ def check_host(host: str, allowed: Sequence[str]) -> None:
 
     Names that anyone on the network can claim (single labels, .local) are not ours, our own aside.
     """
-    if host == "localhost" or host.endswith(OWN_SUFFIXES):
+    if host in ("127.0.0.1", "localhost") or host.endswith(OWN_SUFFIXES):
         return
     try:
         ipaddress.ip_address(host)
@@ -1331,7 +1331,7 @@ def read_line(stream: BinaryIO, limit: int, what: str) -> bytes:
     if line.endswith(b"\r\n") and line.find(b"\r") == len(line) - 2:
         return line[:-2]
     if len(line) == limit:
-        raise RequestError(431, f"{what} is longer than {limit >> 10} KiB")
+        raise RequestError(431, f"{what} is too large")
     if b"\n" in line or b"\r" in line[:-1]:
         raise RequestError(400, f"a bare CR or LF in {what}")
     raise RequestError(400, f"the request ended inside {what}")
@@ -1360,8 +1360,7 @@ def read_head(stream: BinaryIO) -> Head:
     left = MAX_HEAD - len(first) - 2
     match = _REQUEST_LINE.fullmatch(first)
     if not match:
-        hint = " (TLS? use http://)" if first[:1] == b"\x16" else ""
-        raise RequestError(400, f"a malformed request line: {printable(first, 60)!r}{hint}")
+        raise RequestError(400, f"a malformed request line: {printable(first, 60)!r}")
     method, target, major, minor = (part.decode() for part in match.groups())
     if (major, minor) not in (("1", "1"), ("1", "0")):
         raise RequestError(400, f"HTTP/{major}.{minor} is not spoken here: use HTTP/1.1")
@@ -1390,7 +1389,7 @@ def read_head(stream: BinaryIO) -> Head:
         raise RequestError(400, f"a request target of another form: {printable(target, 60)!r}")
 
     length, chunked = parse_framing(fields, int(minor))
-    if fields.get("expect", "100-continue").lower() != "100-continue":
+    if minor == "1" and fields.get("expect", "100-continue").lower() != "100-continue":
         raise RequestError(400, f"Expect {printable(fields['expect'], 60)!r} can't be met")
     return Head(method, target, int(minor), tuple(hosts), fields, length, chunked)
 
@@ -1411,8 +1410,9 @@ def parse_framing(fields: Mapping[str, str], minor: int) -> tuple[int | None, bo
         return None, False
     if not re.fullmatch("[0-9]+", length):
         raise RequestError(400, f"Content-Length {printable(length, 60)!r} is no number")
+    length = length.lstrip("0") or "0"
     # Python refuses to read numbers of thousands of digits.
-    return int(length) if len(length.lstrip("0")) < 19 else MAX_BODY + 1, False
+    return int(length) if len(length) < 19 else MAX_BODY + 1, False
 
 
 def chunk_sizes(stream: BinaryIO) -> Iterator[int]:
@@ -1566,7 +1566,10 @@ class Handler(BaseHTTPRequestHandler):
     def read_body(self, head: Head, hash_algorithm: str) -> bytes:
         """The digest of the body, hashed as it arrives."""
         if head.minor and "expect" in head.fields:
-            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            try:
+                self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            except OSError as e:
+                raise ClientGone(f"the connection broke: {e.strerror or e}") from e
         hasher = hashlib.new(hash_algorithm)
         total = 0
         for left in chunk_sizes(self.stream) if head.chunked else [head.length or 0]:
@@ -1660,17 +1663,16 @@ class Handler(BaseHTTPRequestHandler):
         """The log's line, and then the answer: no signature leaves that is not on record."""
         status, body = answer.status, answer.body
         outcome = "served" if status < 400 else "refused" if status < 500 else "failed"
-        self.noted = {"outcome": self.noted.pop("outcome", outcome), "status": str(status),
-                      **self.noted}  # fmt: skip
+        noted = {"outcome": outcome, "status": str(status), **self.noted}
         if status >= 400:
-            self.noted["reason"] = body.decode().rstrip("\n")
-        self.noted["peer"] = str(Address(*self.client_address[:2]))
-        self.noted["ms"] = str(round(1000 * (time.monotonic() - self.accepted)))
-        line = " ".join([f"{name}={quoted(value)}" for name, value in self.noted.items()])
-        LOG.log(logging.INFO if self.noted["outcome"] == "served" else AUDIT, "%s", line)
+            noted["reason"] = body.decode().rstrip("\n")
+        noted["peer"] = str(Address(*self.client_address[:2]))
+        noted["ms"] = str(round(1000 * (time.monotonic() - self.accepted)))
+        line = " ".join([f"{name}={quoted(value)}" for name, value in noted.items()])
+        LOG.log(logging.INFO if noted["outcome"] == "served" else AUDIT, "%s", line)
 
         head = [
-            f"HTTP/1.1 {status} {self.responses[HTTPStatus(status)][0]}",
+            f"HTTP/1.1 {status} {responses[status]}",
             f"Server: {self.server_version}",
             f"Date: {self.date_time_string()}",
             f"Content-Type: {answer.content_type}",
