@@ -53,7 +53,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.client import responses
 from http.server import BaseHTTPRequestHandler
 from string import Template
@@ -1017,6 +1017,12 @@ def _harden_macos() -> list[Step]:
 
 MAX_KEY_FILE = 64 * 1024
 
+# What they would forbid must not be signed because this version can't forbid it.
+UNSUPPORTED = ("TOKEN_FILE", "PAYLOADS", "CONFIRM", "CONFIRM_FOR")
+SHIMS_OWN = ("URL", "PUBKEY_URL", "TOKEN", "CURL")
+
+Env = Mapping[str, str]
+
 
 class Setting(NamedTuple):
     """A setting as it was found: NAME is what the person calls it, the variable or the option."""
@@ -1036,34 +1042,148 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+def parse_addresses(setting: Setting, env: Env) -> tuple[Address, ...]:
+    addresses = []
+    for part in map(str.strip, setting.value.split(",")):
+        match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]+)):([0-9]{1,5})", part)
+        if not match or int(match.group(3)) > 65535:
+            raise setting.wrong(f"{printable(part)!r} is neither HOST:PORT nor [V6]:PORT")
+        addresses.append(Address(match.group(1) or match.group(2), int(match.group(3))))
+    return tuple(addresses)
+
+
+def parse_namespaces(setting: Setting, env: Env) -> tuple[str, ...]:
+    names = tuple(map(str.strip, setting.value.split(",")))
+    for name in names:
+        if not _NAMESPACE.fullmatch(name):
+            raise setting.wrong(f"{printable(name)!r} is not 1 to 255 printable ASCII characters")
+    return names
+
+
+def parse_hosts(setting: Setting, env: Env) -> tuple[str, ...]:
+    hosts = []
+    for part in filter(None, map(str.strip, setting.value.lower().split(","))):
+        if not _HOST_NAME.fullmatch(part[1:] if part[0] == "." else part):
+            raise setting.wrong(f"{printable(part)!r} is not a host name or .suffix")
+        hosts.append(part[:-1] if part.endswith(".") else part)
+    return tuple(hosts)
+
+
+def parse_seconds(setting: Setting, env: Env) -> float:
+    value = setting.value
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value) or not float(value):
+        raise setting.wrong(f"{printable(value)!r} is not a number of seconds above 0")
+    return float(value)
+
+
+def home_directory(env: Env) -> str:
+    return env.get("HOME") or env.get("USERPROFILE") or os.path.expanduser("~")
+
+
+def expand(setting: Setting, path: str, env: Env) -> str:
+    """PATH with a leading ~ or %h/ and with $VAR expanded: a systemd env file expands nothing."""
+    if path == "~" or path.startswith(("~/", "%h/")):
+        path = home_directory(env) + path[2 if path[0] == "%" else 1 :]
+    elif path.startswith("~"):
+        path = os.path.expanduser(path)
+    try:
+        expanded = Template(path).substitute(env)
+    except (KeyError, ValueError) as e:
+        raise setting.wrong(f"{printable(path)!r} names a variable that is not set: {e}") from e
+    if "\0" in expanded:
+        raise setting.wrong("a NUL in a path")
+    return expanded
+
+
+def parse_upstream(setting: Setting, env: Env) -> Upstream | None:
+    """None where neither this nor SSH_AUTH_SOCK is set: one is looked for at each request."""
+    value = setting.value
+    if not value:
+        return Upstream(env["SSH_AUTH_SOCK"]) if env.get("SSH_AUTH_SOCK") else None
+    if value.startswith("exec:"):
+        try:
+            command = shlex.split(value[len("exec:") :])
+        except ValueError as e:
+            raise setting.wrong(f"{printable(value)!r}: {str(e).lower()}") from e
+        if not command:
+            raise setting.wrong("exec: without a command")
+        return Upstream(command=(expand(setting, command[0], env), *command[1:]))
+    path = expand(setting, value[len("unix:") :] if value.startswith("unix:") else value, env)
+    if not path.startswith("/"):
+        raise setting.wrong(f"{printable(value)!r} is neither a socket's absolute path nor "
+                            "exec:COMMAND")  # fmt: skip
+    return Upstream(path)
+
+
+def parse_pin(setting: Setting, env: Env) -> Listed | None:
+    """The one authorized_keys line, which may have comments and empty lines around it."""
+    lines = [line for line in setting.value.splitlines() if line.strip()[:1] not in ("", "#")]
+    if "PRIVATE KEY" in setting.value:
+        raise setting.wrong("a private key, where the public one (the .pub file) belongs")
+    if not setting.value:
+        return None
+    if len(lines) != 1:
+        raise setting.wrong(f"one line with a public key is needed, {len(lines)} are there")
+    try:
+        return parse_key_line(lines[0])
+    except WireError as e:
+        raise setting.wrong(str(e)) from e
+
+
+def parse_file(setting: Setting, env: Env) -> Setting | None:
+    return setting._replace(value=expand(setting, setting.value, env)) if setting.value else None
+
+
+def read_small_file(setting: Setting, limit: int) -> bytes:
+    """The regular file that SETTING names, of at most LIMIT bytes; ConfigError names both."""
+    path = printable(setting.value)
+    try:
+        # A FIFO would be waited for.
+        fd = os.open(setting.value, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with open(fd, "rb") as f:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise setting.wrong(f"{path!r} is not a regular file")
+            data = f.read(limit + 1)
+    except OSError as e:
+        raise setting.wrong(f"cannot read {path!r}: {e.strerror}") from e
+    if len(data) > limit:
+        raise setting.wrong(f"{path!r} is larger than {limit >> 10} KiB")
+    return data
+
+
 class Option(NamedTuple):
-    """A setting: its variable's name after SSH_AGENT_PROXY_, and what --help says of it."""
+    """A setting: its variable without SSH_AGENT_PROXY_, a row of --help, and how it is read."""
 
     variable: str
+    default: str
     metavar: str
     help: str
+    parse: Callable[[Setting, Env], Any]
+
+    @property
+    def field(self) -> str:
+        return self.variable.lower()
 
     @property
     def flag(self) -> str:
-        return "--" + self.variable.lower().replace("_", "-")
+        return "--" + self.field.replace("_", "-")
 
 
 OPTIONS = (
-    Option("ADDR", "HOST:PORT", "where to listen, several separated by commas; port 0 picks one "
-           "(127.0.0.1:7221)"),
-    Option("NAMESPACE", "NAMES", "SSHSIG namespaces that may be signed, comma-separated, the first "
-           "is the default (git)"),
-    Option("UPSTREAM", "AGENT", "the agent: /path or unix:/path of its socket, or exec:COMMAND "
-           "that speaks its protocol ($SSH_AUTH_SOCK, else the first well-known socket)"),
-    Option("PUBKEY", "LINE", "sign with this key only: an authorized_keys line"),
-    Option("PUBKEY_FILE", "FILE", "a file with that line, read at each request"),
-    Option("ALLOWED_HOSTS", "NAMES", "further names that a Host header may carry, comma-separated, "
-           ".suffix for all below it"),
-    Option("TIMEOUT", "SECONDS", "for one whole exchange with the agent, a touch included (120)"),
+    Option("ADDR", "127.0.0.1:7221", "HOST:PORT", "where to listen, several separated by commas; "
+           "port 0 picks one", parse_addresses),
+    Option("NAMESPACE", "git", "NAMES", "SSHSIG namespaces that may be signed, separated by "
+           "commas; the first is the default", parse_namespaces),
+    Option("UPSTREAM", "", "AGENT", "the agent: its socket's /path or unix:/path, or exec:COMMAND "
+           "that speaks its protocol; unset: $SSH_AUTH_SOCK, else the first well-known socket",
+           parse_upstream),
+    Option("PUBKEY", "", "LINE", "an authorized_keys line: sign with this key only", parse_pin),
+    Option("PUBKEY_FILE", "", "FILE", "a file with that line, read at each request", parse_file),
+    Option("ALLOWED_HOSTS", "", "NAMES", "further names that a Host header may carry, separated "
+           "by commas, .suffix for all below it", parse_hosts),
+    Option("TIMEOUT", "120", "SECONDS", "for one whole exchange with the agent, a touch included",
+           parse_seconds),
 )  # fmt: skip
-
-# What they would forbid must not be signed because this version can't forbid it.
-UNSUPPORTED = ("TOKEN_FILE", "PAYLOADS", "CONFIRM", "CONFIRM_FOR")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1092,72 +1212,9 @@ def argument_parser(commands: Mapping[str, str]) -> Parser:
     loudness.add_argument("-q", "--quiet", action="store_true", help="warnings and audit lines")
     parser.add_argument("--console", action="store_true", help=argparse.SUPPRESS)
     for option in OPTIONS:
-        parser.add_argument(option.flag, metavar=option.metavar, help=option.help)
+        default = f" ({option.default})" if option.default else ""
+        parser.add_argument(option.flag, metavar=option.metavar, help=option.help + default)
     return parser
-
-
-def expand(setting: Setting, path: str, env: Mapping[str, str]) -> str:
-    """PATH with a leading ~ or %h/ and with $VAR expanded: a systemd env file expands nothing."""
-    if path == "~" or path.startswith(("~/", "%h/")):
-        path = home_directory(env) + path[2 if path[0] == "%" else 1 :]
-    elif path.startswith("~"):
-        path = os.path.expanduser(path)
-    try:
-        expanded = Template(path).substitute(env)
-    except (KeyError, ValueError) as e:
-        raise setting.wrong(f"{printable(path)!r} names a variable that is not set: {e}") from e
-    if "\0" in expanded:
-        raise setting.wrong("a NUL in a path")
-    return expanded
-
-
-def home_directory(env: Mapping[str, str]) -> str:
-    return env.get("HOME") or env.get("USERPROFILE") or os.path.expanduser("~")
-
-
-def parse_addresses(setting: Setting) -> tuple[Address, ...]:
-    addresses = []
-    for part in map(str.strip, setting.value.split(",")):
-        match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]+)):([0-9]{1,5})", part)
-        if not match or int(match.group(3)) > 65535:
-            raise setting.wrong(f"{printable(part)!r} is neither HOST:PORT nor [V6]:PORT")
-        addresses.append(Address(match.group(1) or match.group(2), int(match.group(3))))
-    return tuple(addresses)
-
-
-def parse_upstream(setting: Setting, env: Mapping[str, str]) -> Upstream:
-    value = setting.value
-    if value.startswith("exec:"):
-        try:
-            command = shlex.split(value[len("exec:") :])
-        except ValueError as e:
-            raise setting.wrong(f"{printable(value)!r}: {str(e).lower()}") from e
-        if not command:
-            raise setting.wrong("exec: without a command")
-        return Upstream(command=(expand(setting, command[0], env), *command[1:]))
-    path = expand(setting, value[len("unix:") :] if value.startswith("unix:") else value, env)
-    if not path.startswith("/"):
-        raise setting.wrong(
-            f"{printable(value)!r} is neither the absolute path of a socket nor exec:COMMAND"
-        )
-    return Upstream(path)
-
-
-def parse_hosts(setting: Setting) -> tuple[str, ...]:
-    hosts = []
-    for part in setting.value.split(","):
-        name = part.strip().lower()
-        if not _HOST_NAME.fullmatch(name[1:] if name.startswith(".") else name):
-            raise setting.wrong(f"{printable(part.strip())!r} is not a host name or .suffix")
-        hosts.append(name[:-1] if name.endswith(".") else name)
-    return tuple(hosts)
-
-
-def parse_seconds(setting: Setting) -> float:
-    value = setting.value
-    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value) or not float(value):
-        raise setting.wrong(f"{printable(value)!r} is not a number of seconds above 0")
-    return float(value)
 
 
 class Config(NamedTuple):
@@ -1165,115 +1222,52 @@ class Config(NamedTuple):
 
     command: tuple[str, ...]
     level: int
-    addresses: tuple[Address, ...]
-    namespaces: tuple[str, ...]
-    upstream: Upstream | None  # None: look for one at each request
     sockets: tuple[str, ...]  # the well-known ones
+    unknown: tuple[str, ...]  # variables that look like ours
+    addr: tuple[Address, ...]
+    namespace: tuple[str, ...]
+    upstream: Upstream | None
     pubkey: Listed | None
     pubkey_file: Setting | None
     allowed_hosts: tuple[str, ...]
     timeout: float
-    unknown: tuple[str, ...]  # variables that look like ours
 
     @classmethod
-    def from_env(
-        cls, env: Mapping[str, str], argv: Sequence[str], commands: Mapping[str, str]
-    ) -> Config:
+    def from_env(cls, env: Env, argv: Sequence[str], commands: Mapping[str, str]) -> Config:
         """From os.environ and sys.argv[1:]; ConfigError names the setting that is wrong."""
-        options = argument_parser(commands).parse_intermixed_args(argv)
-
-        def setting(variable: str, default: str = "") -> Setting:
-            given = getattr(options, variable.lower(), None)
-            if given:
-                return Setting("--" + variable.lower().replace("_", "-"), given)
-            name = "SSH_AGENT_PROXY_" + variable
-            return Setting(name, env.get(name) or default)
-
+        given = argument_parser(commands).parse_intermixed_args(argv)
+        prefix = "SSH_AGENT_PROXY_"
         for variable in UNSUPPORTED:
-            if setting(variable).value:
-                raise setting(variable).wrong(
-                    "this version can't enforce it, so it does not start with it set"
-                )
-        known = [o.variable for o in OPTIONS] + ["URL", "PUBKEY_URL", "TOKEN", "CURL"]
-        unknown = [n for n in env if n.startswith("SSH_AGENT_PROXY_") and n[16:] not in known]
-
-        namespace = setting("NAMESPACE", "git")
-        namespaces = tuple(part.strip() for part in namespace.value.split(","))
-        for part in namespaces:
-            if not _NAMESPACE.fullmatch(part):
-                raise namespace.wrong(f"{printable(part)!r} is not a namespace of 1 to 255 "
-                                      "printable ASCII characters")  # fmt: skip
-
-        upstream = None
-        agent = setting("UPSTREAM")
-        if agent.value:
-            upstream = parse_upstream(agent, env)
-        elif env.get("SSH_AUTH_SOCK"):
-            upstream = Upstream(env["SSH_AUTH_SOCK"])
-
-        pubkey = pubkey_file = None
-        pin, pin_file = setting("PUBKEY"), setting("PUBKEY_FILE")
-        if pin.value:
-            pubkey = parse_pin(pin, pin.value)
-        elif pin_file.value:
-            pubkey_file = Setting(pin_file.name, expand(pin_file, pin_file.value, env))
-            read_pin(pubkey_file)
-
-        runtime = env.get("XDG_RUNTIME_DIR", "")
-        hosts = setting("ALLOWED_HOSTS")
-        return cls(
-            command=tuple(options.command),
-            level=logging.DEBUG if options.verbose else AUDIT if options.quiet else logging.INFO,
-            addresses=parse_addresses(setting("ADDR", "127.0.0.1:7221")),
-            namespaces=namespaces,
-            upstream=upstream,
-            sockets=well_known_sockets(sys.platform, home_directory(env), runtime),
-            pubkey=pubkey,
-            pubkey_file=pubkey_file,
-            allowed_hosts=parse_hosts(hosts) if hosts.value else (),
-            timeout=parse_seconds(setting("TIMEOUT", "120")),
-            unknown=tuple(sorted(unknown)),
+            if env.get(prefix + variable):
+                raise ConfigError(f"{prefix}{variable}: this version can't enforce it, so it does "
+                                  "not start with it set")  # fmt: skip
+        values = {}
+        for option in OPTIONS:
+            name = prefix + option.variable
+            setting = Setting(name, env.get(name) or option.default)
+            if getattr(given, option.field):
+                setting = Setting(option.flag, getattr(given, option.field))
+            values[option.field] = option.parse(setting, env)
+        known = {prefix + name for name in (*[o.variable for o in OPTIONS], *SHIMS_OWN)}
+        config = cls(
+            command=tuple(given.command),
+            level=logging.DEBUG if given.verbose else AUDIT if given.quiet else logging.INFO,
+            sockets=well_known_sockets(
+                sys.platform, home_directory(env), env.get("XDG_RUNTIME_DIR", "")
+            ),
+            unknown=tuple(sorted(n for n in env if n.startswith(prefix) and n not in known)),
+            **values,
         )
+        config.pinned()  # a file that can't be read is a setting that is wrong
+        return config
 
     def pinned(self) -> Listed | None:
         """The key that alone signs, if any; the file is read each time anew."""
-        return read_pin(self.pubkey_file) if self.pubkey_file else self.pubkey
-
-
-def parse_pin(setting: Setting, text: str) -> Listed:
-    """The one authorized_keys line in TEXT, which may have comments and empty lines around it."""
-    lines = [line for line in text.splitlines() if line.strip() and line.lstrip()[0] != "#"]
-    if "PRIVATE KEY" in text:
-        raise setting.wrong("a private key, where the public one (the .pub file) belongs")
-    if len(lines) != 1:
-        raise setting.wrong(f"one line with a public key is needed, {len(lines)} are there")
-    try:
-        return parse_key_line(lines[0])
-    except WireError as e:
-        raise setting.wrong(str(e)) from e
-
-
-def read_small_file(setting: Setting, limit: int) -> bytes:
-    """The regular file that SETTING names, of at most LIMIT bytes; ConfigError names both."""
-    path = printable(setting.value)
-    try:
-        # A FIFO would be waited for.
-        fd = os.open(setting.value, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with open(fd, "rb") as f:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise setting.wrong(f"{path!r} is not a regular file")
-            data = f.read(limit + 1)
-    except OSError as e:
-        raise setting.wrong(f"cannot read {path!r}: {e.strerror}") from e
-    if len(data) > limit:
-        raise setting.wrong(f"{path!r} is larger than {limit >> 10} KiB")
-    return data
-
-
-def read_pin(setting: Setting) -> Listed:
-    data = read_small_file(setting, MAX_KEY_FILE)
-    named = Setting(f"{setting.name}: {printable(setting.value)!r}", "")
-    return parse_pin(named, data.decode("utf-8", "replace"))
+        if self.pubkey or not self.pubkey_file:
+            return self.pubkey
+        text = read_small_file(self.pubkey_file, MAX_KEY_FILE).decode("utf-8", "replace")
+        name = f"{self.pubkey_file.name}: {printable(self.pubkey_file.value)!r}"
+        return parse_pin(Setting(name, text or "\n"), {})
 
 
 # ---------------------------------------------------------------------------------------- HTTP
@@ -1644,7 +1638,7 @@ class Handler(BaseHTTPRequestHandler):
     def choices(self, head: Head) -> tuple[str, str, Wanted]:
         """Namespace, hash algorithm and key, by the request's SSHSIG-* fields and the settings."""
         config, fields = self.proxy.config, head.fields
-        namespace = choose_namespace(fields.get("sshsig-namespace"), config.namespaces)
+        namespace = choose_namespace(fields.get("sshsig-namespace"), config.namespace)
         self.noted["namespace"] = namespace
         hash_algorithm = fields.get("sshsig-hash", HASHES[0])
         if hash_algorithm not in HASHES:
@@ -1998,9 +1992,9 @@ def serve(config: Config) -> int:
     raise_file_limit()
     signals = Signals()
     agents = Agents(config.upstream, config.sockets, config.timeout)
-    server = Server(config, agents, [one for a in config.addresses for one in listen(a)])
+    server = Server(config, agents, [one for a in config.addr for one in listen(a)])
     server.start()
-    names = ", ".join(f'"{name}"' for name in config.namespaces)
+    names = ", ".join(f'"{name}"' for name in config.namespace)
     for listener in server.listeners:
         LOG.info("listening on %s (namespace %s)", listener.name, names)
     warn_of_weak_settings(config, server.listeners)
