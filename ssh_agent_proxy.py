@@ -299,8 +299,8 @@ CERTIFICATES = {
     "sk-ecdsa-sha2-nistp256-cert-v01@openssh.com": "sk-ecdsa-sha2-nistp256@openssh.com",
 }
 
-# RFC 5656: the bytes of a coordinate, and of r and s.
-CURVES = {"nistp256": 32, "nistp384": 48, "nistp521": 66}
+# RFC 5656: the bits of a coordinate, and at most of r and s.
+CURVES = {"nistp256": 256, "nistp384": 384, "nistp521": 521}
 
 HASHES = ("sha512", "sha256")  # the first is what ssh-keygen takes unasked
 
@@ -315,7 +315,7 @@ class PublicKey(NamedTuple):
     blob: bytes  # as it stands in an authorized_keys line and in SSHSIG
     plain_type: str  # a certificate's key's; else the same as above
     plain_blob: bytes
-    size: int  # bytes of an RSA modulus, of a curve's coordinate, of an Ed25519 key
+    bits: int  # as ssh-keygen -l shows them
 
     @property
     def fingerprint(self) -> str:
@@ -340,27 +340,26 @@ class PublicKey(NamedTuple):
 
 
 def _key_fields(r: Reader, plain_type: str) -> int:
-    """Reads what stands between a key's type and its end; returns PublicKey.size."""
-    if plain_type.endswith("ed25519") or plain_type.startswith("sk-ssh-ed25519"):
-        size = len(r.string())
-        if size != 32:
-            raise WireError(f"{r.what}: an Ed25519 key of {size} bytes")
+    """Reads what stands between a key's type and its end; returns PublicKey.bits."""
+    if "ed25519" in plain_type:
+        bits = 8 * len(r.string())
+        if bits != 256:
+            raise WireError(f"{r.what}: an Ed25519 key of {bits} bits")
     elif plain_type == "ssh-rsa":
-        e, n = r.mpint(), r.mpint()
-        if not MIN_RSA_BITS <= n.bit_length() <= MAX_RSA_BITS or e < 3:
-            raise WireError(f"{r.what}: an RSA key of {n.bit_length()} bits")
-        size = (n.bit_length() + 7) // 8
+        e, bits = r.mpint(), r.mpint().bit_length()
+        if not MIN_RSA_BITS <= bits <= MAX_RSA_BITS or e < 3:
+            raise WireError(f"{r.what}: an RSA key of {bits} bits")
     else:
         curve = r.string().decode("ascii", "backslashreplace")
         if curve not in CURVES or f"ecdsa-sha2-{curve}" not in plain_type:
             raise WireError(f"{r.what}: curve {printable(curve, 20)!r} in a {plain_type} key")
-        size = CURVES[curve]
+        bits = CURVES[curve]
         point = r.string()
-        if len(point) != 1 + 2 * size or point[0] != 4:
+        if len(point) != 1 + 2 * ((bits + 7) // 8) or point[0] != 4:
             raise WireError(f"{r.what}: not an uncompressed point of {curve}")
     if plain_type.startswith("sk-"):
         r.string()  # application
-    return size
+    return bits
 
 
 def parse_public_key(blob: bytes) -> PublicKey:
@@ -374,7 +373,7 @@ def parse_public_key(blob: bytes) -> PublicKey:
         if certificate:
             r.string()  # nonce
         start = r.at
-        size = _key_fields(r, plain_type)
+        bits = _key_fields(r, plain_type)
         plain_blob = string(plain_type.encode()) + blob[start : r.at]
         if certificate:
             r.uint64()  # serial
@@ -388,7 +387,7 @@ def parse_public_key(blob: bytes) -> PublicKey:
             r.string()  # reserved
             r.string()  # signature key
             r.string()  # signature
-    return PublicKey(key_type, blob, plain_type, plain_blob, size)
+    return PublicKey(key_type, blob, plain_type, plain_blob, bits)
 
 
 class Listed(NamedTuple):
@@ -475,12 +474,12 @@ def check_signature(key: PublicKey, signature: bytes) -> None:
             raise WireError(f"{what}: an Ed25519 signature of {len(blob)} bytes")
     elif algorithm == "rsa-sha2-512":
         # Some agents leave leading zeros out, and OpenSSH takes that.
-        if not 0 < len(blob) <= key.size:
-            raise WireError(f"{what}: {len(blob)} bytes from an RSA key of {key.size}")
+        if not 0 < len(blob) <= (key.bits + 7) // 8:
+            raise WireError(f"{what}: {len(blob)} bytes from an RSA key of {key.bits} bits")
     else:
         with Reader(blob, what) as r:
             for name in ("r", "s"):
-                if r.mpint().bit_length() > 8 * key.size:
+                if r.mpint().bit_length() > key.bits:
                     raise WireError(f"{what}: {name} is too large for the curve")
 
 
