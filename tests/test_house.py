@@ -1,0 +1,391 @@
+"""The rules that keep the program readable in an evening, held against its source."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import symtable
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Dict, Iterator, List, Set, Tuple
+
+import pytest
+from conftest import PROXY, ROOT, SHIM
+
+SOURCE = PROXY.read_text(encoding="utf-8")
+LINES = SOURCE.splitlines()
+TREE = ast.parse(SOURCE)
+DOCSTRING = ast.get_docstring(TREE, clean=False) or ""
+
+# Sections that are bytes in and values or errors out.
+PURE = ("Wire", "Agent protocol", "SSHSIG")
+
+# What may stand at the top; the second line is what tools put there.
+PLANNED = {"ssh_agent_proxy.py", "shim.sh", "tests", "contrib", "Makefile", "README.md", "LICENSE",
+           ".gitignore", ".ci"}  # fmt: skip
+MADE = {".git", ".venv", "dist", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
+
+
+def headings() -> List[Tuple[int, str]]:
+    """The line and the name of each section, the first of which has no heading."""
+    found = []
+    for number, line in enumerate(LINES, 1):
+        match = re.fullmatch(r"# -{10,} (\S.*)", line)
+        if match:
+            found.append((number, match.group(1)))
+    return found
+
+
+def section_of(line: int) -> str:
+    name = "Head"
+    for number, heading in headings():
+        if line >= number:
+            name = heading
+    return name
+
+
+def module_names() -> Dict[str, int]:
+    """What the module defines or imports, and the index of the first statement that does."""
+    names: Dict[str, int] = {}
+    for index, statement in enumerate(TREE.body):
+        if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            names.setdefault(statement.name, index)
+        elif isinstance(statement, (ast.Import, ast.ImportFrom)):
+            for alias in statement.names:
+                names.setdefault(alias.asname or alias.name.split(".")[0], index)
+        else:
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    names.setdefault(node.id, index)
+    return names
+
+
+class WithoutAnnotations(ast.NodeTransformer):
+    """They are never evaluated, so they may name what comes later."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        return ast.arg(arg=node.arg)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        node.annotation = ast.Constant(value=None)
+        return self.generic_visit(node)
+
+
+def scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    yield table
+    for child in table.get_children():
+        yield from scopes(child)
+
+
+def names_used(statement: ast.stmt) -> Set[str]:
+    """The module's names that a statement at its top uses, in whatever function inside it."""
+    bare = WithoutAnnotations().visit(ast.parse(ast.unparse(statement)))
+    table = symtable.symtable(ast.unparse(bare), "<statement>", "exec")
+    return {
+        symbol.get_name()
+        for scope in scopes(table)
+        for symbol in scope.get_symbols()
+        if symbol.is_referenced() and (scope is table or symbol.is_global())
+    }
+
+
+def uses() -> List[Set[int]]:
+    """For each statement at the top: the indices of those that define what it uses."""
+    defined = module_names()
+    return [{defined[n] for n in names_used(s) if n in defined} for s in TREE.body]
+
+
+def reachable(graph: List[Set[int]], start: int) -> Set[int]:
+    seen: Set[int] = set()
+    left = [start]
+    while left:
+        for following in graph[left.pop()] - seen:
+            seen.add(following)
+            left.append(following)
+    return seen
+
+
+def functions() -> List[ast.FunctionDef]:
+    return [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
+
+
+# ---------------------------------------------------------------- the whole file
+
+
+def test_it_is_at_most_2500_lines() -> None:
+    assert len(LINES) <= 2500
+
+
+def test_no_line_is_longer_than_100_columns() -> None:
+    assert [number for number, line in enumerate(LINES, 1) if len(line) > 100] == []
+
+
+def test_no_line_ends_with_a_blank_or_holds_a_tab() -> None:
+    assert [number for number, line in enumerate(LINES, 1) if line.rstrip() != line] == []
+    assert "\t" not in SOURCE
+    assert SOURCE.endswith("\n")
+
+
+def test_the_docstring_maps_the_sections_in_their_order() -> None:
+    mapped = re.findall(r"^    (\S.*?)  +\S", DOCSTRING, re.M)
+    assert mapped == ["Head"] + [name for _, name in headings()]
+
+
+def test_the_sections_are_in_the_order_of_the_plan() -> None:
+    plan = ["Wire", "Agent protocol", "SSHSIG", "Payload", "Upstream", "Policy", "Hardening",
+            "Config", "HTTP", "Service", "Commands"]  # fmt: skip
+    names = [name for _, name in headings()]
+    assert names == [name for name in plan if name in names]
+
+
+def test_every_section_holds_something() -> None:
+    used = {section_of(statement.lineno) for statement in TREE.body}
+    assert used == {"Head"} | {name for _, name in headings()}
+
+
+def test_the_script_metadata_names_the_oldest_python() -> None:
+    assert SOURCE.startswith(
+        '#!/usr/bin/env python3\n# /// script\n# requires-python = ">=3.9"\n# ///\n'
+    )
+
+
+# ---------------------------------------------------------------- imports
+
+
+def imported() -> Set[str]:
+    """The top-level names of all modules imported, wherever in the file."""
+    modules = set()
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            modules.add((node.module or "").split(".")[0])
+    return modules
+
+
+def standard_library() -> Set[str]:
+    if sys.version_info >= (3, 10):
+        return set(sys.stdlib_module_names)
+    files = Path(sysconfig.get_paths()["stdlib"]).iterdir()
+    extensions = {"select", "binascii", "resource"}
+    return set(sys.builtin_module_names) | {file.stem for file in files} | extensions
+
+
+def test_it_imports_the_standard_library_only() -> None:
+    assert imported() - standard_library() == set()
+
+
+def test_its_own_directory_is_off_the_path_before_any_other_import() -> None:
+    first = [s for s in TREE.body if not isinstance(s, ast.Expr)]
+    while isinstance(first[0], ast.ImportFrom) and first[0].module == "__future__":
+        first = first[1:]
+    assert ast.unparse(first[0]) == "import sys"
+    assert isinstance(first[1], ast.If)
+    assert "sys.path" in ast.unparse(first[1].body[0])
+
+
+def test_what_few_need_is_imported_where_it_is_used() -> None:
+    at_the_top = {
+        alias.name
+        for statement in TREE.body
+        if isinstance(statement, ast.Import)
+        for alias in statement.names
+    }
+    assert at_the_top & {"ctypes", "subprocess", "resource"} == set()
+
+
+def test_what_is_imported_at_the_top_is_in_one_place() -> None:
+    imports = [s.lineno for s in TREE.body if isinstance(s, (ast.Import, ast.ImportFrom))]
+    assert {section_of(line) for line in imports} == {"Head"}
+
+
+# ---------------------------------------------------------------- from top to bottom
+
+
+def test_the_names_that_a_statement_uses_are_found() -> None:
+    # Else the tests below would hold whatever the file looked like.
+    function = (
+        "def f(a: Annotated, b=Default) -> Result:\n"
+        "    c: Hint = Deep.attribute\n"
+        "    return [lambda y: Inner(x, y) for x in c] if a else b\n"
+    )
+    assert names_used(ast.parse(function).body[0]) == {"Default", "Deep", "Inner"}
+    klass = "class A(Base):\n    field: Hint = Value\n    def m(self):\n        return Inner, A\n"
+    assert names_used(ast.parse(klass).body[0]) == {"Base", "Value", "Inner", "A"}
+
+
+def test_nothing_is_used_above_its_definition() -> None:
+    # What calls each other in a circle must stand in some order.
+    graph = uses()
+    early = []
+    for index, used in enumerate(graph):
+        for later in (i for i in used if i > index):
+            if index not in reachable(graph, later):
+                user, definition = TREE.body[index], TREE.body[later]
+                early.append(f"line {user.lineno} uses what line {definition.lineno} defines")
+    assert early == []
+
+
+def test_no_section_uses_a_later_one() -> None:
+    # Not even in a circle.
+    order = ["Head"] + [name for _, name in headings()]
+    place = [order.index(section_of(statement.lineno)) for statement in TREE.body]
+    for index, used in enumerate(uses()):
+        for definition in used:
+            assert place[definition] <= place[index], ast.unparse(TREE.body[index])[:200]
+
+
+@pytest.mark.parametrize("section", PURE)
+def test_a_pure_section_knows_no_system(section: str) -> None:
+    system = {"os", "socket", "select", "time", "threading", "signal", "logging", "LOG", "open",
+              "stat", "print", "input", "RequestError", "ConfigError", "AgentError"}  # fmt: skip
+    statements = [s for s in TREE.body if section_of(s.lineno) == section]
+    assert statements
+    for statement in statements:
+        assert names_used(statement) & system == set(), ast.unparse(statement)[:200]
+
+
+def test_only_the_agents_own_section_speaks_to_an_agent() -> None:
+    for statement in TREE.body:
+        if {"request_identities", "sign_request"} & names_used(statement):
+            assert section_of(statement.lineno) == "Upstream"
+
+
+# ---------------------------------------------------------------- what code must not do
+
+
+def test_nothing_runs_at_import_but_definitions() -> None:
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    others = [s for s in TREE.body if not isinstance(s, allowed)]
+    assert [type(s) for s in others] == [ast.Expr, ast.If, ast.If]
+    for statement in others[1:]:
+        assert isinstance(statement, ast.If)
+        assert ast.unparse(statement.test).startswith("__name__ == '__main__'")
+
+
+def test_no_global_changes() -> None:
+    assert [n.lineno for n in ast.walk(TREE) if isinstance(n, ast.Global)] == []
+
+
+def test_the_environment_is_read_in_main_only() -> None:
+    readers = set()
+    for statement in TREE.body:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb"):
+                readers.add(getattr(statement, "name", f"line {statement.lineno}"))
+    assert readers == {"main"}
+
+
+def test_nothing_is_asserted_about_input() -> None:
+    # What is asserted for the type checker says so.
+    asserts = [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Assert)]
+    assert [line for line in asserts if "# for mypy" not in LINES[line - 1]] == []
+
+
+def test_no_exception_is_caught_unnamed() -> None:
+    handlers = [node for node in ast.walk(TREE) if isinstance(node, ast.ExceptHandler)]
+    assert handlers
+    for handler in handlers:
+        assert handler.type is not None, f"a bare except in line {handler.lineno}"
+
+
+def test_what_catches_everything_raises_or_logs_it() -> None:
+    for node in ast.walk(TREE):
+        if not isinstance(node, ast.ExceptHandler) or node.type is None:
+            continue
+        if ast.unparse(node.type) in ("Exception", "BaseException"):
+            inside = [n for statement in node.body for n in ast.walk(statement)]
+            raises = any(isinstance(n, ast.Raise) for n in inside)
+            logs = any(isinstance(n, ast.Call) and "LOG." in ast.unparse(n.func) for n in inside)
+            logs = logs or any(isinstance(n, ast.Call) and "fault" in ast.unparse(n.func)
+                               for n in inside)  # fmt: skip
+            assert raises or logs, f"line {node.lineno} hides what went wrong"
+
+
+def test_no_code_is_made_from_text_and_no_shell_is_run() -> None:
+    calls = [node for node in ast.walk(TREE) if isinstance(node, ast.Call)]
+    names = {ast.unparse(call.func) for call in calls}
+    assert names & {"eval", "exec", "compile", "__import__", "os.system", "os.popen"} == set()
+    assert not [k for call in calls for k in call.keywords if k.arg == "shell"]
+
+
+def test_c_functions_are_declared() -> None:
+    # Each function of a C library that is called has its argtypes and restype set.
+    for function in functions():
+        text = ast.unparse(function)
+        if "ctypes.CDLL" not in text:
+            continue
+        for name in set(re.findall(r"\blibc\.(\w+)\(", text)):
+            assert f"libc.{name}.argtypes" in text, name
+            assert f"libc.{name}.restype" in text, name
+        assert "use_errno=True" in text
+
+
+# ---------------------------------------------------------------- types and docstrings
+
+
+def test_every_function_has_types() -> None:
+    for function in functions():
+        assert function.returns is not None, function.name
+        arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+        for argument in arguments:
+            if argument.arg not in ("self", "cls"):
+                assert argument.annotation is not None, f"{function.name}({argument.arg})"
+
+
+def test_every_error_says_what_it_means() -> None:
+    errors = [
+        node
+        for node in TREE.body
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(base).endswith(("Error", "Exception")) for base in node.bases)
+    ]
+    assert len(errors) >= 5
+    assert [error.name for error in errors if not ast.get_docstring(error)] == []
+
+
+def test_every_longer_public_function_and_class_has_a_docstring() -> None:
+    # Short ones say it by their names: what fits a glance needs no sentence.
+    missing = []
+    for node in TREE.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > 10 and not ast.get_docstring(node):
+                missing.append(node.name)
+    assert missing == []
+
+
+def test_docstrings_begin_with_one_sentence() -> None:
+    for node in ast.walk(TREE):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            text = ast.get_docstring(node)
+            if text:
+                first = text.split("\n\n")[0]
+                assert re.search(r"[.?:)]$", first), (node.name, first)
+
+
+# ---------------------------------------------------------------- the repository
+
+
+def test_nothing_but_what_is_planned_stands_at_the_top() -> None:
+    found = set(os.listdir(ROOT)) - MADE
+    assert found - PLANNED == set()
+    assert {"ssh_agent_proxy.py", "shim.sh", "tests", "Makefile", "LICENSE"} <= found
+
+
+def test_the_programs_can_be_run_as_they_are() -> None:
+    for program in PROXY, SHIM:
+        assert os.access(program, os.X_OK), f"chmod +x {program.name}"
+
+
+def test_the_version_is_one() -> None:
+    match = re.search(r'^VERSION = "(\d+\.\d+\.\d+)"$', SOURCE, re.M)
+    assert match
+    assert SOURCE.count(match.group(1)) == 1

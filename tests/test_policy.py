@@ -1,0 +1,616 @@
+"""Browsers and hosts, namespaces and pinned keys: what is let through, and what is stopped."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import pytest
+from conftest import Agent, Answer, Keys, Proxy, http, parse_answer, raw, run
+from test_http import Shared, refused
+
+import ssh_agent_proxy as p
+
+PATHS = [("GET", "/healthz"), ("GET", "/publickey"), ("GET", "/shim"), ("POST", "/sign")]
+
+# ---------------------------------------------------------------- which host a request names
+
+AUTHORITIES = [
+    ("localhost", "localhost"),
+    ("LocalHost", "localhost"),
+    ("localhost.", "localhost"),
+    ("localhost:7221", "localhost"),
+    ("localhost:", "localhost"),
+    ("localhost:0", "localhost"),
+    ("localhost:65535", "localhost"),
+    ("localhost.:80", "localhost"),
+    ("a.b-c.d_e", "a.b-c.d_e"),
+    ("127.0.0.1", "127.0.0.1"),
+    ("127.0.0.1:80", "127.0.0.1"),
+    ("[::1]", "::1"),
+    ("[::1]:7221", "::1"),
+    ("[::1]:", "::1"),
+    ("[FE80::A]:1", "fe80::a"),
+    ("[0:0:0:0:0:0:0:1]", "::1"),
+    ("[::ffff:127.0.0.1]:80", None),  # written in one way or another, but an address
+    ("", ""),
+    (":80", ""),
+]
+
+NO_AUTHORITIES = [
+    "a b", " a", "a ", "a/b", "a/", "user@a", "user:pass@a", "@a", "a#b", "a?b", "a\\b", "a,b",
+    "a, b", "a;b", "a%62", "a*b", "a\tb", "a\x00b", "a\r\nb", "a\x1b[31m", "\u00e9", "a\x9bb",
+    ".", "..", ".a", "a..b", "a..", ".localhost", "a:b", "a:-1", "a:+1", "a:1:2", "a:80 ",
+    "a:123456", "a:\u0661", "::1", "::1:80", "fe80::1", "[", "]", "[]", "[::1", "::1]", "[::1]]",
+    "[[::1]]", "[::1]a", "[::1]80", "[::1]:a", "[::1]:123456", "[:::1]", "[1]", "[127.0.0.1]",
+    "[localhost]", "[::1%lo]", "[::1%25lo]", "[fe80::1%eth0]", "[v1.a]", "[::12345]",
+    "a[::1]", "http://a", "<a>", '"a"', "'a'", "(a)", "{a}", "a|b", "a^b", "a`b", "a!b", "a$b",
+    "a=b", "a&b", "a~b", "a+b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "host"), AUTHORITIES)
+def test_an_authority_is_its_host_in_lower_case(value: str, host: Optional[str]) -> None:
+    found = p.parse_authority(value)
+    if host is None:
+        p.check_host(found, ())
+    else:
+        assert found == host
+
+
+@pytest.mark.parametrize("value", NO_AUTHORITIES)
+def test_a_malformed_authority_is_refused(value: str) -> None:
+    with pytest.raises(p.RequestError) as e:
+        p.parse_authority(value)
+    assert e.value.status == 400
+    assert str(e.value).isprintable()
+
+
+# ---------------------------------------------------------------- whether that host is ours
+
+OURS = [
+    "localhost", "LOCALHOST", "localhost.", "localhost:1", "a.localhost", "a.b.localhost",
+    "a.LocalHost.", "host.docker.internal", "host.containers.internal", "a.internal",
+    "a.INTERNAL.", "127.0.0.1", "127.0.0.1:99", "127.1.2.3", "0.0.0.0", "10.0.0.1", "172.17.0.1",
+    "192.0.2.1", "255.255.255.255", "[::1]", "[::]", "[::1]:80", "[fe80::1]", "[2001:db8::1]",
+    "[::ffff:127.0.0.1]",
+]  # fmt: skip
+
+# Spellings that some resolver or other takes for 127.0.0.1 are names to us, and not ours.
+ODD_ADDRESSES = [
+    "127.1", "127.0.1", "2130706433", "0x7f000001", "0x7f.0.0.1", "0x7f.1", "0177.0.0.1",
+    "017700000001", "127.0.0.01", "127.0.0.001", "127.000.0.1", "127.0.0.1.2", "256.0.0.1",
+    "127.0.0.256", "0", "1", "127", "127.0.0.1.example.com", "127.0.0.1.nip.io",
+    "127-0-0-1.example.com", "a.127.0.0.1", "1e3.0.0.1", "127.0.0.-1",
+]  # fmt: skip
+
+NOT_OURS = [
+    "", ":80", "evil.example", "evil.example:7221", "evil", "internal", "localhost.evil.example",
+    "internal.evil.example", "xlocalhost", "xinternal", "local", "evil.local", "localhost.local",
+    "a.localhost.local", "localhost.localdomain", "localhosts", "localhost6", "a.internals",
+    "a-internal", "a-localhost", "wpad", "proxy", "router.lan", "ip6-localhost",
+]  # fmt: skip
+
+
+@pytest.fixture
+def named_box(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def name(own: str) -> None:
+        monkeypatch.setattr(socket, "gethostname", lambda: own)
+
+    name("box")
+    return name
+
+
+@pytest.mark.parametrize("value", OURS)
+def test_a_host_of_ours_is_let_through(value: str, named_box: Any) -> None:
+    p.check_host(p.parse_authority(value), ())
+
+
+@pytest.mark.parametrize("value", ODD_ADDRESSES)
+def test_an_odd_spelling_of_an_address_is_misdirected(value: str, named_box: Any) -> None:
+    with pytest.raises(p.RequestError) as e:
+        p.check_host(p.parse_authority(value), ())
+    assert e.value.status == 421
+
+
+@pytest.mark.parametrize("value", NOT_OURS)
+def test_a_host_that_is_not_ours_is_misdirected(value: str, named_box: Any) -> None:
+    with pytest.raises(p.RequestError) as e:
+        p.check_host(p.parse_authority(value), ())
+    assert e.value.status == 421
+    assert "SSH_AGENT_PROXY_ALLOWED_HOSTS" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("own", "host", "ours"),
+    [
+        ("box", "box", True),
+        ("box", "BOX", True),
+        ("box", "box.", True),
+        ("box", "box:80", True),
+        ("box", "box.local", True),
+        ("box", "BOX.Local.", True),
+        ("Box", "box", True),
+        ("Box", "box.local", True),
+        ("box.local", "box", True),
+        ("box.local", "box.local", True),
+        ("box.lan", "box", True),
+        ("box.lan", "box.local", True),
+        ("box", "other", False),
+        ("box", "other.local", False),
+        ("box", "box.evil.example", False),
+        ("box", "a.box", False),
+        ("box", "a.box.local", False),
+        ("box", "box.local.evil.example", False),
+        ("box", "xbox", False),
+        ("box", "boxx", False),
+        ("box.lan", "other.lan", False),
+        ("box.lan", "lan", False),
+        ("", "", False),
+        ("", "local", False),
+        (".", "", False),
+        (".lan", "", False),
+        ("localhost", "localhost", True),
+    ],
+)
+def test_this_machines_own_name_is_ours_bare_or_with_local(
+    own: str, host: str, ours: bool, named_box: Callable[[str], None]
+) -> None:
+    named_box(own)
+    if ours:
+        p.check_host(p.parse_authority(host), ())
+    else:
+        with pytest.raises(p.RequestError) as e:
+            p.check_host(p.parse_authority(host), ())
+        assert e.value.status == 421
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host", "ours"),
+    [
+        ("proxy.test", "proxy.test", True),
+        ("proxy.test", "PROXY.Test", True),
+        ("Proxy.Test", "proxy.test", True),
+        ("proxy.test", "proxy.test.", True),
+        ("proxy.test.", "proxy.test", True),
+        ("proxy.test", "proxy.test:7221", True),
+        ("proxy", "proxy", True),
+        ("a.test, b.test", "a.test", True),
+        ("a.test, b.test", "b.test", True),
+        (".corp.test", "a.corp.test", True),
+        (".corp.test", "a.b.corp.test", True),
+        (".Corp.Test.", "a.corp.test", True),
+        (".corp.test", "A.Corp.Test.", True),
+        ("a.test,.corp.test", "b.corp.test", True),
+        ("proxy.test", "a.proxy.test", False),
+        ("proxy.test", "xproxy.test", False),
+        ("proxy.test", "proxy.testx", False),
+        ("proxy.test", "test", False),
+        (".corp.test", "corp.test", False),
+        (".corp.test", "xcorp.test", False),
+        (".corp.test", "corp.test.evil.example", False),
+        (".corp.test", "a.corp.testx", False),
+        ("proxy.test", "", False),
+        (".corp.test", "", False),
+    ],
+)
+def test_allowed_hosts_are_names_or_all_below_a_suffix(
+    allowed: str, host: str, ours: bool, named_box: Any
+) -> None:
+    config = p.Config.from_env({"SSH_AGENT_PROXY_ALLOWED_HOSTS": allowed}, [], p.COMMANDS)
+    if ours:
+        p.check_host(p.parse_authority(host), config.allowed_hosts)
+    else:
+        with pytest.raises(p.RequestError) as e:
+            p.check_host(p.parse_authority(host), config.allowed_hosts)
+        assert e.value.status == 421
+
+
+# ---------------------------------------------------------------- browsers
+
+
+@pytest.mark.parametrize(
+    ("fields", "browser"),
+    [
+        ({}, False),
+        ({"sec-fetch-site": "none"}, False),
+        ({"sec-fetch-mode": "cors", "referer": "http://a/", "cookie": "a=b"}, False),
+        ({"user-agent": "Mozilla/5.0"}, False),
+        ({"origin": "http://evil.example"}, True),
+        ({"origin": "http://localhost:7221"}, True),
+        ({"origin": "null"}, True),
+        ({"origin": ""}, True),
+        ({"origin": "none"}, True),
+        ({"origin": "http://evil.example", "sec-fetch-site": "none"}, True),
+        ({"sec-fetch-site": "cross-site"}, True),
+        ({"sec-fetch-site": "same-site"}, True),
+        ({"sec-fetch-site": "same-origin"}, True),
+        ({"sec-fetch-site": ""}, True),
+        ({"sec-fetch-site": "none, none"}, True),
+        ({"sec-fetch-site": "anything"}, True),
+    ],
+)
+def test_what_only_pages_send_is_refused(fields: Dict[str, str], browser: bool) -> None:
+    if not browser:
+        p.check_browser(fields)
+        return
+    with pytest.raises(p.RequestError) as e:
+        p.check_browser(fields)
+    assert e.value.status == 403
+
+
+# ---------------------------------------------------------------- namespaces and keys
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        (None, "git"),
+        ("git", "git"),
+        ("file", "file"),
+        ("a@example.com", "a@example.com"),
+        ("Git", 403),
+        ("git2", 403),
+        ("gi", 403),
+        ("git,file", 400),
+        ("", 400),
+        ("git file", 400),
+        (" git", 400),
+        ("git\t", 400),
+        ("git\x00", 400),
+        ("git\n", 400),
+        ("git\x1b", 400),
+        ("g\u00eft", 400),
+        ("git\x7f", 400),
+        ("a" * 255, 403),
+        ("a" * 256, 400),
+    ],
+)
+def test_a_namespace_is_one_of_those_allowed(named: Optional[str], expected: Any) -> None:
+    allowed = ("git", "file", "a@example.com")
+    if isinstance(expected, str):
+        assert p.choose_namespace(named, allowed) == expected
+        return
+    with pytest.raises(p.RequestError) as e:
+        p.choose_namespace(named, allowed)
+    assert e.value.status == expected
+    assert str(e.value).isprintable()
+    if expected == 403:
+        assert "SSH_AGENT_PROXY_NAMESPACE" in str(e.value)
+
+
+def test_the_first_allowed_namespace_is_the_default() -> None:
+    assert p.choose_namespace(None, ("file", "git")) == "file"
+
+
+def key_of(line: str) -> p.PublicKey:
+    return p.parse_key_line(line)[0]
+
+
+def ways_to_name(line: str) -> List[str]:
+    return [line, " ".join(line.split()[:2]), key_of(line).fingerprint]
+
+
+def test_a_key_is_named_by_its_line_or_its_fingerprint(keys: Keys) -> None:
+    key, other = key_of(keys.line("ed25519")), key_of(keys.line("other"))
+    for named in ways_to_name(keys.line("ed25519")):
+        wanted = p.choose_key(named, None)
+        assert wanted.fits(key)
+        assert not wanted.fits(other)
+    for any_key in (key, other):
+        assert p.choose_key(None, None).fits(any_key)
+
+
+def test_a_pinned_key_stands_for_every_way_to_name_it(keys: Keys) -> None:
+    pinned = p.parse_key_line(keys.line("ed25519"))
+    for named in (None, *ways_to_name(keys.line("ed25519"))):
+        assert p.choose_key(named, pinned).key == pinned.key
+
+
+@pytest.mark.parametrize("way", ["line", "line without comment", "fingerprint", "unheard of"])
+def test_another_key_than_the_pinned_one_is_refused(way: str, keys: Keys) -> None:
+    line, bare, fingerprint = ways_to_name(keys.line("other"))
+    named = {
+        "line": line,
+        "line without comment": bare,
+        "fingerprint": fingerprint,
+        "unheard of": "SHA256:" + "A" * 43,
+    }[way]
+    with pytest.raises(p.RequestError) as e:
+        p.choose_key(named, p.parse_key_line(keys.line("ed25519")))
+    assert e.value.status == 403
+    assert "SSH_AGENT_PROXY_PUBKEY" in str(e.value)
+
+
+@pytest.mark.parametrize("pin", [False, True])
+@pytest.mark.parametrize(
+    "named",
+    [
+        "",
+        " ",
+        "SHA256:",
+        "SHA256:" + "A" * 42,
+        "SHA256:" + "A" * 44,
+        "SHA256:" + "A" * 43 + "=",
+        "SHA256:" + "-" * 43,
+        "SHA256:" + "A" * 43 + "\n",
+        "sha256:" + "A" * 43,
+        "SHA512:" + "A" * 43,
+        "MD5:00:11:22:33:44:55:66:77:88:99:aa:bb:cc:dd:ee:ff",
+        "ssh-ed25519",
+        "ssh-ed25519 ",
+        "ssh-ed25519 AAAA",
+        "ssh-ed25519 ****",
+        "ssh-ed25519 \u00e9",
+        "ssh-dss AAAAB3NzaC1kc3M=",
+        "ssh-rsa AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+        "AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+        'command="x" ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA',
+        "key::ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+        "-----BEGIN OPENSSH PRIVATE KEY-----",
+    ],
+)
+def test_a_malformed_key_is_a_bad_request(named: str, pin: bool, keys: Keys) -> None:
+    with pytest.raises(p.RequestError) as e:
+        p.choose_key(named, p.parse_key_line(keys.line("ed25519")) if pin else None)
+    assert e.value.status == 400
+    assert "SSHSIG-Key" in str(e.value)
+    assert str(e.value).isprintable()
+
+
+# ---------------------------------------------------------------- over HTTP
+
+
+@pytest.fixture(scope="module")
+def shared(keys: Keys) -> Iterator[Shared]:
+    shared = Shared(keys.line("ed25519"), {}, "--allowed-hosts", "Proxy.Test,.corp.test")
+    yield shared
+    shared.stop()
+
+
+def ask(port: int, method: str, path: str, headers: Dict[str, str]) -> Answer:
+    answer = http(port, method, path, b"x" if method == "POST" else None, headers)
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+    return answer
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "[::1]:1", "localhost", "a.localhost", "host.docker.internal", "proxy.test",
+     "PROXY.TEST:80", "a.corp.test"],
+)  # fmt: skip
+def test_every_path_is_open_under_a_host_of_ours(
+    method: str, path: str, host: str, shared: Shared
+) -> None:
+    answer = ask(shared.port, method, path, {"Host": host})
+    assert answer.status == 200, answer
+
+
+def test_this_machines_real_name_is_ours(shared: Shared) -> None:
+    own = socket.gethostname()
+    for host in (own, own.partition(".")[0], own.partition(".")[0] + ".local"):
+        assert ask(shared.port, "GET", "/healthz", {"Host": host}).status == 200, host
+
+
+@pytest.mark.parametrize(("method", "path"), [*PATHS, ("GET", "/nope"), ("PUT", "/sign")])
+@pytest.mark.parametrize("host", ["evil.example", "evil", "evil.local", "corp.test", "127.1", ""])
+def test_every_path_is_closed_under_another_host(
+    method: str, path: str, host: str, shared: Shared
+) -> None:
+    shared.agent.asked.clear()
+    answer = refused(ask(shared.port, method, path, {"Host": host}), 421)
+    assert "SSH_AGENT_PROXY_ALLOWED_HOSTS" in answer.text
+    assert shared.agent.asked == []
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "status"),
+    [
+        ("http://127.0.0.1/healthz", "127.0.0.1", 200),
+        ("http://localhost:1/healthz", "127.0.0.1", 200),
+        ("HTTP://[::1]/healthz", "127.0.0.1", 200),
+        ("http://proxy.test/healthz", "a.corp.test", 200),
+        ("http://evil.example/healthz", "127.0.0.1", 421),
+        ("http://127.0.0.1/healthz", "evil.example", 421),
+        ("http://evil.example/healthz", "evil.example", 421),
+        ("http://127.0.0.1", "127.0.0.1", 404),
+        ("http://127.0.0.1/", "127.0.0.1", 404),
+        ("http://127.0.0.1@evil.example/healthz", "127.0.0.1", 400),
+        ("http://evil.example@127.0.0.1/healthz", "127.0.0.1", 400),
+        ("http://127.0.0.1?/healthz", "127.0.0.1", 400),
+        ("http://127.0.0.1:x/healthz", "127.0.0.1", 400),
+    ],
+)
+def test_the_authority_of_an_absolute_target_counts_like_a_host(
+    target: str, host: str, status: int, shared: Shared
+) -> None:
+    assert ask(shared.port, "GET", target, {"Host": host}).status == status
+
+
+PAGES = [
+    {"Origin": "http://evil.example"},
+    {"Origin": "http://127.0.0.1:7221"},
+    {"Origin": "null"},
+    {"Origin": ""},
+    {"oRIGIN": "a"},
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site"},
+    {"Sec-Fetch-Site": "same-origin"},
+    {"sec-fetch-SITE": "x"},
+    {"Origin": "a", "Sec-Fetch-Site": "none"},
+]
+
+
+@pytest.mark.parametrize(("method", "path"), [*PATHS, ("GET", "/nope"), ("OPTIONS", "/sign")])
+@pytest.mark.parametrize("headers", PAGES, ids=str)
+def test_a_page_gets_nothing_from_any_path(
+    method: str, path: str, headers: Dict[str, str], shared: Shared
+) -> None:
+    shared.agent.asked.clear()
+    refused(ask(shared.port, method, path, headers), 403)
+    assert shared.agent.asked == []
+
+
+def test_what_a_person_typed_into_the_address_bar_is_served(shared: Shared) -> None:
+    headers = {"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-User": "?1"}
+    assert ask(shared.port, "GET", "/publickey", headers).status == 200
+
+
+def test_a_preflight_is_never_answered_with_leave(shared: Shared) -> None:
+    preflight = {
+        "Origin": "http://evil.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "sshsig-namespace",
+        "Access-Control-Request-Private-Network": "true",
+    }
+    refused(ask(shared.port, "OPTIONS", "/sign", preflight), 403)
+    del preflight["Origin"]
+    refused(ask(shared.port, "OPTIONS", "/sign", preflight), 405)
+
+
+def test_a_second_origin_hides_no_first(shared: Shared) -> None:
+    head = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\nOrigin:\r\n"
+    refused(parse_answer(raw(shared.port, head + b"\r\n")), 403)
+
+
+@pytest.mark.parametrize("host", [None, "127.0.0.1"])
+def test_http_1_0_needs_no_host(host: Optional[str], shared: Shared) -> None:
+    field = f"Host: {host}\r\n" if host else ""
+    head = f"GET /healthz HTTP/1.0\r\n{field}\r\n"
+    assert parse_answer(raw(shared.port, head.encode())).status == 200
+
+
+def test_http_1_0_with_another_host_is_misdirected(shared: Shared) -> None:
+    head = b"GET /healthz HTTP/1.0\r\nHost: evil.example\r\n\r\n"
+    refused(parse_answer(raw(shared.port, head)), 421)
+
+
+# ---------------------------------------------------------------- namespaces, with a real agent
+
+
+def ssh_keygen(payload: bytes, key: Path, namespace: str, folder: Path) -> bytes:
+    """What `ssh-keygen -Y sign` makes of PAYLOAD."""
+    path = folder / "payload"
+    path.write_bytes(payload)
+    signature = folder / "payload.sig"
+    signature.unlink(missing_ok=True)
+    run(["ssh-keygen", "-q", "-Y", "sign", "-n", namespace, "-f", key, path])
+    return signature.read_bytes()
+
+
+def test_only_git_is_signed_unless_set(proxy: Proxy, keys: Keys, short: Path) -> None:
+    expected = ssh_keygen(b"payload", keys["ed25519"], "git", short)
+    for headers in ({}, {"SSHSIG-Namespace": "git"}):
+        answer = http(proxy.port, "POST", "/sign", b"payload", headers)
+        assert (answer.status, answer.body) == (200, expected)
+    answer = http(proxy.port, "POST", "/sign", b"payload", {"SSHSIG-Namespace": "file"})
+    assert "SSH_AGENT_PROXY_NAMESPACE" in refused(answer, 403).text
+
+
+def test_the_namespaces_that_are_set_are_signed_and_the_first_is_the_default(
+    agent: Agent, keys: Keys, short: Path, start_proxy: Callable[..., Proxy]
+) -> None:
+    agent.add(keys["ed25519"])
+    proxy = start_proxy("--namespace", "file, git,x@y.example", upstream=agent.sock)
+    proxy.wait_log(r'listening on \S+ \(namespace "file", "git", "x@y\.example"\)')
+    for named, namespace in (
+        (None, "file"),
+        ("file", "file"),
+        ("git", "git"),
+        ("x@y.example", "x@y.example"),
+    ):
+        headers = {"SSHSIG-Namespace": named} if named else {}
+        answer = http(proxy.port, "POST", "/sign", b"payload", headers)
+        expected = ssh_keygen(b"payload", keys["ed25519"], namespace, short)
+        assert (answer.status, answer.body) == (200, expected), named
+    for named, status in (("GIT", 403), ("email", 403), ("file,git", 400), ("", 400)):
+        headers = {"SSHSIG-Namespace": named}
+        refused(http(proxy.port, "POST", "/sign", b"payload", headers), status)
+        refused(http(proxy.port, "GET", "/publickey", None, headers), status)
+
+
+# ---------------------------------------------------------------- the pinned key, with a real agent
+
+
+@pytest.fixture
+def both(agent: Agent, keys: Keys) -> Agent:
+    """An agent that lists another key first."""
+    agent.add(keys["other"])
+    agent.add(keys["ed25519"])
+    return agent
+
+
+def test_without_a_pin_the_request_chooses(
+    both: Agent, keys: Keys, short: Path, start_proxy: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(upstream=both.sock)
+    named: List[Tuple[str, Dict[str, str]]] = [("other", {})]
+    for name in ("ed25519", "other"):
+        named += [(name, {"SSHSIG-Key": way}) for way in ways_to_name(keys.line(name))]
+    for name, headers in named:
+        answer = http(proxy.port, "POST", "/sign", b"payload", headers)
+        expected = ssh_keygen(b"payload", keys[name], "git", short)
+        assert (answer.status, answer.body) == (200, expected), headers
+        line = http(proxy.port, "GET", "/publickey", None, headers).text
+        assert line == keys.line(name) + "\n"
+
+
+@pytest.mark.parametrize("source", ["option", "variable", "file"])
+def test_the_pinned_key_signs_and_no_other(
+    source: str, both: Agent, keys: Keys, short: Path, start_proxy: Callable[..., Proxy]
+) -> None:
+    line = keys.line("ed25519")
+    pin = short / "pin.pub"
+    pin.write_text(f"# mine\n\n{line}\n")
+    args = {"option": ["--pubkey", line], "variable": [], "file": ["--pubkey-file", pin]}[source]
+    env = {"SSH_AGENT_PROXY_PUBKEY": line} if source == "variable" else {}
+    proxy = start_proxy(*args, env=env, upstream=both.sock)
+    expected = ssh_keygen(b"payload", keys["ed25519"], "git", short)
+    every: List[Dict[str, str]] = [{}] + [{"SSHSIG-Key": way} for way in ways_to_name(line)]
+    for headers in every:
+        answer = http(proxy.port, "POST", "/sign", b"payload", headers)
+        assert (answer.status, answer.body) == (200, expected), headers
+        assert http(proxy.port, "GET", "/publickey", None, headers).text == line + "\n"
+    for way in ways_to_name(keys.line("other")):
+        for method, path in (("POST", "/sign"), ("GET", "/publickey")):
+            answer = ask(proxy.port, method, path, {"SSHSIG-Key": way})
+            assert "SSH_AGENT_PROXY_PUBKEY" in refused(answer, 403).text
+
+
+def test_a_pin_in_a_file_counts_from_the_next_request(
+    both: Agent, keys: Keys, short: Path, start_proxy: Callable[..., Proxy]
+) -> None:
+    pin = short / "pin.pub"
+    pin.write_text(keys.line("ed25519") + "\n")
+    proxy = start_proxy("--pubkey-file", pin, upstream=both.sock)
+    assert http(proxy.port, "GET", "/publickey").text == keys.line("ed25519") + "\n"
+    pin.write_text(keys.line("other") + "\n")
+    assert http(proxy.port, "GET", "/publickey").text == keys.line("other") + "\n"
+    named = {"SSHSIG-Key": keys.line("ed25519")}
+    refused(http(proxy.port, "POST", "/sign", b"x", named), 403)
+    pin.unlink()
+    answer = refused(http(proxy.port, "POST", "/sign", b"x"), 503)
+    assert "pubkey-file" in answer.text
+    assert "pin.pub" in answer.text
+
+
+def test_a_pinned_key_that_the_agent_lacks_is_no_usable_key(
+    agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]
+) -> None:
+    agent.add(keys["other"])
+    proxy = start_proxy("--pubkey", keys.line("ed25519"), upstream=agent.sock)
+    fingerprint = key_of(keys.line("ed25519")).fingerprint
+    for method, path in (("POST", "/sign"), ("GET", "/publickey")):
+        assert fingerprint in refused(ask(proxy.port, method, path, {}), 503).text
+    agent.add(keys["ed25519"])
+    for method, path in (("POST", "/sign"), ("GET", "/publickey")):
+        assert ask(proxy.port, method, path, {}).status == 200
+
+
+def test_a_named_key_that_the_agent_lacks_is_not_found(proxy: Proxy, keys: Keys) -> None:
+    for way in ways_to_name(keys.line("other")):
+        for method, path in (("POST", "/sign"), ("GET", "/publickey")):
+            answer = refused(ask(proxy.port, method, path, {"SSHSIG-Key": way}), 404)
+            assert key_of(keys.line("other")).fingerprint in answer.text
