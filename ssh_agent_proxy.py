@@ -26,14 +26,13 @@ A signature's way is a straight line: HTTP reads, Policy allows, SSHSIG says wha
 Upstream asks the agent, SSHSIG checks and armors, one line is logged, HTTP answers.
 """
 
-from __future__ import annotations
-
 import sys
 
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
     # The script's own directory: a file named hmac.py beside it is not ours to run.
     del sys.path[0]
 
+# (No `from __future__` either: it would come first.)
 # ruff: noqa: E402  (that path has to be gone before anything else is imported)
 import argparse
 import base64
@@ -57,7 +56,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.client import responses
 from http.server import BaseHTTPRequestHandler
 from string import Template
-from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Union, cast
 
 VERSION = "0.1.0"
 PROGRAM = "ssh-agent-proxy"
@@ -123,7 +122,7 @@ _UNSEEN = frozenset(map(chr, (
 )))  # fmt: skip
 
 
-def printable(text: str | bytes, limit: int = 200) -> str:
+def printable(text: Union[str, bytes], limit: int = 200) -> str:
     """Foreign text for a log, a prompt or an error: one line, of at most LIMIT characters.
 
     Control, bidi, zero-width and other invisible characters become escapes as in Python's source.
@@ -177,7 +176,7 @@ class Reader:
         self.what = what
         self.at = 0
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
@@ -252,7 +251,7 @@ def sign_request(key_blob: bytes, data: bytes, flags: int) -> bytes:
     )  # fmt: skip
 
 
-def parse_identities_answer(reply: bytes) -> list[Identity] | None:
+def parse_identities_answer(reply: bytes) -> Optional[list[Identity]]:
     """SSH_AGENT_IDENTITIES_ANSWER (RFC 9987); None where the agent says SSH_AGENT_FAILURE."""
     if reply == byte(SSH_AGENT_FAILURE):
         return None
@@ -264,7 +263,7 @@ def parse_identities_answer(reply: bytes) -> list[Identity] | None:
         return [Identity(r.string(), r.string()) for _ in range(nkeys)]
 
 
-def parse_sign_response(reply: bytes) -> bytes | None:
+def parse_sign_response(reply: bytes) -> Optional[bytes]:
     """SSH_AGENT_SIGN_RESPONSE (RFC 9987), its signature; None for SSH_AGENT_FAILURE."""
     if reply == byte(SSH_AGENT_FAILURE):
         return None
@@ -534,7 +533,7 @@ class Exchange:
     """
 
     def __init__(
-        self, upstream: Upstream, deadline: float, client: socket.socket | None = None
+        self, upstream: Upstream, deadline: float, client: Optional[socket.socket] = None
     ) -> None:
         self.upstream = upstream
         self.deadline = deadline
@@ -557,7 +556,7 @@ class Exchange:
             self.close()
             raise
 
-    def __enter__(self) -> Exchange:
+    def __enter__(self) -> "Exchange":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -597,7 +596,7 @@ class Exchange:
         os.set_blocking(self.process.stderr.fileno(), False)
         self.poll.register(self.process.stderr, select.POLLIN)
 
-    def _wait(self, seconds: float | None = None) -> None:
+    def _wait(self, seconds: Optional[float] = None) -> None:
         """Until the agent's connection is ready, or for SECONDS."""
         while True:
             left = self.deadline - time.monotonic()
@@ -705,7 +704,7 @@ def _why(path: str, e: OSError) -> str:
 class Wanted(NamedTuple):
     """What is to sign: that key, or the listed one with that fingerprint, or the first listed."""
 
-    key: PublicKey | None = None
+    key: Optional[PublicKey] = None
     fingerprint: str = ""
     pinned: bool = False  # by a setting, not named by the request
     comment: str = ""
@@ -777,15 +776,15 @@ class Agents:
     """
 
     def __init__(
-        self, upstream: Upstream | None, sockets: Sequence[str], timeout: float
+        self, upstream: Optional[Upstream], sockets: Sequence[str], timeout: float
     ) -> None:
         self.upstream = upstream
         self.sockets = sockets
         self.timeout = timeout
-        self.last: Upstream | None = None  # the agent in use, as the log last named it
+        self.last: Optional[Upstream] = None  # the agent in use, as the log last named it
 
     @contextlib.contextmanager
-    def exchange(self, client: socket.socket | None = None) -> Iterator[Exchange]:
+    def exchange(self, client: Optional[socket.socket] = None) -> Iterator[Exchange]:
         """A fresh connection for one request; where it is of no help, the error names another."""
         try:
             with self._connect(client) as exchange:
@@ -796,7 +795,7 @@ class Agents:
         except (AgentUnreachable, NoUsableKey) as e:
             raise type(e)(f"{e}{self.hint()}") from e
 
-    def _connect(self, client: socket.socket | None) -> Exchange:
+    def _connect(self, client: Optional[socket.socket]) -> Exchange:
         deadline = time.monotonic() + self.timeout
         if not hasattr(socket, "AF_UNIX") or not hasattr(select, "poll"):
             raise AgentUnreachable("this Python has no Unix sockets to reach an agent by")
@@ -882,7 +881,7 @@ def check_browser(fields: Mapping[str, str]) -> None:
 _NAMESPACE = re.compile(r"[!-+\--~]{1,255}")  # printable ASCII but the blank and the comma
 
 
-def choose_namespace(named: str | None, allowed: Sequence[str]) -> str:
+def choose_namespace(named: Optional[str], allowed: Sequence[str]) -> str:
     """The namespace that the request names, else the first allowed one; 400, or 403."""
     if named is None:
         return allowed[0]
@@ -894,7 +893,7 @@ def choose_namespace(named: str | None, allowed: Sequence[str]) -> str:
     return named
 
 
-def choose_key(named: str | None, pinned: Listed | None) -> Wanted:
+def choose_key(named: Optional[str], pinned: Optional[Listed]) -> Wanted:
     """The pinned key, else the one that the request names, else any; 400, or 403."""
     pin = Wanted(pinned.key, pinned=True, comment=pinned.comment) if pinned else Wanted()
     if named is None:
@@ -1061,8 +1060,8 @@ def parse_namespaces(setting: Setting, env: Env) -> tuple[str, ...]:
 
 def parse_hosts(setting: Setting, env: Env) -> tuple[str, ...]:
     hosts = []
-    for part in filter(None, map(str.strip, setting.value.lower().split(","))):
-        if not _HOST_NAME.fullmatch(part[1:] if part[0] == "." else part):
+    for part in map(str.strip, setting.value.lower().split(",") if setting.value else ()):
+        if not _HOST_NAME.fullmatch(part[1:] if part.startswith(".") else part):
             raise setting.wrong(f"{printable(part)!r} is not a host name or .suffix")
         hosts.append(part[:-1] if part.endswith(".") else part)
     return tuple(hosts)
@@ -1094,7 +1093,7 @@ def expand(setting: Setting, path: str, env: Env) -> str:
     return expanded
 
 
-def parse_upstream(setting: Setting, env: Env) -> Upstream | None:
+def parse_upstream(setting: Setting, env: Env) -> Optional[Upstream]:
     """None where neither this nor SSH_AUTH_SOCK is set: one is looked for at each request."""
     value = setting.value
     if not value:
@@ -1104,7 +1103,7 @@ def parse_upstream(setting: Setting, env: Env) -> Upstream | None:
             command = shlex.split(value[len("exec:") :])
         except ValueError as e:
             raise setting.wrong(f"{printable(value)!r}: {str(e).lower()}") from e
-        if not command:
+        if not command or not command[0]:
             raise setting.wrong("exec: without a command")
         return Upstream(command=(expand(setting, command[0], env), *command[1:]))
     path = expand(setting, value[len("unix:") :] if value.startswith("unix:") else value, env)
@@ -1114,7 +1113,7 @@ def parse_upstream(setting: Setting, env: Env) -> Upstream | None:
     return Upstream(path)
 
 
-def parse_pin(setting: Setting, env: Env) -> Listed | None:
+def parse_pin(setting: Setting, env: Env) -> Optional[Listed]:
     """The one authorized_keys line, which may have comments and empty lines around it."""
     lines = [line for line in setting.value.splitlines() if line.strip()[:1] not in ("", "#")]
     if "PRIVATE KEY" in setting.value:
@@ -1129,7 +1128,7 @@ def parse_pin(setting: Setting, env: Env) -> Listed | None:
         raise setting.wrong(str(e)) from e
 
 
-def parse_file(setting: Setting, env: Env) -> Setting | None:
+def parse_file(setting: Setting, env: Env) -> Optional[Setting]:
     return setting._replace(value=expand(setting, setting.value, env)) if setting.value else None
 
 
@@ -1225,14 +1224,14 @@ class Config(NamedTuple):
     unknown: tuple[str, ...]  # variables that look like ours
     addr: tuple[Address, ...]
     namespace: tuple[str, ...]
-    upstream: Upstream | None
-    pubkey: Listed | None
-    pubkey_file: Setting | None
+    upstream: Optional[Upstream]
+    pubkey: Optional[Listed]
+    pubkey_file: Optional[Setting]
     allowed_hosts: tuple[str, ...]
     timeout: float
 
     @classmethod
-    def from_env(cls, env: Env, argv: Sequence[str], commands: Mapping[str, str]) -> Config:
+    def from_env(cls, env: Env, argv: Sequence[str], commands: Mapping[str, str]) -> "Config":
         """From os.environ and sys.argv[1:]; ConfigError names the setting that is wrong."""
         given = argument_parser(commands).parse_intermixed_args(argv)
         prefix = "SSH_AGENT_PROXY_"
@@ -1247,7 +1246,7 @@ class Config(NamedTuple):
             if getattr(given, option.field):
                 setting = Setting(option.flag, getattr(given, option.field))
             values[option.field] = option.parse(setting, env)
-        known = {prefix + name for name in (*[o.variable for o in OPTIONS], *SHIMS_OWN)}
+        known = {prefix + name for name in (*[o.variable for o in OPTIONS], *SHIMS_OWN, *UNSUPPORTED)}
         config = cls(
             command=tuple(given.command),
             level=logging.DEBUG if given.verbose else AUDIT if given.quiet else logging.INFO,
@@ -1260,7 +1259,7 @@ class Config(NamedTuple):
         config.pinned()  # a file that can't be read is a setting that is wrong
         return config
 
-    def pinned(self) -> Listed | None:
+    def pinned(self) -> Optional[Listed]:
         """The key that alone signs, if any; the file is read each time anew."""
         if self.pubkey or not self.pubkey_file:
             return self.pubkey
@@ -1311,7 +1310,7 @@ class Head(NamedTuple):
     minor: int  # HTTP/1.minor
     hosts: tuple[str, ...]  # authorities: of the Host field and of a target in absolute form
     fields: dict[str, str]  # by lower-case name; a field that stands twice has its last value
-    length: int | None  # Content-Length, if any
+    length: Optional[int]  # Content-Length, if any
     chunked: bool
 
 
@@ -1387,7 +1386,7 @@ def read_head(stream: BinaryIO) -> Head:
     return Head(method, target, int(minor), tuple(hosts), fields, length, chunked)
 
 
-def parse_framing(fields: Mapping[str, str], minor: int) -> tuple[int | None, bool]:
+def parse_framing(fields: Mapping[str, str], minor: int) -> tuple[Optional[int], bool]:
     """RFC 9112 section 6: Content-Length if any, and whether the body is chunked."""
     coding = fields.get("transfer-encoding")
     length = fields.get("content-length")
@@ -1428,7 +1427,7 @@ def chunk_sizes(stream: BinaryIO) -> Iterator[int]:
         yield size
         if stream.read(2) != b"\r\n":
             raise RequestError(400, "a chunk is not of the size announced")
-    for _ in range(MAX_FIELDS):  # trailers, which mean nothing here
+    for _ in range(MAX_FIELDS + 1):  # trailers, which mean nothing here, and the empty line
         line = read_line(stream, MAX_LINE, "a trailer")
         if not line:
             return
@@ -1467,7 +1466,8 @@ def read_shim() -> bytes:
     """shim.sh from beside this file or from the same zip; 404 where only this file was copied."""
     try:
         loader = globals()["__loader__"]
-        return bytes(loader.get_data(os.path.join(os.path.dirname(__file__), "shim.sh")))
+        folder = os.path.dirname(os.path.realpath(__file__))
+        return bytes(loader.get_data(os.path.join(folder, "shim.sh")))
     except OSError as e:
         raise RequestError(404, NO_SHIM) from e
 
@@ -1490,6 +1490,8 @@ class Client(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """RequestError 408 where nothing came in time; ClientGone."""
         left = min(self.limit - time.monotonic(), GAP_SECONDS)
+        if left <= 0 and self.limit:
+            raise RequestError(408, "the request took too long to arrive")
         try:
             self.socket.settimeout(max(0, left))
             size = self.socket.recv_into(buffer)
@@ -1656,11 +1658,15 @@ class Handler(BaseHTTPRequestHandler):
         """The log's line, and then the answer: no signature leaves that is not on record."""
         status, body = answer.status, answer.body
         outcome = "served" if status < 400 else "refused" if status < 500 else "failed"
-        noted = {"outcome": outcome, "status": str(status), **self.noted}
+        noted = {
+            "outcome": outcome,
+            "status": str(status),
+            "peer": str(Address(*self.client_address[:2])),
+            "ms": str(round(1000 * (time.monotonic() - self.accepted))),
+            **self.noted,
+        }
         if status >= 400:
             noted["reason"] = body.decode().rstrip("\n")
-        noted["peer"] = str(Address(*self.client_address[:2]))
-        noted["ms"] = str(round(1000 * (time.monotonic() - self.accepted)))
         line = " ".join([f"{name}={quoted(value)}" for name, value in noted.items()])
         LOG.log(logging.INFO if noted["outcome"] == "served" else AUDIT, "%s", line)
 
@@ -1709,7 +1715,7 @@ class Listener(NamedTuple):
 def listen(address: Address) -> list[Listener]:
     """Listening sockets at ADDRESS, for a name at all it has; ProxyError where there is none."""
     listeners: list[Listener] = []
-    error: OSError | None = None
+    error: Optional[OSError] = None
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as e:
@@ -1881,6 +1887,11 @@ class StderrHandler(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lost = 0
+        self.fd = 2
+        with contextlib.suppress(OSError, AttributeError):
+            # A terminal that nobody reads takes part of a line and then waits; opened for us alone
+            # it can be told not to.
+            self.fd = os.open(os.ttyname(2), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s",
                                             "%Y-%m-%dT%H:%M:%S%z"))  # fmt: skip
 
@@ -1891,7 +1902,7 @@ class StderrHandler(logging.Handler):
         data = line.encode("utf-8", "backslashreplace")[: self.MAX_LINE - 1] + b"\n"
         try:
             if self.writable():
-                os.write(2, data)
+                os.write(self.fd, data)
                 self.lost = 0
             else:
                 self.lost += 1
@@ -1902,7 +1913,7 @@ class StderrHandler(logging.Handler):
         if not hasattr(select, "poll"):
             return True
         poll = select.poll()
-        poll.register(2, select.POLLOUT)
+        poll.register(self.fd, select.POLLOUT)
         return any(event & select.POLLOUT for _, event in poll.poll(0))
 
 
@@ -1925,7 +1936,7 @@ class Signals:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: None)
 
-    def wait(self, seconds: float | None = None) -> bool:
+    def wait(self, seconds: Optional[float] = None) -> bool:
         """Has a signal come, now or within SECONDS?"""
         self.receiver.settimeout(seconds)
         try:
@@ -1984,6 +1995,7 @@ def report_agent(config: Config, agents: Agents) -> None:
 
 
 def serve(config: Config) -> int:
+    """Runs until SIGTERM or SIGINT, then finishes what is in flight, within DRAIN_SECONDS."""
     for step in harden(sys.platform):
         level = logging.DEBUG if step.in_force or step.expected else logging.WARNING
         state = "in force" if step.in_force else "not in force"
@@ -2011,33 +2023,58 @@ def serve(config: Config) -> int:
 
 
 def print_shim() -> int:
-    sys.stdout.buffer.write(read_shim())
-    sys.stdout.flush()
+    shim = read_shim()
+    if sys.stdout is None:
+        raise ProxyError("cannot write shim.sh: standard output is closed")
+    sys.stdout.buffer.write(shim)
     return 0
+
+
+def run(argv: Sequence[str]) -> int:
+    config = Config.from_env(os.environ, argv, COMMANDS)
+    start_log(config.level)
+    command = " ".join(config.command) or "serve"
+    if command == "serve":
+        return serve(config)
+    if command == "shim":
+        return print_shim()
+    known = " and ".join(COMMANDS)
+    raise ConfigError(f"no such command: {printable(command)!r} (there are {known})")
+
+
+def complain(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody can be told
+        os.write(2, f"{PROGRAM}: {text}\n".encode("utf-8", "backslashreplace"))
 
 
 def main(argv: Sequence[str]) -> int:
     """ARGV without the program's name. Exit status: 0, 1 it could not run, 2 wrong settings."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:  # closed: a socket would get that number, and the log
+            os.open(os.devnull, os.O_RDWR)
+    status = 0
     try:
-        config = Config.from_env(os.environ, argv, COMMANDS)
-        start_log(config.level)
-        command = " ".join(config.command) or "serve"
-        if command == "serve":
-            return serve(config)
-        if command == "shim":
-            return print_shim()
-        known = " and ".join(COMMANDS)
-        raise ConfigError(f"no such command: {printable(command)!r} (there are {known})")
+        try:
+            status = run(argv)
+        except SystemExit as e:  # --help, --version
+            status = int(e.code or 0)
+        if sys.stdout:
+            sys.stdout.flush()
     except ConfigError as e:
-        print(f"{PROGRAM}: {e}", file=sys.stderr)
-        return 2
+        complain(str(e))
+        status = 2
     except ProxyError as e:
-        print(f"{PROGRAM}: {e}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        return 1
+        complain(str(e))
+        status = 1
+    except OSError as e:
+        complain(f"cannot write: {e.strerror}")
+        status = 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try again, and complain
     except KeyboardInterrupt:
-        return 130
+        status = 130
+    return status
 
 
 if __name__ == "__main__":

@@ -75,9 +75,12 @@ finish() {
     0 | 129 | 130 | 131 | 141 | 143) ;;
     *) show_log ;;
     esac
-    # $! is a process that was started, but whose number is not noted yet.
-    for process in "$proxy" "$agent" "${!:-}"; do
-        [ -z "$process" ] || stop "$process"
+    # $! is a process that was started, but whose number is not noted yet; none is 0 in yash.
+    for process in "$proxy" "$agent" "${!:-0}"; do
+        case $process in
+        '' | 0) ;;
+        *) stop "$process" ;;
+        esac
     done
     cd /
     # Git's helpers were interrupted with it and may still be taking their files away.

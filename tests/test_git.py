@@ -424,7 +424,7 @@ def test_a_fetched_key_is_replaced_when_the_agent_has_another(
 
 
 def test_a_persons_own_key_file_is_not_replaced(
-    signing: Signing, agent: Agent, keys: Keys
+    signing: Signing, agent: Agent, keys: Keys, proxy: Proxy
 ) -> None:
     file = signing.home / "key.pub"
     shutil.copyfile(f"{keys['ed25519']}.pub", file)
@@ -433,7 +433,9 @@ def test_a_persons_own_key_file_is_not_replaced(
     agent.delete_all()
     agent.add(keys["other"])
     said = refused(repository, signing)
-    assert "the agent does not hold the key " + fingerprint(keys["ed25519"]) in said
+    reason = http(proxy.port, "POST", "/sign", b"x", {"SSHSIG-Key": keys.line("ed25519")})
+    assert (reason.status, fingerprint(keys["ed25519"]) in reason.text) == (404, True)
+    assert reason.text.strip() in said
     assert file.read_text().strip() == keys.line("ed25519")
 
 
@@ -565,22 +567,24 @@ def test_a_key_that_is_not_the_pinned_one_fails_the_commit_with_the_proxys_reaso
     signing: Signing, agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]
 ) -> None:
     agent.add(keys["other"])
-    signing.use(start_proxy("--pubkey", keys.line("other"), upstream=agent.sock))
-    repository = signing.repository()
-    said = refused(repository, signing)
-    assert f"this proxy signs with the key {fingerprint(keys['other'])} only" in said
-    assert fingerprint(keys["ed25519"]) in said
+    proxy = start_proxy("--pubkey", keys.line("other"), upstream=agent.sock)
+    signing.use(proxy)
+    said = refused(signing.repository(), signing)
+    reason = http(proxy.port, "POST", "/sign", b"x", {"SSHSIG-Key": keys.line("ed25519")})
+    assert (reason.status, fingerprint(keys["other"]) in reason.text) == (403, True)
+    assert reason.text.strip() in said
 
 
 def test_a_pinned_key_that_the_agent_lacks_fails_the_commit_with_the_proxys_reason(
     signing: Signing, agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]
 ) -> None:
-    signing.use(start_proxy("--pubkey", keys.line("other"), upstream=agent.sock))
+    proxy = start_proxy("--pubkey", keys.line("other"), upstream=agent.sock)
+    signing.use(proxy)
     name_the_key("command", signing, keys)
-    repository = signing.repository()
-    said = refused(repository, signing)
-    assert "the pinned key is missing" in said
-    assert fingerprint(keys["other"]) in said
+    said = refused(signing.repository(), signing)
+    reason = http(proxy.port, "POST", "/sign", b"x")
+    assert (reason.status, fingerprint(keys["other"]) in reason.text) == (503, True)
+    assert reason.text.strip() in said
 
 
 def test_without_the_proxy_the_commit_fails_and_says_where_it_looked(signing: Signing) -> None:
@@ -597,7 +601,8 @@ def test_another_namespace_is_refused_and_the_commit_with_it(
     signing.use(start_proxy("--namespace", "file", upstream=agent.sock))
     repository = signing.repository()
     said = refused(repository, signing)
-    assert "namespace 'git' is not allowed here: SSH_AGENT_PROXY_NAMESPACE" in said
+    assert "'git'" in said
+    assert "SSH_AGENT_PROXY_NAMESPACE" in said
 
 
 def test_a_failed_rebase_goes_on_once_the_agent_is_back(

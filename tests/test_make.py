@@ -245,6 +245,17 @@ def test_interrupted_demo_leaves_nothing(
     assert "Nothing of it stays" not in out
 
 
+def test_demo_interrupted_before_it_started_a_process_ends_itself_alone(
+    start_demo: Any, interrupt: Any, home: Path
+) -> None:
+    # In yash $! is 0 then, and `kill 0` means everybody.
+    path = interrupt("after mktemp *", "sigterm")
+    (home / "interrupting" / "sh").symlink_to(need("yash", "yash", "demo under yash"))
+    demo = start_demo(PATH=path)
+    out = demo.end()
+    assert demo.process.returncode == 128 + signal.SIGTERM, out
+
+
 @pytest.mark.parametrize("kind", SIGNALS)
 def test_interrupted_cleaning_goes_on(
     start_demo: Any, interrupt: Any, home: Path, kind: str

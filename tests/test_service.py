@@ -221,7 +221,8 @@ def test_threads_of_a_crowd_are_used_again(proxy: Proxy) -> None:
     with ThreadPoolExecutor(16) as pool:
         for _ in range(3):
             list(pool.map(lambda _: http(proxy.port, "POST", "/sign", b"x"), range(64)))
-    assert threads(proxy.pid) <= 16 + 3
+    # One may be about to finish while its client comes again already.
+    assert threads(proxy.pid) <= 2 * 16 + 3
 
 
 # ---------------------------------------------------------------- the log
