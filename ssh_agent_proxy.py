@@ -33,7 +33,6 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
     del sys.path[0]
 
 # (No `from __future__` either: it would come first.)
-# ruff: noqa: E402  (that path has to be gone before anything else is imported)
 import argparse
 import base64
 import binascii
@@ -341,9 +340,9 @@ class PublicKey(NamedTuple):
 def _key_fields(r: Reader, plain_type: str) -> int:
     """Reads what stands between a key's type and its end; returns PublicKey.bits."""
     if "ed25519" in plain_type:
-        bits = 8 * len(r.string())
-        if bits != 256:
-            raise WireError(f"{r.what}: an Ed25519 key of {bits} bits")
+        size, bits = len(r.string()), 256
+        if size != 32:
+            raise WireError(f"{r.what}: an Ed25519 key of {size} bytes")
     elif plain_type == "ssh-rsa":
         e, bits = r.mpint(), r.mpint().bit_length()
         if not MIN_RSA_BITS <= bits <= MAX_RSA_BITS or e < 3:
@@ -1246,7 +1245,8 @@ class Config(NamedTuple):
             if getattr(given, option.field):
                 setting = Setting(option.flag, getattr(given, option.field))
             values[option.field] = option.parse(setting, env)
-        known = {prefix + name for name in (*[o.variable for o in OPTIONS], *SHIMS_OWN, *UNSUPPORTED)}
+        ours = (*[o.variable for o in OPTIONS], *SHIMS_OWN, *UNSUPPORTED)
+        known = {prefix + name for name in ours}
         config = cls(
             command=tuple(given.command),
             level=logging.DEBUG if given.verbose else AUDIT if given.quiet else logging.INFO,
@@ -1794,7 +1794,7 @@ class Server:
             try:
                 if not self.stopping:
                     Handler(connection, peer, cast(Any, self))
-            except Exception as e:
+            except Exception as e:  # noqa: BLE001  it must not take the thread with it
                 LOG.error("internal error: %s: %s", type(e).__name__, printable(str(e)))
             finally:
                 connection.close()

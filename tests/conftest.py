@@ -1,4 +1,4 @@
-"""What the tests share: real agents, the real proxy, throwaway homes. Nothing of the user's is touched."""
+"""What the tests share: real agents, the real proxy, throwaway homes, nothing of the user's."""
 
 from __future__ import annotations
 
@@ -64,15 +64,14 @@ def run(
     input: Optional[bytes] = None,
     check: bool = True,
     timeout: float = 60,
-) -> "subprocess.CompletedProcess[bytes]":
+) -> subprocess.CompletedProcess[bytes]:
     done = subprocess.run(
         [str(a) for a in argv],
         env=env,
         cwd=cwd,
         input=input,
         stdin=subprocess.DEVNULL if input is None else None,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         timeout=timeout,
     )
     if check and done.returncode:
@@ -296,8 +295,8 @@ class Proxy:
     def log(self) -> str:
         return "".join(self._log)
 
-    def wait_log(self, pattern: str, seconds: float = 10) -> "re.Match[str]":
-        def look() -> Optional["re.Match[str]"]:
+    def wait_log(self, pattern: str, seconds: float = 10) -> re.Match[str]:
+        def look() -> Optional[re.Match[str]]:
             over = self.process.poll() is not None
             if over:
                 self._reader.join(5)

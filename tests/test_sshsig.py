@@ -61,8 +61,8 @@ TYPES = {
     "sk-ecdsa-cert": "sk-ecdsa-sha2-nistp256-cert-v01@openssh.com",
 }
 
-SIZES = {"ed25519": 32, "rsa2048": 256, "rsa3072": 384, "rsa4096": 512, "ecdsa256": 32,
-         "ecdsa384": 48, "ecdsa521": 66, "sk-ed25519": 32, "sk-ecdsa": 32}  # fmt: skip
+BITS = {"ed25519": 256, "rsa2048": 2048, "rsa3072": 3072, "rsa4096": 4096, "ecdsa256": 256,
+        "ecdsa384": 384, "ecdsa521": 521, "sk-ed25519": 256, "sk-ecdsa": 256}  # fmt: skip
 
 
 def rows(table: Sequence[Any]) -> List[Any]:
@@ -329,17 +329,17 @@ def test_a_real_block_is_taken_apart_and_put_together_again(lab: Lab) -> None:
 # ---------------------------------------------------------------- keys, by hand
 
 KEYS = [
-    ("Ed25519", ed(), "ssh-ed25519", 32),
-    ("RSA of the fewest bits", rsa(mp((1 << 1023) | 1)), "ssh-rsa", 128),
-    ("RSA with a length of no whole bytes", rsa(mp((1 << 2049) | 1)), "ssh-rsa", 257),
-    ("RSA of the most bits", rsa(mp((1 << 16383) | 1)), "ssh-rsa", 2048),
-    ("RSA with the least exponent", rsa(e=mp(3)), "ssh-rsa", 256),
-    ("P-256", ec(), "ecdsa-sha2-nistp256", 32),
-    ("P-384", ec(b"\4" + bytes(96), b"nistp384", b"nistp384"), "ecdsa-sha2-nistp384", 48),
-    ("P-521", ec(b"\4" + bytes(132), b"nistp521", b"nistp521"), "ecdsa-sha2-nistp521", 66),
-    ("sk Ed25519", s(SKED) + s(X25) + s(b"ssh:"), SKED.decode(), 32),
-    ("sk Ed25519 without an application", s(SKED) + s(X25) + s(b""), SKED.decode(), 32),
-    ("sk P-256", s(SKEC) + s(b"nistp256") + s(POINT) + s(b"ssh:"), SKEC.decode(), 32),
+    ("Ed25519", ed(), "ssh-ed25519", 256),
+    ("RSA of the fewest bits", rsa(mp((1 << 1023) | 1)), "ssh-rsa", 1024),
+    ("RSA with a length of no whole bytes", rsa(mp((1 << 2049) | 1)), "ssh-rsa", 2050),
+    ("RSA of the most bits", rsa(mp((1 << 16383) | 1)), "ssh-rsa", 16384),
+    ("RSA with the least exponent", rsa(e=mp(3)), "ssh-rsa", 2048),
+    ("P-256", ec(), "ecdsa-sha2-nistp256", 256),
+    ("P-384", ec(b"\4" + bytes(96), b"nistp384", b"nistp384"), "ecdsa-sha2-nistp384", 384),
+    ("P-521", ec(b"\4" + bytes(132), b"nistp521", b"nistp521"), "ecdsa-sha2-nistp521", 521),
+    ("sk Ed25519", s(SKED) + s(X25) + s(b"ssh:"), SKED.decode(), 256),
+    ("sk Ed25519 without an application", s(SKED) + s(X25) + s(b""), SKED.decode(), 256),
+    ("sk P-256", s(SKEC) + s(b"nistp256") + s(POINT) + s(b"ssh:"), SKEC.decode(), 256),
 ]
 
 TYPE = "type '"
@@ -406,9 +406,9 @@ NO_KEYS = [
 ]
 
 
-@pytest.mark.parametrize("blob, key_type, size", rows(KEYS))
-def test_a_key_blob_is_read(blob: bytes, key_type: str, size: int) -> None:
-    assert sap.parse_public_key(blob) == sap.PublicKey(key_type, blob, key_type, blob, size)
+@pytest.mark.parametrize("blob, key_type, bits", rows(KEYS))
+def test_a_key_blob_is_read(blob: bytes, key_type: str, bits: int) -> None:
+    assert sap.parse_public_key(blob) == sap.PublicKey(key_type, blob, key_type, blob, bits)
 
 
 @pytest.mark.parametrize("blob, error", rows(NO_KEYS))
@@ -443,7 +443,7 @@ def test_a_real_key_is_read(lab: Lab, name: str) -> None:
     assert key.blob == lab.blob(name)
     assert key.plain_type == TYPES[plain]
     assert key.plain_blob == lab.blob(plain)
-    assert key.size == SIZES[plain]
+    assert key.bits == BITS[plain]
     assert comment == f"{plain}@test"
     assert lab.line(name) == f"{key.line} {comment}"
 
@@ -776,7 +776,8 @@ def test_ssh_keygen_verifies_the_block(
     signature.write_bytes(answer.body)
     namespaces, line = 'namespaces="git"', lab.line(name)
     if name in CERTIFIED:
-        namespaces, line = "cert-authority," + namespaces, lab.ca.with_suffix(".pub").read_text().strip()
+        namespaces = "cert-authority," + namespaces
+        line = lab.ca.with_suffix(".pub").read_text().strip()
     signers.write_text(f"someone {namespaces} {line}\n")
     verify = ["-Y", "verify", "-f", signers, "-I", "someone", "-n", "git", "-s", signature]
     verify_novalidate = ["-Y", "check-novalidate", "-n", "git", "-s", signature]
