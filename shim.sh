@@ -331,6 +331,10 @@ converse() {
         explain_silence "$1"
         return 1
     fi
+    if [ -z "$head_ends" ]; then
+        fail "the answer from $1 broke off: try again"
+        return 1
+    fi
     case $server in
     ssh-agent-proxy/*) ;;
     *)
@@ -342,7 +346,7 @@ SSH_AGENT_PROXY_URL says where to look"
         ;;
     esac
     if [ "$answered" != 200 ]; then
-        show "${body%%"$NEWLINE"*}"
+        show "$body"
         fail "$1 answered $answered: ${shown:-no reason given}"
         return 1
     fi
@@ -360,20 +364,23 @@ ask() {
         set -- --noproxy '*' ${1+"$@"}
     fi
     set -- -q -s -g -i --suppress-connect-headers -H Expect: \
-        --connect-timeout "$CONNECT_SECONDS" --max-time "$ANSWER_SECONDS" ${1+"$@"} "$url"
+        --connect-timeout "$CONNECT_SECONDS" --max-time "$ANSWER_SECONDS" ${1+"$@"}
     ended=0
     if [ -n "$held" ]; then
         true >"$held"
-        run_curl -o "$held" "$@" </dev/null >/dev/null 2>&1 &
+        {
+            exec </dev/null >/dev/null 2>&1
+            run_curl "$@" -o "$held" "$url"
+        } &
         job=$!
         start_timer
         wait "$job" || ended=$?
         job=''
         stop_timer
-        read_answer <"$held"
+        read_answer <"$held" 2>/dev/null
     else
-        { answer=$(run_curl --limit-rate 1M "$@" <&3); } 2>/dev/null || ended=$?
-        read_answer <<END_OF_ANSWER
+        { answer=$(run_curl "$@" --limit-rate 1M "$url" <&3); } 2>/dev/null || ended=$?
+        read_answer 2>/dev/null <<END_OF_ANSWER
 $answer
 END_OF_ANSWER
     fi
@@ -387,21 +394,24 @@ run_curl() {
 }
 
 read_answer() {
-    answered='' server='' body=''
+    answered='' server='' head_ends='' body=''
     while read -r version code rest; do
         case $version in
         HTTP/[0-9]*) ;;
         *) break ;;
         esac
         answered=${code%%[!0-9]*}
-        server=''
+        server='' head_ends=''
         while IFS=: read -r name rest; do
             case $name in
             [Ss][Ee][Rr][Vv][Ee][Rr])
                 server=${rest# }
                 server=${server%[! -~]} # the carriage return
                 ;;
-            '' | ?) break ;; # an empty line still has its own
+            '' | ?) # an empty line still has its own
+                head_ends=yes
+                break
+                ;;
             esac
         done
         case $answered in
@@ -409,9 +419,20 @@ read_answer() {
         *) break ;;
         esac
     done
-    while IFS= read -r line || [ -n "$line" ]; do
+    if [ "$answered" = 200 ] && [ "$ended" = 0 ]; then
+        read_body
+    else
+        IFS= read -r body || : # of a refusal, its one line
+    fi
+}
+
+read_body() {
+    while [ ${#body} -lt 65536 ] && IFS= read -r line; do
         body=$body$line$NEWLINE
+        line=''
     done
+    [ -z "$line" ] || body=$body$line$NEWLINE
+    [ ${#body} -lt 65536 ] || ended=23
 }
 
 # curl's exit status, when there is no (whole) answer from URL $1.
@@ -451,13 +472,17 @@ SSH_AGENT_PROXY_CURL which one to run"
 start_timer() {
     reap_timer
     { true >/dev/tty; } 2>/dev/null || return 0
-    run_timer </dev/null >/dev/null 2>&1 &
+    {
+        # By exec, for what redirections of another kind replace is kept open by some shells.
+        exec </dev/null >/dev/tty 2>/dev/null
+        run_timer
+    } &
     timer=$!
 }
 
 run_timer() {
-    trap '' TTOU # a background job may write all the same
-    exec >/dev/tty
+    trap '' HUP INT TERM # of these the shim tells it, by USR1
+    trap '' TTOU         # a background job may write all the same
     nap='' ending=''
     trap end_nap USR1
     doze
@@ -484,7 +509,7 @@ doze() {
 end_nap() {
     ending=yes
     if [ -n "$nap" ]; then
-        kill "$nap" || :
+        kill -s KILL "$nap" || :
         wait "$nap" || :
         exit
     fi
@@ -524,9 +549,10 @@ take_key() {
 
 # Is there a public key in file $1? Then $found is it, and $marked tells whether we wrote it.
 read_key() {
-    marked=''
+    marked='' more=yes
     [ -r "$1" ] && [ ! -d "$1" ] || return 1
-    while read -r word blob rest || [ -n "$word" ]; do
+    while [ -n "$more" ]; do
+        read -r word blob rest || more='' # the last line may lack its end
         case "$word $blob $rest" in
         "$FETCHED"*) marked=yes ;;
         -----BEGIN*) return 1 ;; # a private key, whose rest is no business of ours
@@ -723,7 +749,7 @@ because the proxy could not be asked for its own when the push began: look at \
 }
 
 sign_stdin() {
-    { true <&0; } 2>/dev/null || die "there is no standard input to sign"
+    { true 3<&0; } 2>/dev/null || die "there is no standard input to sign"
     exec 3<&0
     umask 077
     choose_scratch || once=yes

@@ -525,6 +525,26 @@ def well_known_sockets(platform: str, home: str, runtime: str) -> tuple[str, ...
     return (*paths, f"{home}/.gnupg/S.gpg-agent.ssh")
 
 
+def _kill_group(leader: int, number: int) -> None:
+    """LEADER has not been waited for: its number is nobody else's yet."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, number)
+
+
+def _why(path: str, e: OSError) -> str:
+    """Why nobody could be reached at a Unix socket, for a person."""
+    if e.errno == errno.ENOENT:
+        return "no such socket (is the agent running?)"
+    if e.errno in (errno.ECONNREFUSED, errno.ENOTSOCK):
+        try:
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                return "that is no socket"
+        except OSError:
+            return "no such socket (is the agent running?)"
+        return "nobody listens on that socket (the agent that made it has ended)"
+    return e.strerror or str(e)
+
+
 class Exchange:
     """One connection to an agent. Every wait ends by DEADLINE (time.monotonic), or with the client.
 
@@ -680,26 +700,6 @@ class Exchange:
             self.process.stderr.close()
 
 
-def _kill_group(leader: int, number: int) -> None:
-    """LEADER has not been waited for: its number is nobody else's yet."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, number)
-
-
-def _why(path: str, e: OSError) -> str:
-    """Why nobody could be reached at a Unix socket, for a person."""
-    if e.errno == errno.ENOENT:
-        return "no such socket (is the agent running?)"
-    if e.errno in (errno.ECONNREFUSED, errno.ENOTSOCK):
-        try:
-            if not stat.S_ISSOCK(os.stat(path).st_mode):
-                return "that is no socket"
-        except OSError:
-            return "no such socket (is the agent running?)"
-        return "nobody listens on that socket (the agent that made it has ended)"
-    return e.strerror or str(e)
-
-
 class Wanted(NamedTuple):
     """What is to sign: that key, or the listed one with that fingerprint, or the first listed."""
 
@@ -716,6 +716,10 @@ class Wanted(NamedTuple):
     @property
     def name(self) -> str:
         return self.key.name if self.key else self.fingerprint
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def list_keys(exchange: Exchange) -> list[Listed]:
@@ -735,10 +739,6 @@ def list_keys(exchange: Exchange) -> list[Listed]:
         raise NoUsableKey(f"the {exchange.upstream} lists {count(len(identities), 'key')}, "
                           "none of a type that can be used for SSHSIG")  # fmt: skip
     return listed
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def choose(listed: Sequence[Listed], wanted: Wanted) -> Listed:
@@ -924,15 +924,6 @@ class Step(NamedTuple):
     expected: bool = False  # not to be had on this system at all: no warning at each start
 
 
-def harden(platform: str) -> list[Step]:
-    """Takes from this process what it doesn't need. To be called before any secret is read."""
-    if platform == "linux":
-        return _harden_linux()
-    if platform == "darwin":
-        return _harden_macos()
-    return []
-
-
 def _no_core() -> Step:
     import resource
 
@@ -940,6 +931,27 @@ def _no_core() -> Step:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limits = resource.getrlimit(resource.RLIMIT_CORE)
     return Step("no core dumps", limits == (0, 0), f"RLIMIT_CORE {limits[0]}")
+
+
+def _lock_memory(libc: Any) -> Step:
+    """Only without a limit: with a finite one mlockall succeeds, and later threads can't start."""
+    import ctypes
+    import resource
+
+    MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
+    name = "memory kept out of swap"
+    unlimited = resource.RLIM_INFINITY
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != unlimited:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (unlimited, unlimited))
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if limit != unlimited:
+        return Step(name, False, f"RLIMIT_MEMLOCK is {limit >> 10} KiB, not unlimited")
+    if libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT):
+        return Step(name, False, f"mlockall: {os.strerror(ctypes.get_errno())}")
+    with open("/proc/self/status", encoding="ascii", errors="replace") as f:
+        locked = next((line.split()[1] for line in f if line.startswith("VmLck:")), "0")
+    return Step(name, locked != "0", f"VmLck {locked} kB")
 
 
 def _harden_linux() -> list[Step]:
@@ -965,27 +977,6 @@ def _harden_linux() -> list[Step]:
     ]
 
 
-def _lock_memory(libc: Any) -> Step:
-    """Only without a limit: with a finite one mlockall succeeds, and later threads can't start."""
-    import ctypes
-    import resource
-
-    MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
-    name = "memory kept out of swap"
-    unlimited = resource.RLIM_INFINITY
-    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != unlimited:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_MEMLOCK, (unlimited, unlimited))
-    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    if limit != unlimited:
-        return Step(name, False, f"RLIMIT_MEMLOCK is {limit >> 10} KiB, not unlimited")
-    if libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT):
-        return Step(name, False, f"mlockall: {os.strerror(ctypes.get_errno())}")
-    with open("/proc/self/status", encoding="ascii", errors="replace") as f:
-        locked = next((line.split()[1] for line in f if line.startswith("VmLck:")), "0")
-    return Step(name, locked != "0", f"VmLck {locked} kB")
-
-
 def _harden_macos() -> list[Step]:
     import ctypes
 
@@ -1008,6 +999,15 @@ def _harden_macos() -> list[Step]:
         Step("no debugger, no reading of memory", denied == 0, attach),
         Step("memory kept out of swap", locked == 0, memory, expected=error == errno.ENOSYS),
     ]
+
+
+def harden(platform: str) -> list[Step]:
+    """Takes from this process what it doesn't need. To be called before any secret is read."""
+    if platform == "linux":
+        return _harden_linux()
+    if platform == "darwin":
+        return _harden_macos()
+    return []
 
 
 # -------------------------------------------------------------------------------------- Config
@@ -1342,6 +1342,27 @@ def parse_field(line: bytes) -> tuple[str, str]:
     raise RequestError(400, f"a malformed header line: {printable(line, 60)!r}")
 
 
+def parse_framing(fields: Mapping[str, str], minor: int) -> tuple[Optional[int], bool]:
+    """RFC 9112 section 6: Content-Length if any, and whether the body is chunked."""
+    coding = fields.get("transfer-encoding")
+    length = fields.get("content-length")
+    if coding is not None:
+        if length is not None:
+            raise RequestError(400, "both Content-Length and Transfer-Encoding")
+        if minor == 0:
+            raise RequestError(400, "Transfer-Encoding in HTTP/1.0")
+        if coding.lower() != "chunked":
+            raise RequestError(400, f"Transfer-Encoding {printable(coding, 60)!r}: not chunked")
+        return None, True
+    if length is None:
+        return None, False
+    if not re.fullmatch("[0-9]+", length):
+        raise RequestError(400, f"Content-Length {printable(length, 60)!r} is no number")
+    length = length.lstrip("0") or "0"
+    # Python refuses to read numbers of thousands of digits.
+    return int(length) if len(length) < 19 else MAX_BODY + 1, False
+
+
 def read_head(stream: BinaryIO) -> Head:
     """A head, the empty line behind it included (RFC 9112); RequestError 400 or 431.
 
@@ -1384,27 +1405,6 @@ def read_head(stream: BinaryIO) -> Head:
     if minor == "1" and fields.get("expect", "100-continue").lower() != "100-continue":
         raise RequestError(400, f"Expect {printable(fields['expect'], 60)!r} can't be met")
     return Head(method, target, int(minor), tuple(hosts), fields, length, chunked)
-
-
-def parse_framing(fields: Mapping[str, str], minor: int) -> tuple[Optional[int], bool]:
-    """RFC 9112 section 6: Content-Length if any, and whether the body is chunked."""
-    coding = fields.get("transfer-encoding")
-    length = fields.get("content-length")
-    if coding is not None:
-        if length is not None:
-            raise RequestError(400, "both Content-Length and Transfer-Encoding")
-        if minor == 0:
-            raise RequestError(400, "Transfer-Encoding in HTTP/1.0")
-        if coding.lower() != "chunked":
-            raise RequestError(400, f"Transfer-Encoding {printable(coding, 60)!r}: not chunked")
-        return None, True
-    if length is None:
-        return None, False
-    if not re.fullmatch("[0-9]+", length):
-        raise RequestError(400, f"Content-Length {printable(length, 60)!r} is no number")
-    length = length.lstrip("0") or "0"
-    # Python refuses to read numbers of thousands of digits.
-    return int(length) if len(length) < 19 else MAX_BODY + 1, False
 
 
 def chunk_sizes(stream: BinaryIO) -> Iterator[int]:
@@ -2030,8 +2030,8 @@ def print_shim() -> int:
     return 0
 
 
-def run(argv: Sequence[str]) -> int:
-    config = Config.from_env(os.environ, argv, COMMANDS)
+def run(env: Env, argv: Sequence[str]) -> int:
+    config = Config.from_env(env, argv, COMMANDS)
     start_log(config.level)
     command = " ".join(config.command) or "serve"
     if command == "serve":
@@ -2057,7 +2057,7 @@ def main(argv: Sequence[str]) -> int:
     status = 0
     try:
         try:
-            status = run(argv)
+            status = run(os.environ, argv)
         except SystemExit as e:  # --help, --version
             status = int(e.code or 0)
         if sys.stdout:

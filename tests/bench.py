@@ -283,7 +283,7 @@ class Lab:
         self.public = " ".join((home / "key.pub").read_text("ascii").split()[:2])
         self.start(["ssh-agent", "-D", "-a", self.agent], stdout=subprocess.DEVNULL,
                    stderr=subprocess.DEVNULL)
-        wait_for(lambda: os.path.exists(self.agent), "ssh-agent made no socket")
+        wait_for(self.agent_listens, "ssh-agent does not listen")
         self.env["SSH_AUTH_SOCK"] = self.agent
         self.run("ssh-add", "-q", self.key)
         # From here on nothing but the proxy's own setting leads to an agent.
@@ -291,6 +291,11 @@ class Lab:
         (home / "payload").write_bytes(PAYLOAD)
         self.run("ssh-keygen", "-q", "-Y", "sign", "-n", "git", "-f", self.key, home / "payload")
         self.armor = (home / "payload.sig").read_bytes()
+
+    def agent_listens(self) -> bool:
+        # Its socket is there a moment before it takes connections.
+        with socket.socket(socket.AF_UNIX) as connection:
+            return connection.connect_ex(self.agent) == 0
 
     def start(self, argv: list[Any], **how: Any) -> subprocess.Popen[bytes]:
         # A session of its own: a Ctrl-C reaches this program alone, which ends the others.

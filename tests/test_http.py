@@ -234,13 +234,21 @@ def shared(keys: Keys) -> Iterator[Shared]:
     shared.stop()
 
 
-QUICK = {"HEAD_SECONDS": 0.4, "GAP_SECONDS": 0.4, "REQUEST_SECONDS": 0.8}
+LINGER = {"LINGER_SECONDS": 0.4, "LINGER_GAP": 0.4}
 
 
 @pytest.fixture(scope="module")
 def quick(keys: Keys) -> Iterator[Shared]:
-    """A proxy that loses its patience soon."""
-    shared = Shared(keys.line("ed25519"), {**QUICK, "LINGER_SECONDS": 0.4, "LINGER_GAP": 0.4})
+    """A proxy that soon loses its patience with a head, and with gaps in a body."""
+    shared = Shared(keys.line("ed25519"), {"HEAD_SECONDS": 0.4, "GAP_SECONDS": 0.4, **LINGER})
+    yield shared
+    shared.stop()
+
+
+@pytest.fixture(scope="module")
+def hurried(keys: Keys) -> Iterator[Shared]:
+    """A proxy that gives a whole request little time."""
+    shared = Shared(keys.line("ed25519"), {"REQUEST_SECONDS": 0.8, **LINGER})
     yield shared
     shared.stop()
 
@@ -558,6 +566,8 @@ BAD_CHUNKED: List[Tuple[str, bytes, int]] = [
     ("a bare LF behind an extension", b"5;a\nhello\r\n0\r\n\r\n", 400),
     ("a bare LF behind the data", b"5\r\nhello\n0\r\n\r\n", 400),
     ("a bare CR behind the data", b"5\r\nhello\r0\r\n\r\n", 400),
+    ("two bytes in place of CR LF", b"5\r\nhello\n\r0\r\n\r\n", 400),
+    ("two letters in place of CR LF", b"5\r\nhelloab0\r\n\r\n", 400),
     ("nothing behind the data", b"5\r\nhello0\r\n\r\n", 400),
     ("more data than announced", b"4\r\nhello\r\n0\r\n\r\n", 400),
     ("less data than announced", b"6\r\nhello\r\n0\r\n\r\n", 400),
@@ -625,6 +635,9 @@ def test_random_bytes_raise_nothing_but_request_errors() -> None:
 
 START = b"GET /healthz HTTP/1.1\r\n" + HOST
 SIGN = b"POST /sign HTTP/1.1\r\n" + HOST
+
+
+HELLO = b"5\r\nhello\r\n0\r\n\r\n"
 
 
 def line_of(first: bytes) -> bytes:
@@ -757,14 +770,14 @@ MALFORMED: List[Tuple[str, bytes, int]] = [
         )
     ),
     ("a length and chunked", signing(b"Transfer-Encoding: chunked"), 400),
-    ("chunked and a length", post_chunked(b"0\r\n\r\n", "Content-Length: 5"), 400),
-    ("a length of 0 and chunked", post_chunked(b"0\r\n\r\n", "Content-Length: 0"), 400),
+    ("chunked and a length", post_chunked(HELLO, "Content-Length: 5"), 400),
+    ("a length of 0 and chunked", post_chunked(HELLO, "Content-Length: 0"), 400),
     ("chunked in HTTP/1.0",
-     b"POST /sign HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
-    ("chunked twice", post_chunked(b"0\r\n\r\n", "Transfer-Encoding: chunked"), 400),
-    ("chunked, then identity", post_chunked(b"0\r\n\r\n", "Transfer-Encoding: identity"), 400),
+     b"POST /sign HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n" + HELLO, 400),
+    ("chunked twice", post_chunked(HELLO, "Transfer-Encoding: chunked"), 400),
+    ("chunked, then identity", post_chunked(HELLO, "Transfer-Encoding: identity"), 400),
     *(
-        (f"coding {coding!r}", field_of(b"Transfer-Encoding: " + coding, SIGN) + b"0\r\n\r\n", 400)
+        (f"coding {coding!r}", field_of(b"Transfer-Encoding: " + coding, SIGN) + HELLO, 400)
         for coding in (
             b"", b"identity", b"gzip", b"gzip, chunked", b"chunked, gzip", b"chunked, chunked",
             b"chunked,", b",chunked", b"xchunked", b"chunked;a=b", b'"chunked"', b"chu nked",
@@ -1443,19 +1456,19 @@ def test_a_head_that_drips_is_too_slow(pause: float, quick: Shared) -> None:
 @pytest.mark.parametrize("pause", PAUSES)
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 def test_a_body_that_drips_is_too_slow_as_a_whole(
-    framing: str, pause: float, quick: Shared
+    framing: str, pause: float, hurried: Shared
 ) -> None:
     start, drop = {
         "length": (post(b"", length=1 << 30), b"a"),
         "chunked": (post_chunked(b""), b"1\r\na\r\n"),
     }[framing]
-    refused(the_one_answer(drip(quick.port, start, drop, pause)), 408)
+    refused(the_one_answer(drip(hurried.port, start, drop, pause)), 408)
 
 
-def test_a_body_that_never_pauses_is_too_slow_as_a_whole(quick: Shared) -> None:
+def test_a_body_that_never_pauses_is_too_slow_as_a_whole(hurried: Shared) -> None:
     # Chunks of a byte, faster than anybody reads them.
     start = post_chunked(b"")
-    refused(the_one_answer(drip(quick.port, start, 100000 * b"1\r\na\r\n", 0)), 408)
+    refused(the_one_answer(drip(hurried.port, start, 100000 * b"1\r\na\r\n", 0)), 408)
 
 
 def test_a_body_with_short_gaps_is_in_time(
@@ -1504,11 +1517,13 @@ def clients() -> Iterator[Clients]:
         s.close()
 
 
-def busy(data: bytes) -> Answer:
-    answer = refused(the_one_answer(data), 503)
-    assert "busy" in answer.text
+def busy(data: bytes) -> None:
+    busy_answer(the_one_answer(data))
+
+
+def busy_answer(answer: Answer) -> None:
+    assert "busy" in refused(answer, 503).text
     assert int(answer.headers["retry-after"]) > 0
-    return answer
 
 
 def served(port: int) -> bool:
@@ -1649,33 +1664,40 @@ def test_a_flood_of_idle_connections_keeps_nobody_out(
         assert the_one_answer(raw(proxy.port, post(b"hello"))).body == expected
 
 
+def all_at_once(proxy: Proxy, number: int, data: bytes, clients: Clients) -> List[Answer]:
+    """The answers to NUMBER requests that are there, sent in full, before the proxy looks."""
+    os.kill(proxy.pid, signal.SIGSTOP)
+    sockets = [connect(proxy.port) for _ in range(number)]
+    clients.opened += sockets
+    for s in sockets:
+        s.sendall(data)
+    os.kill(proxy.pid, signal.SIGCONT)
+    return [the_one_answer(read_all(s, 30)) for s in sockets]
+
+
 def test_200_at_once_are_all_served_in_the_end(
-    proxy: Proxy, ssh_keygen: Callable[..., bytes]
+    proxy: Proxy, ssh_keygen: Callable[..., bytes], clients: Clients
 ) -> None:
     expected = ssh_keygen(b"hello")
-    outcomes: List[str] = []
-    together = threading.Barrier(200)
-    pause = threading.Event()
+    left = 200
+    while left:
+        answers = all_at_once(proxy, left, post(b"hello"), clients)
+        signed = [answer for answer in answers if answer.status == 200]
+        assert {answer.body for answer in signed} == {expected}
+        left -= len(signed)
 
-    def one() -> None:
-        together.wait(30)
-        while True:
-            try:
-                answer = the_one_answer(raw(proxy.port, post(b"hello"), 30))
-            except (OSError, AssertionError) as e:
-                outcomes.append(repr(e))
-                return
-            if answer.status != 503:
-                outcomes.append("signed" if answer.body == expected else repr(answer))
-                return
-            pause.wait(0.05)  # as a client does that is told to try again
 
-    threads = [threading.Thread(target=one) for _ in range(200)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert outcomes == ["signed"] * 200
+@pytest.mark.parametrize("size", [1, 50000])
+def test_a_client_that_has_sent_its_request_is_never_turned_away_in_silence(
+    size: int, agent: Agent, keys: Keys, tuned: Callable[..., Proxy], clients: Clients
+) -> None:
+    # With few places newcomers take them from clients that have done their part.
+    agent.add(keys["ed25519"])
+    proxy = tuned({"PLACES": 2}, "--upstream", agent.sock)
+    for _ in range(10):
+        for answer in all_at_once(proxy, 50, post(bytes(size)), clients):
+            if answer.status != 200:
+                busy_answer(answer)
 
 
 def test_healthz_answers_while_the_agent_hangs(

@@ -1,0 +1,1717 @@
+"""The shim: beside the real ssh-keygen, under many shells, and before servers that lie."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+
+import pytest
+from conftest import (
+    ROOT,
+    SHIM,
+    Agent,
+    Keys,
+    Proxy,
+    clean_env,
+    need,
+    run,
+    wait_for,
+)
+
+Done = subprocess.CompletedProcess  # of bytes
+
+BEGIN = b"-----BEGIN SSH SIGNATURE-----\n"
+END = b"-----END SSH SIGNATURE-----\n"
+ARMOR = BEGIN + b"U1NIU0lHAAAAAQ==\n" + END
+NOBODY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43
+COMMIT = b"tree 4b825dc642cb6eb9a060e54bf8d69288fbee4904\nauthor A <a@b> 0 +0000\n\nmessage\n"
+TAG = b"object 4b825dc642cb6eb9a060e54bf8d69288fbee4904\ntype tree\ntag v1\n\nmessage\n"
+OURS = "ssh-agent-proxy-sign"
+
+# How each shell is called, as what it is called here, and the package that has it.
+SHELLS: Dict[str, Tuple[List[str], str]] = {
+    "dash": (["dash"], "dash"),
+    "bash": (["bash"], "bash"),
+    "busybox": (["busybox", "sh"], "busybox"),
+    "zsh": (["zsh", "--emulate", "sh"], "zsh"),
+    "ksh": (["ksh"], "ksh"),
+    "mksh": (["mksh"], "mksh"),
+    "yash": (["yash"], "yash"),
+    "posh": (["posh"], "posh"),
+}
+
+
+class Shim:
+    """The shim under one shell, in a folder and a home that it must leave as they were."""
+
+    def __init__(self, shell: Sequence[str], folder: Path, home: Path) -> None:
+        self.argv = [*shell, str(SHIM)]
+        self.folder = folder
+        self.env = clean_env(home)
+
+    def __call__(
+        self,
+        *args: Union[str, Path],
+        input: Optional[bytes] = None,
+        env: Optional[Dict[str, str]] = None,
+        cwd: Optional[Path] = None,
+    ) -> Done[bytes]:
+        return run(
+            [*self.argv, *args],
+            env={**self.env, **(env or {})},
+            cwd=cwd or self.folder,
+            input=input,
+            check=False,
+        )
+
+    def sign(self, *args: Union[str, Path], **more: Any) -> Done[bytes]:
+        return self("-Y", "sign", "-n", "git", *args, **more)
+
+    def start(self, *args: Union[str, Path], **more: Any) -> subprocess.Popen[bytes]:
+        more.setdefault("stdin", subprocess.DEVNULL)
+        return subprocess.Popen(
+            [*self.argv, *map(str, args)],
+            env=self.env,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # Where the tests run in the background these two are ignored.
+            preexec_fn=lambda: [
+                signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGQUIT)
+            ],
+            **more,
+        )
+
+    def file(self, name: str = "m", content: bytes = COMMIT) -> Path:
+        path = self.folder / name
+        path.write_bytes(content)
+        return path
+
+    def key(self, name: str, *lines: str) -> Path:
+        path = self.folder / name
+        path.write_text("".join(f"{line}\n" for line in lines))
+        return path
+
+    def temporary(self) -> List[str]:
+        """What is left of the shim's own files."""
+        folders = [self.folder, Path(self.env["TMPDIR"])]
+        return [str(path) for f in folders for path in f.rglob(f"*{OURS}*")]
+
+
+def make_shim(name: str, folder: Path, home: Path, test: str) -> Shim:
+    argv, package = SHELLS[name]
+    need(argv[0], package, test)
+    return Shim(argv, folder, home)
+
+
+def leaves_nothing(shim: Shim) -> None:
+    assert shim.temporary() == []
+
+
+@pytest.fixture(params=["dash", "bash", "busybox"])
+def shim(request: Any, tmp_path: Path, home: Path) -> Iterator[Shim]:
+    """Under each of the shells that /bin/sh is nearly everywhere."""
+    yield (made := make_shim(request.param, tmp_path, home, request.node.nodeid))
+    leaves_nothing(made)
+
+
+@pytest.fixture(params=SHELLS)
+def any_shim(request: Any, tmp_path: Path, home: Path) -> Iterator[Shim]:
+    """Under every shell, for what they do not agree on."""
+    yield (made := make_shim(request.param, tmp_path, home, request.node.nodeid))
+    leaves_nothing(made)
+
+
+@pytest.fixture
+def one_shim(tmp_path: Path, home: Path) -> Iterator[Shim]:
+    """Under /bin/sh, for what does not depend on the shell."""
+    yield (made := Shim(["sh"], tmp_path, home))
+    leaves_nothing(made)
+
+
+class Served(Dict[str, str]):
+    """The environment of a shim for which the real proxy signs, and what stands behind it."""
+
+    agent: Agent
+    proxy: Proxy
+
+
+@pytest.fixture(scope="module")
+def served(keys: Keys) -> Iterator[Served]:
+    """One real proxy for all the tests that change nothing about it: the agent holds ed25519."""
+    with tempfile.TemporaryDirectory(prefix="sap.", dir="/tmp") as folder:
+        home = Path(folder)
+        agent = Agent(home / "agent")
+        agent.add(keys["ed25519"])
+        proxy = Proxy(
+            [sys.executable, str(ROOT / "ssh_agent_proxy.py"), "--addr", "127.0.0.1:0",
+             "--upstream", str(agent.sock), "--namespace", "git,file,--"],
+            clean_env(home),
+        )  # fmt: skip
+        env = Served(SSH_AGENT_PROXY_URL=f"{proxy.url}/sign")
+        env.agent, env.proxy = agent, proxy
+        yield env
+        proxy.stop()
+        agent.stop()
+
+
+class Liar:
+    """A server that sends what it is told to, once for each connection, the last one for ever."""
+
+    def __init__(self, *answers: Union[bytes, Callable[[socket.socket], None]]) -> None:
+        self.answers = list(answers)
+        self.requests: List[bytes] = []
+        self.gone = threading.Event()
+        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.port = self.sock.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/sign"
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self.sock.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.answer, args=(connection,), daemon=True).start()
+
+    def answer(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            self.requests.append(read_request(connection))
+            what = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+            if callable(what):
+                what(connection)
+            else:
+                connection.sendall(what)
+
+    def hold(self, connection: socket.socket) -> None:
+        """An agent that waits for a person: no answer until the client has gone."""
+        connection.recv(1)
+        self.gone.set()
+
+    def close(self) -> None:
+        self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+        self.thread.join(5)
+
+
+def read_request(connection: socket.socket) -> bytes:
+    data = b""
+    while b"\r\n\r\n" not in data:
+        piece = connection.recv(65536)
+        if not piece:
+            return data
+        data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)\ncontent-length: (\d+)", head)
+    while length and len(body) < int(length.group(1)):
+        body += connection.recv(65536)
+    while b"chunked" in head and not body.endswith(b"0\r\n\r\n"):
+        body += connection.recv(65536)
+    return head + b"\r\n\r\n" + body
+
+
+def answer(
+    body: bytes, status: str = "200 OK", server: Optional[str] = "ssh-agent-proxy/1", **more: str
+) -> bytes:
+    fields = {"Server": server, "Content-Length": str(len(body)), "Connection": "close", **more}
+    lines = [f"{name}: {value}\r\n" for name, value in fields.items() if value is not None]
+    return f"HTTP/1.1 {status}\r\n{''.join(lines)}\r\n".encode() + body
+
+
+@pytest.fixture
+def liar() -> Iterator[Callable[..., Liar]]:
+    started: List[Liar] = []
+
+    def start(*answers: Any) -> Liar:
+        started.append(Liar(*answers))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
+
+
+def said(done: Done[bytes]) -> str:
+    """The one line that a failure is told by, held to what every such line keeps."""
+    text = done.stderr.decode("ascii")
+    assert done.returncode == 1, (done.returncode, text)
+    assert re.fullmatch(rf"{OURS}: [ -~]+\n", text), text
+    assert "usage:" not in text
+    assert len(text) < 1000
+    assert done.stdout == b""
+    return text[len(OURS) + 2 : -1]
+
+
+def verified(keys: Keys, signature: bytes, data: bytes, name: str = "ed25519") -> None:
+    """Real ssh-keygen finds the signature good, and made with the key NAME."""
+    with tempfile.TemporaryDirectory() as folder:
+        signers, armor = Path(folder) / "signers", Path(folder) / "armor"
+        signers.write_text(f"me {keys.line(name)}\n")
+        armor.write_bytes(signature)
+        run(
+            ["ssh-keygen", "-Y", "verify", "-n", "git", "-I", "me", "-f", signers, "-s", armor],
+            input=data,
+        )
+
+
+# ---------------------------------------------------------------- beside the real ssh-keygen
+
+# Each is given to both, in folders that hold the same files; what comes out must be the same,
+# messages aside. KEY is a private key with its .pub, both held by an agent.
+COMMAND_LINES = {
+    "git's own": "-Y sign -n git -f KEY m",
+    "git's own with a literal key": "-Y sign -n git -f KEY -U m",
+    "a public key file": "-Y sign -n git -U -f KEY.pub m",
+    "options first": "-n git -f KEY -Y sign m",
+    "glued": "-Ysign -ngit -fKEY m",
+    "grouped": "-qUYsign -n git -f KEY m",
+    "grouped, with a value glued": "-qngit -Y sign -f KEY m",
+    "grouped, with a value apart": "-Y sign -f KEY -qn git m",
+    "quiet": "-q -Y sign -n git -f KEY m",
+    "verbose": "-Y sign -vvv -n git -f KEY m",
+    "two dashes": "-Y sign -n git -f KEY -- m",
+    "two dashes before a dash": "-Y sign -n git -f KEY -- -x",
+    "two dashes before two dashes": "-Y sign -n git -f KEY -- --",
+    "a value of two dashes": "-Y sign -n git -f KEY -n -- m",
+    "no file": "-Y sign -n git -f KEY",
+    "a dash": "-Y sign -n git -f KEY -",
+    "two dashes and a dash": "-Y sign -n git -f KEY -- -",
+    "two dashes and nothing": "-Y sign -n git -f KEY --",
+    "several files": "-Y sign -n git -f KEY m n -x",
+    "a second file that is missing": "-Y sign -n git -f KEY m missing n",
+    "a dash among files": "-Y sign -n git -f KEY m - n",
+    "a dash before a file": "-Y sign -n git -f KEY - m",
+    "a dash after a file": "-Y sign -n git -f KEY m -",
+    "two dashes as files": "-Y sign -n git -f KEY - -",
+    "an option after a file": "-Y sign -n git -f KEY m -q",
+    "another namespace": "-Y sign -n file -f KEY m",
+    "the last namespace": "-Y sign -n file -n git -f KEY m",
+    "the last key": "-Y sign -n git -f missing -f KEY m",
+    "the last operation": "-Y verify -Y sign -n git -f KEY m",
+    "sha256": "-Y sign -n git -f KEY -O hashalg=sha256 m",
+    "sha512": "-Y sign -n git -f KEY -Ohashalg=sha512 m",
+    "hashalg in capitals": "-Y sign -n git -f KEY -OHASHALG=sha256 m",
+    "the last hashalg": "-Y sign -n git -f KEY -O hashalg=md5 -O hashalg=sha256 m",
+    "an earlier good hashalg": "-Y sign -n git -f KEY -O hashalg=sha256 -O hashalg=md5 m",
+    "another hashalg": "-Y sign -n git -f KEY -O hashalg=md5 m",
+    "a hashalg in capitals": "-Y sign -n git -f KEY -O hashalg=SHA256 m",
+    "an empty hashalg": "-Y sign -n git -f KEY -O hashalg= m",
+    "two hashalgs in one": "-Y sign -n git -f KEY -O hashalg=sha256,sha512 m",
+    "an unknown -O": "-Y sign -n git -f KEY -O foo=bar m",
+    "an -O of -Y verify": "-Y sign -n git -f KEY -O verify-time=20200101 m",
+    "a hashalg without a value": "-Y sign -n git -f KEY -O hashalg m",
+    "an unknown option": "-Y sign -n git -f KEY -j m",
+    "an unknown option in a group": "-Y sign -n git -f KEY -qj m",
+    "a long option": "-Y sign -n git -f KEY --file m",
+    "an option without its value": "-Y sign -n git -f",
+    "an empty namespace": "-Y sign -n EMPTY -f KEY m",
+    "an empty key": "-Y sign -n git -f EMPTY m",
+    "an empty file name": "-Y sign -n git -f KEY EMPTY",
+    "a missing file": "-Y sign -n git -f KEY missing",
+    "a folder": "-Y sign -n git -f KEY folder",
+    "a file in a missing folder": "-Y sign -n git -f KEY missing/m",
+    "a file in a folder": "-Y sign -n git -f KEY folder/m",
+}
+
+
+# Success, standard output, and the files that are there in the end.
+Outcome = Tuple[bool, bytes, Dict[str, bytes]]
+
+
+def words(line: str, key: Path) -> List[str]:
+    return ["" if w == "EMPTY" else w.replace("KEY", str(key)) for w in line.split()]
+
+
+def tree(folder: Path) -> Dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def real_answers(keys: Keys, served: Served) -> Callable[[str], Outcome]:
+    """What the real ssh-keygen does with a command line, asked once."""
+    known: Dict[str, Outcome] = {}
+
+    def ask(line: str) -> Outcome:
+        if line not in known:
+            with tempfile.TemporaryDirectory() as folder:
+                lay_out(Path(folder))
+                env = clean_env(Path(folder) / "home", SSH_AUTH_SOCK=served.agent.sock)
+                done = run(
+                    ["ssh-keygen", *words(line, keys["ed25519"])],
+                    env=env, cwd=Path(folder), input=COMMIT, check=False,
+                )  # fmt: skip
+                known[line] = done.returncode == 0, done.stdout, tree(Path(folder))
+        return known[line]
+
+    return ask
+
+
+def lay_out(folder: Path) -> None:
+    (folder / "folder").mkdir()
+    for name in ("m", "n", "-x", "--", "-", "folder/m"):
+        (folder / name).write_bytes(f"this is {name}\n".encode())
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES.values(), ids=COMMAND_LINES.keys())
+def test_a_command_line_does_what_it_does_to_ssh_keygen(
+    any_shim: Shim, line: str, keys: Keys, served: Served, real_answers: Any
+) -> None:
+    lay_out(any_shim.folder)
+    done = any_shim(*words(line, keys["ed25519"]), input=COMMIT, env=served)
+    success, stdout, files = real_answers(line)
+    assert (done.returncode == 0) == success, done.stderr
+    assert done.stdout == stdout
+    assert tree(any_shim.folder) == files
+    if success:
+        assert done.stderr == b""
+    else:
+        assert re.fullmatch(rf"{OURS}: [ -~]+\n", done.stderr.decode()), done.stderr
+        assert b"usage:" not in done.stderr
+
+
+def test_every_command_line_of_the_table_was_tried_for_success_and_failure(
+    real_answers: Any,
+) -> None:
+    outcomes = [real_answers(line)[0] for line in COMMAND_LINES.values()]
+    assert outcomes.count(True) > 20
+    assert outcomes.count(False) > 15
+
+
+@pytest.mark.parametrize("size", [1, 511, 4096, 1 << 20, 3 << 20])
+def test_a_file_of_any_size_and_content_is_signed_as_it_is(
+    one_shim: Shim, size: int, keys: Keys, served: Served
+) -> None:
+    data = bytes(range(256)) * (size // 256 + 1)
+    file = one_shim.file("data", data[:size])
+    run(["ssh-keygen", "-q", "-Y", "sign", "-n", "git", "-f", keys["ed25519"], file])
+    expected = (one_shim.folder / "data.sig").read_bytes()
+    assert one_shim.sign("-f", keys["ed25519"], "data", env=served).returncode == 0
+    assert (one_shim.folder / "data.sig").read_bytes() == expected
+    assert one_shim.sign(input=data[:size], env=served).stdout == expected
+
+
+@pytest.mark.parametrize(
+    "options, fragment",
+    [
+        (["-C", "comment"], "there is no signing with -C"),
+        (["-l"], "there is no signing with -l"),
+        (["-s", "file"], "there is no signing with -s"),
+        (["-\x1b"], "there is no signing with -?"),
+        (["-O", "no\x1b[2Jgood"], "not no?[2Jgood"),
+        (["-O", "hashalg=\n"], "-O hashalg=? is unknown"),
+        (["-n", "a b"], "namespace a b:"),
+        (["-n", "a\r\nSSHSIG-Key: x"], "namespace a??SSHSIG-Key: x:"),
+        (["-n", "a,b"], "namespace a,b:"),
+        (["-n", "n\u00e4me"], "namespace n??me:"),
+        (["-n", "a" * 256], "longer than 255"),
+        (["-f", ""], "-f names no key"),
+    ],
+)
+def test_an_option_that_cannot_be_meant_is_refused_before_anyone_is_asked(
+    shim: Shim, liar: Any, options: List[str], fragment: str
+) -> None:
+    server = liar(answer(ARMOR))
+    shim.file()
+    done = shim.sign(*options, "m", env={"SSH_AGENT_PROXY_URL": server.url})
+    assert fragment in said(done)
+    assert server.requests == []
+    assert not (shim.folder / "m.sig").exists()
+
+
+def test_the_namespace_is_git_where_none_is_named(shim: Shim, liar: Any) -> None:
+    server = liar(answer(ARMOR))
+    shim.file()
+    env = {"SSH_AGENT_PROXY_URL": server.url}
+    assert shim("-Y", "sign", "m", env=env).returncode == 0
+    assert b"\r\nSSHSIG-Namespace: git\r\n" in server.requests[0]
+
+
+# ---------------------------------------------------------------- the rest is ssh-keygen's
+
+
+@pytest.mark.parametrize(
+    "operation", ["-l", "-Y verify", "-Y check-novalidate", "-Y find-principals"]
+)
+def test_what_is_not_signing_is_handed_to_ssh_keygen(
+    any_shim: Shim, operation: str, keys: Keys
+) -> None:
+    folder = any_shim.folder
+    any_shim.key("signers", f"me {keys.line('ed25519')}")
+    any_shim.file()
+    run(["ssh-keygen", "-q", "-Y", "sign", "-n", "git", "-f", keys["ed25519"], "m"], cwd=folder)
+    argv = {
+        "-l": ["-l", "-f", f"{keys['ed25519']}.pub"],
+        "-Y verify": ["-Y", "verify", "-n", "git", "-I", "me", "-f", "signers", "-s", "m.sig"],
+        "-Y check-novalidate": ["-Y", "check-novalidate", "-n", "git", "-s", "m.sig"],
+        "-Y find-principals": ["-Y", "find-principals", "-f", "signers", "-s", "m.sig"],
+    }[operation]
+    expected = run(["ssh-keygen", *argv], cwd=folder, input=COMMIT)
+    done = any_shim(*argv, input=COMMIT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected.stdout, expected.stderr)
+
+
+def test_every_word_arrives_at_ssh_keygen_as_it_was(shim: Shim) -> None:
+    bin_folder = shim.folder / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "ssh-keygen").write_text('#!/bin/sh\nprintf "<%s>" "$@"\nexit 7\n')
+    (bin_folder / "ssh-keygen").chmod(0o755)
+    argv = ["-Y", "verify", "", "a b", "-x*", "$HOME", "line\nend", "--", "-Y", "sign"]
+    done = shim(*argv, env={"PATH": f"{bin_folder}:{os.environ['PATH']}"})
+    assert done.returncode == 7
+    assert done.stdout.decode() == "".join(f"<{word}>" for word in argv)
+
+
+def test_without_ssh_keygen_the_package_that_has_it_is_named(shim: Shim) -> None:
+    shell = Path(need(shim.argv[0], shim.argv[0])).resolve()
+    done = run([shell, *shim.argv[1:], "-Y", "verify"], env={"PATH": "/nowhere"}, check=False)
+    assert "package openssh-client" in said(done)
+
+
+def test_the_shim_under_the_name_of_ssh_keygen_finds_the_real_one(shim: Shim, keys: Keys) -> None:
+    bin_folder = shim.folder / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "ssh-keygen").symlink_to(SHIM)
+    path = f"{bin_folder}:{os.environ['PATH']}"
+    done = shim("-l", "-f", f"{keys['ed25519']}.pub", env={"PATH": path})
+    assert done.stdout.startswith(b"256 SHA256:")
+
+
+# ---------------------------------------------------------------- which key signs
+
+
+def sent_key(request: bytes) -> Optional[str]:
+    found = re.search(rb"\r\nSSHSIG-Key: ([^\r\n]*)\r\n", request)
+    return found.group(1).decode() if found else None
+
+
+LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIG+AP/nFcsfyv59CnvXHrJIzz616r+Cxm5ewm+0N3Qhw"
+
+KEY_FILES = {
+    "a line": (f"{LINE}\n", LINE),
+    "a line with a comment": (f"{LINE} me@home and more\n", LINE),
+    "no line end": (LINE, LINE),
+    "a carriage return": (f"{LINE}\r\n", LINE),
+    "a carriage return after the comment": (f"{LINE} me\r\n", LINE),
+    "comments and empty lines first": (f"# x\n\n#\n{LINE} me\n", LINE),
+    "blanks before and between": (f"  \t{LINE.replace(' ', chr(9) + ' ')}  me\n", LINE),
+    "the first of two": (f"{LINE} me\n{LINE}AA you\n", LINE),
+    "garbage first": (f"hello\n{LINE}\n", LINE),
+    "a certificate": (
+        "ssh-ed25519-cert-v01@openssh.com AAAAIHNz c\n",
+        "ssh-ed25519-cert-v01@openssh.com AAAAIHNz",
+    ),
+    "a security key": (
+        "sk-ssh-ed25519@openssh.com AAAAGnNr+/= c\n",
+        "sk-ssh-ed25519@openssh.com AAAAGnNr+/=",
+    ),
+    "the key that nobody holds": (f"{NOBODY} {OURS}\n", None),
+}
+
+
+@pytest.mark.parametrize("content, expected", KEY_FILES.values(), ids=KEY_FILES.keys())
+@pytest.mark.parametrize("suffix", ["", ".pub"])
+def test_the_key_in_the_file_is_asked_for_without_its_comment(
+    shim: Shim, liar: Any, content: str, expected: Optional[str], suffix: str
+) -> None:
+    server = liar(answer(ARMOR))
+    shim.file()
+    (shim.folder / f"key{suffix}").write_bytes(content.encode())
+    done = shim.sign("-f", "key", "m", env={"SSH_AGENT_PROXY_URL": server.url})
+    assert done.returncode == 0, done.stderr
+    assert sent_key(server.requests[0]) == expected
+
+
+def test_no_key_named_is_the_proxys_own_choice_and_nothing_is_fetched(
+    shim: Shim, liar: Any
+) -> None:
+    server = liar(answer(ARMOR))
+    shim.file()
+    assert shim.sign("m", env={"SSH_AGENT_PROXY_URL": server.url}).returncode == 0
+    assert [r.split()[:2] for r in server.requests] == [[b"POST", b"/sign"]]
+    assert sent_key(server.requests[0]) is None
+
+
+def test_a_key_in_a_pipe_is_read(shim: Shim, liar: Any) -> None:
+    server = liar(answer(ARMOR))
+    shim.file()
+    shim.env["SSH_AGENT_PROXY_URL"] = server.url
+    reading, writing = os.pipe()
+    os.write(writing, f"{LINE}\n".encode())
+    os.close(writing)
+    process = shim.start(
+        "-Y", "sign", "-f", f"/dev/fd/{reading}", "m", pass_fds=[reading]
+    )
+    os.close(reading)
+    assert process.communicate(timeout=30) == (b"", b"")
+    assert sent_key(server.requests[0]) == LINE
+
+
+UNUSABLE_KEYS = {
+    "a GPG id": ("ABCDEF0123456789", {}, "ABCDEF0123456789, which is no file"),
+    "an address": ("me@example.com", {}, "me@example.com, which is no file"),
+    "a literal key": (f"key::{LINE}", {}, "which is a key where this git takes only a file"),
+    "a private key": ("./key", {"key": "-----BEGIN OPENSSH PRIVATE KEY-----\n"}, "private one"),
+    "another text": ("./key", {"key": "hello world\n"}, "no public key in ./key"),
+    "another text in .pub": ("./key", {"key.pub": "hello world\n"}, "nor in ./key.pub"),
+    "a key with a bad type": ("./key", {"key": "ssh-\x1b AAAA\n"}, "no public key in ./key"),
+    "a key with a bad blob": ("./key", {"key": "ssh-rsa AAAA\x1bB\n"}, "no public key in ./key"),
+    "a header in the blob": ("./key", {"key": "ssh-rsa AAAA:x\n"}, "no public key in ./key"),
+    "a name with an escape": ("\x1b]0;x\x07/../me@home\u202e", {}, None),
+}
+
+
+@pytest.mark.parametrize("key, files, fragment", UNUSABLE_KEYS.values(), ids=UNUSABLE_KEYS.keys())
+def test_no_other_key_signs_where_git_names_one_without_a_public_key(
+    shim: Shim, liar: Any, key: str, files: Dict[str, str], fragment: Optional[str]
+) -> None:
+    server = liar(answer(b"no\n", "503 Service Unavailable"))
+    shim.file()
+    for name, content in files.items():
+        (shim.folder / name).write_text(content)
+    line = said(shim.sign("-f", key, "m", env={"SSH_AGENT_PROXY_URL": server.url}))
+    if fragment:
+        assert fragment in line
+        assert server.requests == []
+    assert not (shim.folder / "m.sig").exists()
+
+
+def test_a_key_that_cannot_be_read_is_not_replaced(one_shim: Shim, liar: Any) -> None:
+    server = liar(answer(f"{LINE}\n".encode()))
+    one_shim.file()
+    (one_shim.folder / "key.pub").mkdir()
+    done = one_shim.sign("-f", "./key.pub", "m", env={"SSH_AGENT_PROXY_URL": server.url})
+    assert "no public key in ./key.pub" in said(done)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    "name, written", [("k.pub", "k.pub"), ("k", "k.pub"), ("a/b/k", "a/b/k.pub")]
+)
+@pytest.mark.parametrize("empty", [False, True], ids=["missing", "empty"])
+def test_a_key_file_that_is_not_there_is_fetched(
+    shim: Shim, keys: Keys, served: Served, name: str, written: str, empty: bool
+) -> None:
+    shim.file()
+    path = shim.folder / written
+    if empty:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    done = shim.sign("-f", shim.folder / name, "m", env=served)
+    assert (done.returncode, done.stderr) == (0, b"")
+    verified(keys, (shim.folder / "m.sig").read_bytes(), COMMIT)
+    assert path.read_text().splitlines()[1] == keys.line("ed25519")
+    assert path.read_text().startswith("# fetched from ssh-agent-proxy")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    fingerprint = run(["ssh-keygen", "-l", "-f", path]).stdout
+    assert fingerprint == run(["ssh-keygen", "-l", "-f", f"{keys['ed25519']}.pub"]).stdout
+
+
+def test_a_folder_made_for_the_key_is_the_users_own(
+    one_shim: Shim, served: Served
+) -> None:
+    one_shim.file()
+    assert one_shim.sign("-f", one_shim.folder / ".ssh/k", "m", env=served).returncode == 0
+    assert stat.S_IMODE((one_shim.folder / ".ssh").stat().st_mode) == 0o700
+
+
+def test_where_the_fetched_key_cannot_be_written_it_signs_all_the_same(
+    shim: Shim, keys: Keys, served: Served
+) -> None:
+    shim.file()
+    shim.file("notafolder")
+    done = shim.sign("-f", shim.folder / "notafolder/k.pub", "m", env=served)
+    assert (done.returncode, done.stderr) == (0, b"")
+    verified(keys, (shim.folder / "m.sig").read_bytes(), COMMIT)
+
+
+def test_a_key_that_cannot_be_fetched_is_an_error_and_leaves_no_file(
+    shim: Shim, liar: Any
+) -> None:
+    server = liar(answer(b"the agent lists no keys\n", "503 Service Unavailable"))
+    shim.file()
+    done = shim.sign("-f", "./k.pub", "m", env={"SSH_AGENT_PROXY_URL": server.url})
+    assert "/publickey answered 503: the agent lists no keys" in said(done)
+    assert sorted(p.name for p in shim.folder.iterdir() if p.name != "sap") == ["m"]
+
+
+@pytest.mark.parametrize("body", [b"", b"\n", b"hello\n", b"ssh-rsa\n", b"<p>\n", b"ssh-rsa A:\n"])
+def test_what_is_no_public_key_is_not_taken_for_one(one_shim: Shim, liar: Any, body: bytes) -> None:
+    server = liar(answer(body))
+    one_shim.file()
+    env = {"SSH_AGENT_PROXY_URL": server.url}
+    assert "200 without a public key" in said(one_shim.sign("-f", "./k.pub", "m", env=env))
+    assert "200 without a public key" in said(one_shim("pubkey", env=env))
+    assert not (one_shim.folder / "k.pub").exists()
+
+
+def test_two_first_commits_at_once_fetch_the_key_both(
+    shim: Shim, keys: Keys, served: Served
+) -> None:
+    shim.env.update(served)
+    names = [f"m{number}" for number in range(4)]
+    for name in names:
+        shim.file(name)
+    key = shim.folder / "k.pub"
+    started = [shim.start("-Y", "sign", "-n", "git", "-f", str(key), name) for name in names]
+    for process in started:
+        assert process.communicate(timeout=60) == (b"", b"")
+        assert process.returncode == 0
+    for name in names:
+        verified(keys, (shim.folder / f"{name}.sig").read_bytes(), COMMIT)
+    assert key.read_text().splitlines()[1] == keys.line("ed25519")
+
+
+# ---------------------------------------------------------------- rotation
+
+
+@pytest.fixture
+def rotating(agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]) -> Tuple[Agent, str]:
+    agent.add(keys["ed25519"])
+    return agent, f"{start_proxy(upstream=agent.sock).url}/sign"
+
+
+def rotate(agent: Agent, keys: Keys) -> None:
+    agent.delete_all()
+    agent.add(keys["other"])
+
+
+def test_a_fetched_key_that_was_rotated_is_replaced_and_signs(
+    shim: Shim, keys: Keys, rotating: Tuple[Agent, str]
+) -> None:
+    agent, url = rotating
+    shim.file()
+    assert shim.sign("-f", "./k", "m", env={"SSH_AGENT_PROXY_URL": url}).returncode == 0
+    rotate(agent, keys)
+    done = shim.sign("-f", "./k", "m", env={"SSH_AGENT_PROXY_URL": url})
+    assert (done.returncode, done.stderr) == (0, b"")
+    verified(keys, (shim.folder / "m.sig").read_bytes(), COMMIT, "other")
+    lines = (shim.folder / "k.pub").read_text().splitlines()
+    assert lines[0].startswith("# fetched from ssh-agent-proxy")
+    assert lines[1:] == [keys.line("other")]
+
+
+def test_standard_input_is_signed_again_after_a_rotation(
+    shim: Shim, keys: Keys, rotating: Tuple[Agent, str]
+) -> None:
+    agent, url = rotating
+    env = {"SSH_AGENT_PROXY_URL": url}
+    assert shim.sign("-f", "./k", input=COMMIT, env=env).returncode == 0
+    rotate(agent, keys)
+    verified(keys, shim.sign("-f", "./k", input=COMMIT, env=env).stdout, COMMIT, "other")
+
+
+def test_a_key_that_the_user_chose_is_never_replaced(
+    shim: Shim, keys: Keys, rotating: Tuple[Agent, str]
+) -> None:
+    agent, url = rotating
+    shim.file()
+    shim.key("k.pub", "# mine", keys.line("ed25519"))
+    rotate(agent, keys)
+    line = said(shim.sign("-f", "./k", "m", env={"SSH_AGENT_PROXY_URL": url}))
+    assert "answered 404: " in line
+    assert "(asked for the key in ./k.pub)" in line
+    assert (shim.folder / "k.pub").read_text() == f"# mine\n{keys.line('ed25519')}\n"
+    assert not (shim.folder / "m.sig").exists()
+
+
+@pytest.mark.parametrize("status, tries", [("403 X", 2), ("404 X", 2), ("503 X", 1)])
+def test_a_rotated_key_is_tried_once_and_only_after_a_refusal(
+    shim: Shim, liar: Any, status: str, tries: int
+) -> None:
+    refusal = answer(b"no such key\n", status)
+    server = liar(refusal, answer(f"{NOBODY[:-1]}B x\n".encode()), refusal)
+    shim.file()
+    shim.key("k.pub", "# fetched from ssh-agent-proxy, replaced", LINE)
+    done = shim.sign("-f", "./k.pub", "m", env={"SSH_AGENT_PROXY_URL": server.url})
+    assert f"answered {status[:3]}: no such key" in said(done)
+    methods = [request.split()[0] for request in server.requests]
+    assert methods == ([b"POST", b"GET", b"POST"] if tries == 2 else [b"POST"])
+
+
+def test_the_refusal_is_told_when_there_is_no_other_key(shim: Shim, liar: Any) -> None:
+    server = liar(answer(b"refused by the person\n", "403 Forbidden"), answer(f"{LINE}\n".encode()))
+    shim.file()
+    shim.key("k.pub", "# fetched from ssh-agent-proxy, replaced", LINE)
+    done = shim.sign("-f", "./k.pub", "m", env={"SSH_AGENT_PROXY_URL": server.url})
+    assert "answered 403: refused by the person" in said(done)
+    assert len(server.requests) == 2
+
+
+# ---------------------------------------------------------------- the key that nobody holds
+
+
+def test_a_commit_with_the_key_that_nobody_holds_is_signed(
+    shim: Shim, keys: Keys, served: Served
+) -> None:
+    shim.file()
+    shim.key("k", f"{NOBODY} ssh-agent-proxy-any")
+    assert shim.sign("-U", "-f", "./k", "m", env=served).returncode == 0
+    verified(keys, (shim.folder / "m.sig").read_bytes(), COMMIT)
+
+
+def test_a_push_certificate_with_the_key_that_nobody_holds_is_refused(
+    shim: Shim, liar: Any
+) -> None:
+    server = liar(answer(ARMOR))
+    shim.file("m", b"certificate version 0.1\npusher SHA256:x 0 +0000\n")
+    shim.key("k", f"{NOBODY} ssh-agent-proxy-any")
+    done = shim.sign("-U", "-f", "./k", "m", env={"SSH_AGENT_PROXY_URL": server.url})
+    assert "push certificate names a key that nobody holds" in said(done)
+    assert server.requests == []
+
+
+def test_a_push_certificate_with_a_real_key_is_signed(shim: Shim, liar: Any) -> None:
+    server = liar(answer(ARMOR))
+    shim.file("m", b"certificate version 0.1\npusher SHA256:x 0 +0000\n")
+    shim.key("k", LINE)
+    env = {"SSH_AGENT_PROXY_URL": server.url}
+    assert shim.sign("-f", "./k", "m", env=env).returncode == 0
+
+
+# ---------------------------------------------------------------- pubkey and key
+
+
+def test_pubkey_prints_what_the_proxy_serves(any_shim: Shim, keys: Keys, served: Served) -> None:
+    done = any_shim("pubkey", env=served)
+    assert done.stdout.decode() == f"{keys.line('ed25519')}\n"
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_pubkey_writes_to_a_path(shim: Shim, keys: Keys, served: Served) -> None:
+    path = shim.key("-a b.pub", "what was there before")
+    done = shim("pubkey", f"./{path.name}", env=served)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert path.read_text() == f"{keys.line('ed25519')}\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize(
+    "argv, fragment",
+    [
+        (["pubkey", "a", "b"], "one PATH at most"),
+        (["pubkey", "-x"], "takes a PATH and no options"),
+        (["pubkey", "file/x"], "cannot write file/x"),
+        (["pubkey", "folder"], "cannot write folder"),
+        (["key", "x"], "takes no arguments"),
+    ],
+)
+def test_a_command_that_cannot_be_done_says_why(
+    shim: Shim, served: Served, argv: List[str], fragment: str
+) -> None:
+    (shim.folder / "folder").mkdir()
+    shim.file("file")
+    assert fragment in said(shim(*argv, env=served))
+    assert sorted(p.name for p in shim.folder.iterdir() if p.name != "sap") == ["file", "folder"]
+
+
+def test_pubkey_that_fails_leaves_the_file_as_it_was(shim: Shim, liar: Any) -> None:
+    path = shim.key("k.pub", LINE)
+    server = liar(answer(b"no key\n", "503 Service Unavailable"))
+    said(shim("pubkey", path, env={"SSH_AGENT_PROXY_URL": server.url}))
+    assert path.read_text() == f"{LINE}\n"
+
+
+def test_what_a_comment_holds_does_not_reach_the_terminal(shim: Shim, liar: Any) -> None:
+    server = liar(answer(f"{LINE} me\x1b[2J\u202e\x07\nssh-rsa AAAA second\n".encode()))
+    env = {"SSH_AGENT_PROXY_URL": server.url}
+    assert shim("pubkey", env=env).stdout.decode() == f"{LINE} me?[2J????\n"
+
+
+@pytest.mark.parametrize(
+    "line, printed",
+    [
+        (f"{LINE} me", f"{LINE} me"),
+        ("ecdsa-sha2-nistp256 AAAAE2Vj me", "key::ecdsa-sha2-nistp256 AAAAE2Vj me"),
+        ("sk-ssh-ed25519@openssh.com AAAAGnNr", "key::sk-ssh-ed25519@openssh.com AAAAGnNr"),
+    ],
+)
+def test_key_prints_what_every_git_takes(
+    any_shim: Shim, liar: Any, line: str, printed: str
+) -> None:
+    server = liar(answer(f"{line}\n".encode()))
+    done = any_shim("key", env={"SSH_AGENT_PROXY_URL": server.url})
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, f"{printed}\n", b"")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:1/sign", "ftp://x/sign", "unix:/nowhere", None], ids=str
+)
+def test_key_gives_one_that_nobody_holds_when_the_proxy_cannot_be_asked(
+    any_shim: Shim, liar: Any, url: Optional[str]
+) -> None:
+    server = liar(answer(b"<html>\n", server="nginx"))
+    done = any_shim("key", env={"SSH_AGENT_PROXY_URL": url or server.url})
+    assert done.returncode == 0
+    assert done.stdout.decode() == f"{NOBODY} ssh-agent-proxy-any\n"
+    assert re.fullmatch(rf"{OURS}: [ -~]+\n", done.stderr.decode())
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    "url, fragment",
+    [
+        ("ftp://127.0.0.1/sign", "must begin with http:// or https://"),
+        ("127.0.0.1:7221/sign", "must begin with http:// or https://"),
+        ("-K/etc/passwd", "must begin with http:// or https://"),
+        ("HTTP://127.0.0.1/sign", "must begin with http:// or https://"),
+        ("unix:/run/x.sock", "speaks only http:// and https://"),
+        ("http://127.0.0.1:7221", "must name a path"),
+        ("http://127.0.0.1:7221/", "must name a path"),
+        ("http:///sign", "must name a path"),
+        ("http://me:secret@127.0.0.1/sign", "must not carry a user name or password"),
+        ("http://127.0.0.1/sign\nHost: x", "is no URL"),
+        ("http://127.0.0.1/\rsign", "is no URL"),
+        ("http://127.0.0.1/a b", "is no URL"),
+        ("http://127.0.0.1/\x1b[2Jsign", "is no URL"),
+        ("http://127.0.0.1/s?x", "is no URL"),
+        ("http://127.0.0.1/{a,b}", "is no URL"),
+        ("http://ex\u00e4mple/sign", "is no URL"),
+        ("http://127.0.0.1/a\\b", "is no URL"),
+        ("http://127.0.0.1/$(id)", "is no URL"),
+    ],
+)
+def test_a_url_that_cannot_be_asked_is_named(any_shim: Shim, url: str, fragment: str) -> None:
+    any_shim.file()
+    line = said(any_shim.sign("m", env={"SSH_AGENT_PROXY_URL": url}))
+    assert line.startswith("SSH_AGENT_PROXY_URL ")
+    assert fragment in line
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize("name", ["SSH_AGENT_PROXY_TOKEN", "SSH_AGENT_PROXY_TOKEN_FILE"])
+def test_a_token_is_not_ignored_and_not_shown(shim: Shim, served: Served, name: str) -> None:
+    shim.file()
+    line = said(shim.sign("m", env={**served, name: "secret"}))
+    assert line.startswith(f"{name} is set")
+    assert "secret" not in line
+
+
+def test_an_empty_variable_counts_as_unset(shim: Shim, served: Served) -> None:
+    shim.file()
+    names = ["TOKEN", "TOKEN_FILE", "PUBKEY_URL", "CURL"]
+    empty = {f"SSH_AGENT_PROXY_{name}": "" for name in names}
+    assert shim.sign("-f", "./k", "m", env={**served, **empty}).returncode == 0
+
+
+def test_the_public_key_is_asked_for_where_it_is_said_to_be(shim: Shim, liar: Any) -> None:
+    elsewhere = liar(answer(f"{LINE} me\n".encode()))
+    env = {
+        "SSH_AGENT_PROXY_URL": "http://127.0.0.1:1/other",
+        "SSH_AGENT_PROXY_PUBKEY_URL": f"http://127.0.0.1:{elsewhere.port}/x/y",
+    }
+    assert shim("pubkey", env=env).stdout.decode() == f"{LINE} me\n"
+    assert elsewhere.requests[0].startswith(b"GET /x/y HTTP/1.1\r\n")
+
+
+def test_a_sign_url_of_another_form_needs_the_other_one_too(shim: Shim) -> None:
+    line = said(shim("pubkey", env={"SSH_AGENT_PROXY_URL": "http://127.0.0.1:1/other"}))
+    assert "set SSH_AGENT_PROXY_PUBKEY_URL" in line
+
+
+def test_a_wrong_public_key_url_is_named(shim: Shim) -> None:
+    line = said(shim("pubkey", env={"SSH_AGENT_PROXY_PUBKEY_URL": "http://x\ny/"}))
+    assert line.startswith("SSH_AGENT_PROXY_PUBKEY_URL is http://x?y/")
+
+
+def test_without_a_url_the_proxys_own_default_is_asked(one_shim: Shim) -> None:
+    recorder = record_curl(one_shim)
+    one_shim.file()
+    one_shim.sign("m", env=recorder)
+    assert recorded(one_shim)[-1] == "http://127.0.0.1:7221/sign"
+
+
+# ---------------------------------------------------------------- curl
+
+
+def fake_curl(shim: Shim, script: str) -> Dict[str, str]:
+    path = shim.folder / "fake curl"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return {"SSH_AGENT_PROXY_CURL": str(path)}
+
+
+def record_curl(shim: Shim) -> Dict[str, str]:
+    return fake_curl(shim, f'printf "%s\\n" "$@" >"{shim.folder}/argv"; exit 7')
+
+
+def recorded(shim: Shim) -> List[str]:
+    return (shim.folder / "argv").read_text().splitlines()
+
+
+def test_curl_is_told_what_it_must_keep_to(shim: Shim) -> None:
+    shim.file()
+    said(shim.sign("m", env=record_curl(shim)))
+    argv = recorded(shim)
+    assert argv[0] == "-q", "only as the first option does it keep ~/.curlrc from being read"
+    assert "-L" not in argv
+    assert argv[argv.index("--noproxy") + 1] == "*"
+    assert 1 <= int(argv[argv.index("--connect-timeout") + 1]) <= 30
+    assert 240 < int(argv[argv.index("--max-time") + 1]) <= 600, "the agent's 120 s, twice"
+
+
+def test_the_users_curlrc_is_not_read(shim: Shim, served: Served) -> None:
+    Path(shim.env["HOME"], ".curlrc").write_text('url = "http://127.0.0.1:1/"\nfail-early\nhead\n')
+    shim.file()
+    done = shim.sign("m", env=served)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST", "127.1", "sub.localhost"])
+def test_a_loopback_url_is_asked_past_the_proxy_of_the_environment(
+    shim: Shim, liar: Any, host: str
+) -> None:
+    server, other = liar(answer(ARMOR)), liar(answer(b"", "403 Forbidden", None))
+    shim.file()
+    env = {
+        "SSH_AGENT_PROXY_URL": f"http://{host}:{server.port}/sign",
+        "http_proxy": f"http://127.0.0.1:{other.port}",
+        "ALL_PROXY": f"http://127.0.0.1:{other.port}",
+    }
+    done = shim.sign("m", env=env)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert other.requests == []
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1.example", "host.internal", "localhost.example", "10.0.0.1"]
+)
+def test_another_url_uses_the_proxy_of_the_environment(
+    shim: Shim, liar: Any, host: str
+) -> None:
+    way = liar(answer(ARMOR))
+    shim.file()
+    url = f"http://{host}/sign"
+    env = {"SSH_AGENT_PROXY_URL": url, "http_proxy": f"http://127.0.0.1:{way.port}"}
+    assert shim.sign("m", env=env).returncode == 0
+    assert way.requests[0].startswith(f"POST {url} HTTP/1.1\r\n".encode())
+
+
+def test_ipv6_loopback_is_asked_directly(shim: Shim) -> None:
+    shim.file()
+    env = {**record_curl(shim), "SSH_AGENT_PROXY_URL": "http://[::1]:7221/sign"}
+    said(shim.sign("m", env=env))
+    argv = recorded(shim)
+    assert argv[argv.index("--noproxy") + 1] == "*"
+    assert argv[-1] == "http://[::1]:7221/sign"
+
+
+def test_a_commit_is_sent_at_once_without_waiting_for_a_100(one_shim: Shim, liar: Any) -> None:
+    server = liar(answer(ARMOR))
+    one_shim.file("m", b"x" * (2 << 20))
+    assert one_shim.sign("m", env={"SSH_AGENT_PROXY_URL": server.url}).returncode == 0
+    assert b"\r\nexpect:" not in server.requests[0].lower()
+    assert server.requests[0].endswith(b"\r\n\r\n" + b"x" * (2 << 20))
+
+
+CURL_ENDS = {
+    2: "must be that or newer",
+    5: "the http_proxy for",
+    6: "is not known here",
+    7: "is ssh-agent-proxy running on the host",
+    18: "closed the connection without an answer",
+    28: "in time (10 s to connect, 300 s in all)",
+    60: "no trusted TLS connection (curl's exit status 60)",
+    99: "ended with exit status 99",
+}
+
+
+@pytest.mark.parametrize("status", CURL_ENDS)
+def test_each_end_of_curl_is_told_in_words(one_shim: Shim, status: int) -> None:
+    one_shim.file()
+    fragment = CURL_ENDS[status] if status != 18 else "broke off"
+    assert fragment in said(one_shim.sign("m", env=fake_curl(one_shim, f"exit {status}")))
+
+
+@pytest.mark.parametrize("curl", ["/nowhere/curl\x1b[2J", "/etc/passwd"])
+def test_without_curl_it_is_said_what_to_install(any_shim: Shim, curl: str) -> None:
+    any_shim.file()
+    line = said(any_shim.sign("m", env={"SSH_AGENT_PROXY_CURL": curl}))
+    assert "cannot be run: install curl" in line
+
+
+# ---------------------------------------------------------------- answers that are none
+
+NOT_OURS = "is not ssh-agent-proxy"
+NO_SIGNATURE = "200 without a whole signature"
+
+LIES: Dict[str, Tuple[bytes, str]] = {
+    "another server": (answer(ARMOR, server="nginx"), f"{NOT_OURS} (status 200, Server: nginx)"),
+    "no server": (answer(ARMOR, server=None), f"{NOT_OURS} (status 200, Server: none)"),
+    "a server like ours": (answer(ARMOR, server="ssh-agent-proxyish/1"), NOT_OURS),
+    "a policy's page": (answer(b"<html>usage: Blocked", "403 Forbidden", "x"), NOT_OURS),
+    "a server with an escape": (answer(ARMOR, server="a\x1b[2Jb"), "Server: a?[2Jb)"),
+    "a server that says usage:": (answer(ARMOR, server="usage: x"), "Server: usage  x)"),
+    "a proxy's sign-in": (answer(b"", "407 Proxy Authentication Required", None), NOT_OURS),
+    "a redirect": (
+        answer(b"", "302 Found", Location="http://127.0.0.1:1/x"),
+        "answered 302: no reason given",
+    ),
+    "a reason": (answer(b"too large\n", "413 Content Too Large"), "answered 413: too large"),
+    "two lines of reason": (answer(b"one\ntwo\n", "400 Bad Request"), "answered 400: one"),
+    "a reason with an escape": (answer(b"a\x1b]0;x\x07\xc2\x9b\n", "403 X"), "403: a?]0;x?"),
+    "a reason that says usage:": (answer(b"ssh-keygen usage: x\n", "403 X"), "usage  x"),
+    "a long reason": (answer(b"a" * 5000, "500 X"), "500: " + "a" * 300),
+    "a reason without end": (answer(b"busy", "503 X"), "answered 503: busy"),
+    "another success": (answer(ARMOR, "201 Created"), "answered 201: -----BEGIN"),
+    "nothing in it": (answer(b""), NO_SIGNATURE),
+    "a page": (answer(b"<html>\n"), NO_SIGNATURE),
+    "half a signature": (answer(ARMOR[:40]), NO_SIGNATURE),
+    "no last line": (answer(BEGIN + b"U1NI\n"), NO_SIGNATURE),
+    "nothing between": (answer(BEGIN + END), NO_SIGNATURE),
+    "an empty line": (answer(BEGIN + b"\n" + END), NO_SIGNATURE),
+    "an empty line inside": (answer(BEGIN + b"U1NI\n\nU1NI\n" + END), NO_SIGNATURE),
+    "something before": (answer(b"x\n" + ARMOR), NO_SIGNATURE),
+    "something after": (answer(ARMOR + b"x\n"), NO_SIGNATURE),
+    "an empty line after": (answer(ARMOR + b"\n"), NO_SIGNATURE),
+    "two of them": (answer(ARMOR + ARMOR), NO_SIGNATURE),
+    "no base64": (answer(BEGIN + b"U1NI!\n" + END), NO_SIGNATURE),
+    "a blank": (answer(BEGIN + b"U1 NI\n" + END), NO_SIGNATURE),
+    "carriage returns": (answer(ARMOR.replace(b"\n", b"\r\n")), NO_SIGNATURE),
+    "a header inside": (answer(BEGIN + b"A: b\nU1NI\n" + END), NO_SIGNATURE),
+    "bytes beyond ASCII": (answer(BEGIN + b"U1\xe4\xff\n" + END), NO_SIGNATURE),
+    "shorter than it says": (
+        answer(ARMOR).replace(b"Content-Length: ", b"Content-Length: 9"),
+        "broke off",
+    ),
+    "no HTTP": (b"SSH-2.0-OpenSSH_9.2\r\n", "does not speak HTTP"),
+    "nothing": (b"", "closed the connection without an answer"),
+    "only half a head": (b"HTTP/1.1 200 OK\r\nServer: ssh-agent-pro", "broke off"),
+    "longer than any signature": (answer(BEGIN + b"U1NI\n" * 50000 + END), "could not be kept"),
+    "an endless page": (
+        b"HTTP/1.1 200 OK\r\nServer: ssh-agent-proxy/1\r\n\r\n" + b"A" * 500000,
+        "could not be kept",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie, fragment", LIES.values(), ids=LIES.keys())
+def test_what_is_no_signature_of_the_proxy_is_not_taken_for_one(
+    any_shim: Shim, liar: Any, lie: bytes, fragment: str
+) -> None:
+    server = liar(lie)
+    any_shim.file()
+    (any_shim.folder / "m.sig").write_bytes(b"what was there before")
+    line = said(any_shim.sign("m", env={"SSH_AGENT_PROXY_URL": server.url}))
+    assert fragment in line
+    assert server.url in line
+    assert (any_shim.folder / "m.sig").read_bytes() == b"what was there before"
+    assert tree(any_shim.folder).keys() == {"m", "m.sig"}
+
+
+@pytest.mark.parametrize("lie, fragment", LIES.values(), ids=LIES.keys())
+def test_what_is_no_signature_is_not_printed(
+    one_shim: Shim, liar: Any, lie: bytes, fragment: str
+) -> None:
+    server = liar(lie)
+    done = one_shim.sign(input=COMMIT, env={"SSH_AGENT_PROXY_URL": server.url})
+    assert fragment in said(done)
+
+
+TRUTHS: Dict[str, bytes] = {
+    "interim answers before": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102 X\r\nServer: x\r\n\r\n"
+    + answer(ARMOR),
+    "a name in another case": answer(ARMOR).replace(b"Server: ", b"sERVER:"),
+    "no reason phrase": answer(ARMOR).replace(b" OK", b""),
+    "chunked": b"HTTP/1.1 200 OK\r\nServer: ssh-agent-proxy/1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + b"%x\r\n%s\r\n0\r\n\r\n" % (len(ARMOR), ARMOR),
+    "ended by the connection": b"HTTP/1.0 200 OK\r\nServer: ssh-agent-proxy/1\r\n\r\n" + ARMOR,
+}
+
+
+@pytest.mark.parametrize("truth", TRUTHS.values(), ids=TRUTHS.keys())
+def test_a_signature_is_taken_in_any_form_that_http_allows(
+    any_shim: Shim, liar: Any, truth: bytes
+) -> None:
+    server = liar(truth)
+    any_shim.file()
+    done = any_shim.sign("m", env={"SSH_AGENT_PROXY_URL": server.url})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (any_shim.folder / "m.sig").read_bytes() == ARMOR
+
+
+def test_an_answer_that_broke_before_its_status_is_asked_for_once_more(
+    shim: Shim, liar: Any
+) -> None:
+    server = liar(b"", answer(ARMOR))
+    shim.file()
+    assert shim.sign("m", env={"SSH_AGENT_PROXY_URL": server.url}).returncode == 0
+    assert len(server.requests) == 2
+    assert server.requests[0] == server.requests[1]
+    assert (shim.folder / "m.sig").read_bytes() == ARMOR
+
+
+def test_it_is_asked_for_twice_and_not_for_ever(shim: Shim, liar: Any) -> None:
+    server = liar(b"")
+    shim.file()
+    said(shim.sign("m", env={"SSH_AGENT_PROXY_URL": server.url}))
+    assert len(server.requests) == 2
+
+
+def test_what_another_proxy_says_of_a_tunnel_is_not_the_answer(shim: Shim, liar: Any) -> None:
+    tunnel = liar(b"HTTP/1.1 200 Connection established\r\nServer: other\r\n\r\nno TLS")
+    shim.file()
+    url = "https://host.internal/sign"
+    env = {"SSH_AGENT_PROXY_URL": url, "https_proxy": f"http://127.0.0.1:{tunnel.port}"}
+    assert f"{url}: no trusted TLS connection" in said(shim.sign("m", env=env))
+    assert tunnel.requests[0].startswith(b"CONNECT host.internal:443 ")
+
+
+def test_where_nothing_listens_it_is_said_where_was_looked(any_shim: Shim) -> None:
+    any_shim.file()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/sign"
+    line = said(any_shim.sign("m", env={"SSH_AGENT_PROXY_URL": url}))
+    assert f"nothing listens at {url}" in line
+    assert "is ssh-agent-proxy running on the host" in line
+
+
+def test_the_proxys_own_reason_is_told(shim: Shim, served: Served, keys: Keys) -> None:
+    shim.file()
+    assert "namespace" in said(shim("-Y", "sign", "-n", "other", "m", env=served))
+    shim.file("empty", b"")
+    assert "answered 400: " in said(shim.sign("empty", env=served))
+    line = said(shim.sign("-f", keys["other"], "m", env=served))
+    assert "answered 404: " in line
+
+
+# ---------------------------------------------------------------- tags
+
+
+@pytest.mark.parametrize(
+    "why", ["nothing listens", "no key", "a wrong setting", "an unknown option", "a lie"]
+)
+def test_a_tag_that_git_makes_all_the_same_is_said_to_be_unsigned(
+    shim: Shim, liar: Any, why: str
+) -> None:
+    shim.file("t", TAG)
+    lie = liar(answer(b"no\n", "403 Forbidden"))
+    argv = {"no key": ["-f", "nokey"], "an unknown option": ["-l"]}.get(why, [])
+    url = {"a lie": lie.url, "a wrong setting": "ftp:"}.get(why, "http://127.0.0.1:1/sign")
+    line = said(shim.sign(*argv, "t", env={"SSH_AGENT_PROXY_URL": url}))
+    assert line.endswith("; this tag is NOT signed: git tag -d it")
+
+
+@pytest.mark.parametrize("content", [COMMIT, b"objection\n", b"", b"\nobject x\n"])
+def test_what_is_no_tag_is_not_said_to_be_one(shim: Shim, content: bytes) -> None:
+    shim.file("t", content)
+    line = said(shim.sign("t", env={"SSH_AGENT_PROXY_URL": "http://127.0.0.1:1/sign"}))
+    assert "tag" not in line
+
+
+def test_a_file_that_is_signed_for_something_else_is_no_tag(shim: Shim) -> None:
+    shim.file("t", TAG)
+    env = {"SSH_AGENT_PROXY_URL": "http://127.0.0.1:1/sign"}
+    assert "tag" not in said(shim("-Y", "sign", "-n", "file", "t", env=env))
+
+
+# ---------------------------------------------------------------- files
+
+HOSTILE_NAMES = [
+    "a b",
+    " ",
+    "-x",
+    "--help",
+    "-",
+    "a[1]{x,y}",
+    "@a",
+    "a;type=x",
+    "a,b",
+    "a\nb",
+    "a\\b",
+    '"a"',
+    "'a'",
+    "$(id)",
+    "`id`",
+    "*",
+    "?",
+    "~",
+    "#1",
+    "%41",
+    "\u00e4\u202e",
+    "a\x1b[2J",
+    "x" * 240,
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES, ids=ascii)
+def test_a_file_may_have_any_name(
+    any_shim: Shim, keys: Keys, served: Served, name: str
+) -> None:
+    any_shim.file(name)
+    done = any_shim.sign("--", f"./{name}" if name == "-" else name, env=served)
+    assert (done.returncode, done.stderr) == (0, b"")
+    verified(keys, (any_shim.folder / f"{name}.sig").read_bytes(), COMMIT)
+    assert tree(any_shim.folder).keys() == {name, f"{name}.sig"}
+
+
+def test_a_folder_may_have_any_name(any_shim: Shim, served: Served) -> None:
+    folder = any_shim.folder / "-a [1]{x}\n;@*"
+    folder.mkdir()
+    (folder / "m").write_bytes(COMMIT)
+    key = folder / "k"
+    done = any_shim.sign("-f", str(key), "m", env=served, cwd=folder)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert {p.name for p in folder.iterdir()} == {"m", "m.sig", "k.pub"}
+
+
+def test_a_name_in_a_message_does_no_harm(shim: Shim) -> None:
+    line = said(shim.sign("usage: a\x1b[2J\nb\u202e"))
+    assert line == "cannot sign usage  a?[2J?b???: there is no such file"
+
+
+def test_a_file_that_is_a_pipe_is_signed(shim: Shim, keys: Keys, served: Served) -> None:
+    pipe = shim.folder / "pipe"
+    os.mkfifo(pipe)
+    shim.env.update(served)
+    process = shim.start("-Y", "sign", "-n", "git", "pipe")
+    pipe.write_bytes(COMMIT)
+    assert process.communicate(timeout=30) == (b"", b"")
+    verified(keys, (shim.folder / "pipe.sig").read_bytes(), COMMIT)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_the_signature_has_the_mode_that_the_umask_says(
+    shim: Shim, served: Served, mask: int
+) -> None:
+    shim.file()
+    shim.env.update(served)
+    argv = ["sh", "-c", f'umask {mask:o}; exec "$@"', "sh", *shim.argv, "-Y", "sign", "m"]
+    run(argv, env=shim.env, cwd=shim.folder)
+    mode = stat.S_IMODE((shim.folder / "m.sig").stat().st_mode)
+    assert mode == 0o666 & ~mask
+
+
+def test_a_signature_that_is_there_is_replaced(shim: Shim, keys: Keys, served: Served) -> None:
+    shim.file()
+    old = shim.folder / "m.sig"
+    old.write_bytes(b"x" * 5000)
+    old.chmod(0o400)
+    assert shim.sign("m", env=served).returncode == 0
+    verified(keys, old.read_bytes(), COMMIT)
+
+
+def test_what_a_link_in_its_place_points_to_is_left_alone(shim: Shim, served: Served) -> None:
+    shim.file()
+    target = shim.file("target", b"precious")
+    (shim.folder / "m.sig").symlink_to(target)
+    assert shim.sign("m", env=served).returncode == 0
+    assert target.read_bytes() == b"precious"
+    assert (shim.folder / "m.sig").read_bytes().startswith(BEGIN)
+
+
+def test_a_folder_in_its_place_is_an_error_before_anyone_is_asked(
+    shim: Shim, liar: Any
+) -> None:
+    server = liar(answer(ARMOR))
+    shim.file()
+    (shim.folder / "m.sig").mkdir()
+    line = said(shim.sign("m", env={"SSH_AGENT_PROXY_URL": server.url}))
+    assert line == "cannot write m.sig: it is a directory"
+    assert server.requests == []
+    assert list((shim.folder / "m.sig").iterdir()) == []
+
+
+def as_nobody(shim: Shim) -> List[str]:
+    """In front of a command: as someone whom file modes bind, which root is not."""
+    if os.geteuid() != 0:
+        return []
+    for folder in (shim.folder, *shim.folder.parents):
+        if stat.S_IMODE(folder.stat().st_mode) & 0o001 == 0:
+            folder.chmod(stat.S_IMODE(folder.stat().st_mode) | 0o011)
+    return [need("setpriv", "util-linux"), "--reuid=65534", "--regid=65534", "--clear-groups"]
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_anyone_is_asked(
+    shim: Shim, liar: Any
+) -> None:
+    server = liar(answer(ARMOR))
+    shim.file()
+    shim.folder.chmod(0o555)
+    argv = [*as_nobody(shim), *shim.argv, "-Y", "sign", "m"]
+    env = {**shim.env, "SSH_AGENT_PROXY_URL": server.url}
+    done = run(argv, env=env, cwd=shim.folder, check=False)
+    shim.folder.chmod(0o755)
+    assert said(done).startswith("cannot write m.sig: is its folder writable")
+    assert server.requests == []
+
+
+def test_a_file_that_cannot_be_read_is_an_error(shim: Shim) -> None:
+    shim.file().chmod(0)
+    shim.folder.chmod(0o777)
+    done = run([*as_nobody(shim), *shim.argv, "-Y", "sign", "m"], env=shim.env,
+               cwd=shim.folder, check=False)  # fmt: skip
+    assert said(done) == "cannot sign m: permission denied"
+
+
+@pytest.mark.parametrize("room", [0, 4096], ids=["for nothing", "for the answer only"])
+def test_a_full_disk_leaves_what_was_there(any_shim: Shim, liar: Any, room: int) -> None:
+    """On a file system of our own, filled up to the room that is given."""
+    server = liar(answer(ARMOR))
+    script = f"""
+        mount -t tmpfs -o size=64k none disk && cd disk || exit 99
+        printf 'commit\\n' >m; printf before >m.sig
+        cat /dev/zero >filler 2>/dev/null
+        [ {room} = 0 ] || {{ rm filler; head -c {60 * 1024 - 2 * 4096 - room} /dev/zero >filler; }}
+        "$@"
+        echo "$?"; cat m.sig; ls -A
+    """
+    (any_shim.folder / "disk").mkdir()
+    unshare = need("unshare", "util-linux")
+    done = run(
+        [unshare, "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh",
+         *any_shim.argv, "-Y", "sign", "m"],
+        env={**any_shim.env, "SSH_AGENT_PROXY_URL": server.url},
+        cwd=any_shim.folder, check=False,
+    )  # fmt: skip
+    if room:
+        assert done.stdout == b"0\n" + ARMOR + b"filler\nm\nm.sig\n", done.stderr
+    else:
+        assert done.stdout == b"1\nbeforefiller\nm\nm.sig\n", done.stderr
+        assert b"disk" in done.stderr
+
+
+# ---------------------------------------------------------------- standard input and output
+
+
+def test_standard_input_is_read_whole_before_anyone_is_asked(shim: Shim, liar: Any) -> None:
+    server = liar(answer(ARMOR))
+    shim.env["SSH_AGENT_PROXY_URL"] = server.url
+    process = shim.start("-Y", "sign", stdin=subprocess.PIPE)
+    assert process.stdin
+    process.stdin.write(b"slow")
+    process.stdin.flush()
+    kept = wait_for(lambda: list(Path(shim.env["TMPDIR"]).rglob("data")), message="the copy")[0]
+    wait_for(lambda: kept.read_bytes() == b"slow", message="what was written so far")
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    assert server.requests == []
+    assert process.communicate(b" producer", timeout=30) == (ARMOR, b"")
+    assert server.requests[0].endswith(b"\r\n\r\nslow producer")
+    assert b"\r\nContent-Length: 13\r\n" in server.requests[0]
+
+
+def test_where_standard_input_cannot_be_kept_it_is_streamed(
+    any_shim: Shim, keys: Keys, served: Served
+) -> None:
+    done = any_shim.sign(input=COMMIT, env={**served, "TMPDIR": "/nowhere"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    verified(keys, done.stdout, COMMIT)
+
+
+@pytest.mark.parametrize("lie", ["another server", "a page", "nothing", "no HTTP", "a reason"])
+def test_a_streamed_lie_is_not_taken_for_a_signature(
+    any_shim: Shim, liar: Any, lie: str
+) -> None:
+    answered, fragment = LIES[lie]
+    server = liar(answered)
+    env = {"SSH_AGENT_PROXY_URL": server.url, "TMPDIR": "/nowhere"}
+    assert fragment in said(any_shim.sign(input=COMMIT, env=env))
+    assert len(server.requests) == 1
+
+
+def test_commands_work_where_nothing_can_be_written(
+    any_shim: Shim, keys: Keys, served: Served
+) -> None:
+    done = any_shim("pubkey", env={**served, "TMPDIR": "/nowhere"})
+    assert done.stdout.decode() == f"{keys.line('ed25519')}\n"
+
+
+@pytest.mark.parametrize("argv", [["-Y", "sign"], ["pubkey"]], ids=["sign", "pubkey"])
+def test_output_that_cannot_be_written_is_an_error(
+    shim: Shim, served: Served, argv: List[str]
+) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*shim.argv, *argv], env={**shim.env, **served}, cwd=shim.folder,
+            input=COMMIT, stdout=full, stderr=subprocess.PIPE, timeout=60,
+        )  # fmt: skip
+    done.stdout = b""
+    assert said(done).endswith("could not be written")
+
+
+def test_no_standard_input_is_an_error(any_shim: Shim) -> None:
+    script = 'exec "$@" <&-'
+    done = run(["sh", "-c", script, "sh", *any_shim.argv, "-Y", "sign"], env=any_shim.env,
+               cwd=any_shim.folder, check=False)  # fmt: skip
+    assert said(done) == "there is no standard input to sign"
+
+
+# ---------------------------------------------------------------- interruptions
+
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("what", ["file", "stdin", "pubkey"])
+def test_an_interrupted_wait_leaves_nothing_behind(
+    any_shim: Shim, liar: Any, number: signal.Signals, what: str
+) -> None:
+    server: Liar = liar(lambda connection: server.hold(connection))
+    any_shim.env["SSH_AGENT_PROXY_URL"] = server.url
+    any_shim.file()
+    argv = {"file": ["-Y", "sign", "m"], "stdin": ["-Y", "sign"], "pubkey": ["pubkey", "k"]}[what]
+    process = any_shim.start(*argv)
+    wait_for(lambda: server.requests, message="the request")
+    process.send_signal(number)
+    assert process.communicate(timeout=10) == (b"", b"")
+    assert process.returncode == SIGNALS[number]
+    assert server.gone.wait(5), "curl goes on without the shim"
+    assert tree(any_shim.folder).keys() == {"m"}
+    assert any_shim.temporary() == []
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_an_interrupted_reading_leaves_nothing_behind(
+    any_shim: Shim, number: signal.Signals
+) -> None:
+    process = any_shim.start("-Y", "sign", stdin=subprocess.PIPE)
+    wait_for(lambda: list(Path(any_shim.env["TMPDIR"]).rglob("data")), message="the copy")
+    process.send_signal(number)
+    process.wait(10)
+    process.communicate()
+    assert process.returncode == SIGNALS[number]
+    assert any_shim.temporary() == []
+
+
+# ---------------------------------------------------------------- the terminal
+
+# Takes the terminal named first for its own, then runs the rest there.
+ON_TERMINAL = """
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.setsid()
+terminal = os.open(sys.argv[1], os.O_RDWR)
+fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+if sys.argv[2] == "background":
+    settings = termios.tcgetattr(terminal)
+    settings[3] |= termios.TOSTOP
+    termios.tcsetattr(terminal, termios.TCSANOW, settings)
+    child = os.fork()
+    if child:
+        os.close(terminal)
+        sys.exit(os.waitpid(child, 0)[1] != 0)
+    os.setpgid(0, 0)
+os.close(terminal)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+ANNOUNCEMENT = b"ssh-agent-proxy-sign: waiting for the agent: touch your key?\r\n"
+
+
+class Terminal:
+    """A pseudo-terminal, and what was written to it."""
+
+    def __init__(self) -> None:
+        self.master, self.slave = pty.openpty()
+        self.name = os.ttyname(self.slave)
+
+    def start(self, shim: Shim, *args: str, where: str = "foreground") -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-c", ON_TERMINAL, self.name, where, *shim.argv, *args],
+            env=shim.env, cwd=shim.folder, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def read(self, seconds: float) -> bytes:
+        """What arrives within SECONDS, as soon as it does."""
+        ready, _, _ = select.select([self.master], [], [], seconds)
+        return os.read(self.master, 65536) if ready else b""
+
+    def close(self) -> None:
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    made = Terminal()
+    yield made
+    made.close()
+
+
+def descendants(pid: int) -> List[int]:
+    found: List[int] = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if entry.name.isdigit():
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[1]) == pid:
+                    found += [int(entry.name), *descendants(int(entry.name))]
+    return found
+
+
+def open_files(pid: int) -> List[str]:
+    with contextlib.suppress(OSError):
+        return [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+    return []
+
+
+class Gate:
+    """A server that keeps its client waiting until the test lets it through."""
+
+    def __init__(self, liar: Any) -> None:
+        self.opened = threading.Event()
+        self.server: Liar = liar(self.wait)
+
+    def wait(self, connection: socket.socket) -> None:
+        self.opened.wait(30)
+        connection.sendall(answer(ARMOR))
+
+
+def test_a_wait_is_announced_on_the_terminal(
+    any_shim: Shim, liar: Any, terminal: Terminal
+) -> None:
+    gate = Gate(liar)
+    any_shim.env["SSH_AGENT_PROXY_URL"] = gate.server.url
+    any_shim.file()
+    started = time.monotonic()
+    process = terminal.start(any_shim, "-Y", "sign", "m")
+    assert terminal.read(20) == ANNOUNCEMENT
+    assert time.monotonic() - started >= 2
+    family = descendants(process.pid)
+    assert len(family) >= 2, "curl and the timer"
+    git_holds = {os.readlink(f"/proc/{process.pid}/fd/{number}") for number in (1, 2)}
+    assert all(name.startswith("pipe:") for name in git_holds)
+    for pid in family:
+        assert not git_holds & set(open_files(pid)), "git would wait for this one"
+    gate.opened.set()
+    assert process.communicate(timeout=10) == (b"", b"")
+    assert process.returncode == 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in family)
+    assert (any_shim.folder / "m.sig").read_bytes() == ARMOR
+    assert terminal.read(0) == b"", "said once"
+
+
+def test_a_wait_in_the_background_is_announced_and_does_not_stop(
+    shim: Shim, liar: Any, terminal: Terminal
+) -> None:
+    gate = Gate(liar)
+    shim.env["SSH_AGENT_PROXY_URL"] = gate.server.url
+    shim.file()
+    process = terminal.start(shim, "-Y", "sign", "m", where="background")
+    assert terminal.read(20) == ANNOUNCEMENT
+    gate.opened.set()
+    assert process.communicate(timeout=10) == (b"", b"")
+    assert process.returncode == 0
+
+
+def test_a_quick_signature_is_not_announced_and_its_timer_is_gone(
+    any_shim: Shim, liar: Any, terminal: Terminal
+) -> None:
+    gate = Gate(liar)
+    any_shim.env["SSH_AGENT_PROXY_URL"] = gate.server.url
+    any_shim.file()
+    process = terminal.start(any_shim, "-Y", "sign", "m")
+    # curl, the timer, and what the timer sleeps with.
+    wait_for(lambda: len(descendants(process.pid)) >= 3, message="the timer's sleep")
+    family = descendants(process.pid)
+    gate.opened.set()
+    assert process.communicate(timeout=10) == (b"", b"")
+    assert not any(Path(f"/proc/{pid}").exists() for pid in family)
+    assert terminal.read(0) == b""
+
+
+def test_many_signatures_in_a_row_wait_for_no_timer(
+    shim: Shim, liar: Any, terminal: Terminal
+) -> None:
+    server = liar(answer(ARMOR))
+    shim.env["SSH_AGENT_PROXY_URL"] = server.url
+    names = [f"m{number}" for number in range(100)]
+    for name in names:
+        shim.file(name)
+    process = terminal.start(shim, "-Y", "sign", *names)
+    assert process.communicate(timeout=60) == (b"", b"")
+    assert process.returncode == 0
+    assert all((shim.folder / f"{name}.sig").read_bytes() == ARMOR for name in names)
+    assert terminal.read(0) == b""
+
+
+def test_ctrl_c_at_the_terminal_ends_all_of_it(
+    any_shim: Shim, liar: Any, terminal: Terminal
+) -> None:
+    server: Liar = liar(lambda connection: server.hold(connection))
+    any_shim.env["SSH_AGENT_PROXY_URL"] = server.url
+    any_shim.file()
+    process = terminal.start(any_shim, "-Y", "sign", "m")
+    wait_for(lambda: len(descendants(process.pid)) >= 3, message="the timer's sleep")
+    wait_for(lambda: server.requests, message="the request")
+    family = descendants(process.pid)
+    os.write(terminal.master, b"\x03")
+    assert process.communicate(timeout=10) == (b"", b"")
+    assert process.returncode == 130
+    assert not any(Path(f"/proc/{pid}").exists() for pid in family)
+    assert tree(any_shim.folder).keys() == {"m"}
+
+
+def test_the_timer_of_a_killed_shim_ends_and_says_nothing(
+    one_shim: Shim, liar: Any, terminal: Terminal
+) -> None:
+    gate = Gate(liar)
+    one_shim.env["SSH_AGENT_PROXY_URL"] = gate.server.url
+    one_shim.file()
+    process = terminal.start(one_shim, "-Y", "sign", "m")
+    wait_for(lambda: len(descendants(process.pid)) >= 3, message="the timer's sleep")
+    family = descendants(process.pid)
+    process.kill()
+    process.wait(10)
+    gate.opened.set()
+    wait_for(lambda: not any(map(open_files, family)), message="the end of the timer")
+    assert terminal.read(0) == b""
+    for path in one_shim.folder.glob(f".{OURS}*"):
+        path.unlink()  # no one was left to do it
+
+
+# ---------------------------------------------------------------- the file's own rules
+
+
+def test_the_shim_needs_no_program_but_those_that_are_promised(
+    one_shim: Shim, keys: Keys, served: Served
+) -> None:
+    bin_folder = one_shim.folder / "bin"
+    bin_folder.mkdir()
+    for name in ["curl", "mktemp", "mv", "rm", "cat", "dirname", "mkdir", "chmod"]:
+        (bin_folder / name).symlink_to(Path(need(name, name)).resolve())
+    shell = Path(need("dash", "dash")).resolve()
+    env = {**one_shim.env, **served, "PATH": str(bin_folder)}
+    one_shim.file()
+    for argv in (
+        ["-Y", "sign", "-f", "./a/k", "m"],
+        ["-Y", "sign"],
+        ["pubkey"],
+        ["pubkey", "k2"],
+        ["key"],
+    ):
+        done = run([shell, SHIM, *argv], env=env, cwd=one_shim.folder, input=COMMIT, check=False)
+        assert (done.returncode, done.stderr) == (0, b""), argv
+    verified(keys, (one_shim.folder / "m.sig").read_bytes(), COMMIT)
+
+
+def test_the_shim_is_written_as_the_house_has_it() -> None:
+    lines = SHIM.read_text().splitlines()
+    assert lines[0] == "#!/bin/sh"
+    assert lines[-1] == 'main "$@"'
+    assert "set -eu" in lines
+    assert max(map(len, lines)) <= 100
+    assert os.access(SHIM, os.X_OK)
+    code = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    for word in ("[[", "local ", "function ", "echo "):
+        assert word not in code
