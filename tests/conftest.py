@@ -166,7 +166,12 @@ class Agent:
             env={"PATH": os.environ["PATH"]},
         )
         self.pid = self.process.pid
-        wait_for(self.sock.exists, message="ssh-agent's socket")
+        wait_for(self.answers, message="ssh-agent's socket")
+
+    def answers(self) -> bool:
+        """The socket stands there before the agent listens on it."""
+        with socket.socket(socket.AF_UNIX) as s:
+            return s.connect_ex(str(self.sock)) == 0
 
     def add(self, path: Path, *options: str) -> None:
         run(["ssh-add", "-q", *options, path], env=self.env)
