@@ -1187,7 +1187,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line and an exception like every other."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {PROGRAM} --help)")
+        raise ConfigError(f"{printable(message)} (see {PROGRAM} --help)")
 
 
 def argument_parser(commands: Mapping[str, str]) -> Parser:
@@ -2033,7 +2033,7 @@ def print_shim() -> int:
 def run(env: Env, argv: Sequence[str]) -> int:
     config = Config.from_env(env, argv, COMMANDS)
     start_log(config.level)
-    command = " ".join(config.command) or "serve"
+    command = " ".join(config.command or ("serve",))
     if command == "serve":
         return serve(config)
     if command == "shim":

@@ -1391,7 +1391,7 @@ def test_a_stall_is_too_late_and_hurts_nobody(
     answer = staller.ask(steps, key)
     assert answer.status == 504
     assert "did not answer in time" in answer.text
-    assert 0.9 < time.monotonic() - before < 3
+    assert 0.9 < time.monotonic() - before < 5
     assert staller.ask(HONEST).status == 200
 
 
@@ -1642,8 +1642,9 @@ def test_bytes_that_nobody_reads_hide_no_client_that_goes_away(
 ) -> None:
     agent, proxy = waiting()
     with socket.create_connection(("127.0.0.1", proxy.port)) as client:
-        client.sendall(POST + b"GET /healthz HTTP/1.1\r\n\r\n")
+        client.sendall(POST)
         assert agent.asked.acquire(timeout=10)
+        client.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
         leave(client)
         assert agent.closed.acquire(timeout=1)
 
@@ -1676,6 +1677,29 @@ def test_a_client_that_waits_is_not_taken_for_gone(
             connection.sendall(reply)
 
     assert sign(start_proxy(upstream=scripted_agent(slow))).status == 200
+
+
+def test_bytes_behind_the_request_are_no_sign_that_the_client_went_away(
+    start_proxy: StartProxy, scripted_agent: ScriptedAgent
+) -> None:
+    asked, sent = threading.Event(), threading.Event()
+
+    def slow(connection: socket.socket) -> None:
+        for reply in (LIST, SIG):
+            if read_message(connection)[:1] == b"\x0d":
+                asked.set()
+                assert sent.wait(10)
+                time.sleep(0.2)  # the agent's own time: the proxy sees the bytes while it waits
+            connection.sendall(reply)
+
+    proxy = start_proxy(upstream=scripted_agent(slow))
+    with socket.create_connection(("127.0.0.1", proxy.port)) as client:
+        client.settimeout(10)
+        client.sendall(POST)
+        assert asked.wait(10)
+        client.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+        sent.set()
+        assert client.recv(12) == b"HTTP/1.1 200"
 
 
 def test_a_request_at_a_hanging_agent_holds_up_no_other(
