@@ -549,12 +549,18 @@ class Exchange:
     """One connection to an agent. Every wait ends by DEADLINE (time.monotonic), or with the client.
 
     CLIENT is the connection of whoever waits for the answer: ClientGone where it closes.
+    COMMANDS holds the process groups that run, for whoever has to end them.
     """
 
     def __init__(
-        self, upstream: Upstream, deadline: float, client: Optional[socket.socket] = None
+        self,
+        upstream: Upstream,
+        deadline: float,
+        client: Optional[socket.socket] = None,
+        commands: Optional[set[int]] = None,
     ) -> None:
         self.upstream = upstream
+        self.commands = set() if commands is None else commands
         self.deadline = deadline
         self.client = client
         self.process: Any = None
@@ -612,6 +618,7 @@ class Exchange:
                 )
         except OSError as e:
             raise AgentUnreachable(f"cannot run the {self.upstream}: {e.strerror}") from e
+        self.commands.add(self.process.pid)
         os.set_blocking(self.process.stderr.fileno(), False)
         self.poll.register(self.process.stderr, select.POLLIN)
 
@@ -696,6 +703,7 @@ class Exchange:
             while last_words.poll(max(0, 1000 * (end - time.monotonic()))) and self._log_stderr():
                 pass
             _kill_group(self.process.pid, signal.SIGKILL)
+            self.commands.discard(self.process.pid)
             self.process.wait()
             self.process.stderr.close()
 
@@ -781,6 +789,7 @@ class Agents:
         self.sockets = sockets
         self.timeout = timeout
         self.last: Optional[Upstream] = None  # the agent in use, as the log last named it
+        self.commands: set[int] = set()  # the process groups that run for us
 
     @contextlib.contextmanager
     def exchange(self, client: Optional[socket.socket] = None) -> Iterator[Exchange]:
@@ -799,13 +808,23 @@ class Agents:
         if not hasattr(socket, "AF_UNIX") or not hasattr(select, "poll"):
             raise AgentUnreachable("this Python has no Unix sockets to reach an agent by")
         if self.upstream:
-            return Exchange(self.upstream, deadline, client)
+            return Exchange(self.upstream, deadline, client, self.commands)
         for path in self.sockets:
             with contextlib.suppress(AgentUnreachable):
                 return Exchange(Upstream(path), deadline, client)
         places = ", ".join(map(printable, self.sockets))
         raise AgentUnreachable("no agent found: set SSH_AGENT_PROXY_UPSTREAM (SSH_AUTH_SOCK is not "
                                f"set, and nobody answers at {places})")  # fmt: skip
+
+    def end_commands(self) -> None:
+        """At the end of the program: no command outlives it."""
+        end = time.monotonic() + EXEC_GRACE
+        for group in tuple(self.commands):
+            _kill_group(group, signal.SIGTERM)
+        while self.commands and time.monotonic() < end:
+            time.sleep(0.01)
+        for group in tuple(self.commands):
+            _kill_group(group, signal.SIGKILL)
 
     def hint(self) -> str:
         """Names another well-known agent that has keys, where the one in use is of no help."""
@@ -1547,6 +1566,10 @@ class Handler(BaseHTTPRequestHandler):
 
     # ---- reading
 
+    def has_sent(self) -> bool:
+        """Are there bytes that we have not read? Then it is not the client that is waited for."""
+        return bool(select.select([self.request], [], [], 0)[0])
+
     def read_request(self) -> Head:
         first = self.stream.peek(1)[:1]
         if first == b"\x16":
@@ -1601,6 +1624,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer_sign(self, head: Head) -> Answer:
         namespace, hash_algorithm, wanted = self.choices(head)
         if not head.chunked and head.length is None:
+            self.whole = False  # it may send one all the same
             raise RequestError(411, "a body with Content-Length or chunked is needed")
         if head.length and head.length > MAX_BODY:
             raise RequestError(413, "more than 1 GiB to sign")
@@ -1809,7 +1833,9 @@ class Server:
                 waiting = [h for h in self.places if h.client.reading]
                 if not waiting:
                     return False
-                self._evict(min(waiting, key=lambda h: h.client.since))
+                waiting.sort(key=lambda h: h.client.since)
+                idle = [h for h in waiting if not h.has_sent()]
+                self._evict((idle or waiting)[0])
             self.places.add(handler)
             return True
 
@@ -1819,9 +1845,10 @@ class Server:
         victim.client.reading = False
         victim.client.evicted = True
         with contextlib.suppress(OSError):
-            if not victim.client.begun:
+            if not victim.client.begun and not victim.has_sent():
                 victim.request.shutdown(socket.SHUT_RDWR)
                 return
+            victim.client.begun = True
             victim.noted["outcome"] = "busy"
             victim.send(BUSY)
             victim.request.shutdown(socket.SHUT_WR)
@@ -2019,6 +2046,7 @@ def serve(config: Config) -> int:
     while server.busy and time.monotonic() < end:
         if signals.wait(0.02):
             break  # a second signal: at once
+    agents.end_commands()
     return 0
 
 
