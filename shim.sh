@@ -140,13 +140,6 @@ interrupted() {
     exit "$1"
 }
 
-set_traps() {
-    trap clean_up EXIT
-    trap 'interrupted 129' HUP
-    trap 'interrupted 130' INT
-    trap 'interrupted 143' TERM
-}
-
 # What is left to do leaves nothing behind, and may block.
 drop_traps() {
     clean_up
@@ -649,9 +642,17 @@ make_temporary() {
 
 # --- Commands ---------------------------------------------------------------------------------
 
+set_out() {
+    # Lengths and ranges of characters are of bytes; and curl and mv are done sooner.
+    export LC_ALL=C
+    trap clean_up EXIT
+    trap 'interrupted 129' HUP
+    trap 'interrupted 130' INT
+    trap 'interrupted 143' TERM
+}
+
 sign() {
-    LC_ALL=C # bytes, for the lengths and the ranges of characters
-    set_traps
+    set_out
     if [ $# -eq 0 ] || { [ $# -eq 1 ] && [ "$1" = - ]; }; then
         check_request
         sign_stdin
@@ -823,8 +824,7 @@ is_signature() {
 
 # Sets out to ask for the public key.
 prepare_to_ask() {
-    LC_ALL=C
-    set_traps
+    set_out
     exec 3</dev/null
     choose_scratch || :
     find_sign_url && fetch_key

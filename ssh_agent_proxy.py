@@ -1502,6 +1502,7 @@ class Client(io.RawIOBase):
         # Under the server's lock, for it may give this one's place to another connection:
         self.reading = True  # it may; once False, the answer is the thread's own to give
         self.evicted = False  # it did
+        self.told = False  # and has answered in our stead
 
     def readable(self) -> bool:
         return True
@@ -1518,11 +1519,11 @@ class Client(io.RawIOBase):
             raise RequestError(408, "the request took too long to arrive") from e
         except OSError as e:
             raise ClientGone(f"the connection broke: {e.strerror or e}") from e
-        if self.evicted:
-            raise ClientGone("its place was given to another")
         if size:
             self.since = time.monotonic()
             self.begun = True
+        if self.evicted:
+            raise ClientGone("its place was given to another")
         return size
 
 
@@ -1563,6 +1564,9 @@ class Handler(BaseHTTPRequestHandler):
             answer = plain(500, "internal error: the proxy's log says more")
         if self.proxy.claim(self):
             self.send(answer)
+        elif not self.client.told:  # its first bytes came while its place was being given away
+            self.noted["outcome"] = "busy"
+            self.send(BUSY)
 
     # ---- reading
 
@@ -1846,9 +1850,9 @@ class Server:
         victim.client.evicted = True
         with contextlib.suppress(OSError):
             if not victim.client.begun and not victim.has_sent():
-                victim.request.shutdown(socket.SHUT_RDWR)
+                victim.request.shutdown(socket.SHUT_RD)
                 return
-            victim.client.begun = True
+            victim.client.begun = victim.client.told = True
             victim.noted["outcome"] = "busy"
             victim.send(BUSY)
             victim.request.shutdown(socket.SHUT_WR)

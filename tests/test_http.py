@@ -1679,9 +1679,15 @@ def test_a_flood_of_idle_connections_keeps_nobody_out(
         assert the_one_answer(raw(proxy.port, post(b"hello"))).body == expected
 
 
+def stopped(pid: int) -> bool:
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
 def all_at_once(proxy: Proxy, number: int, data: bytes, clients: Clients) -> List[Answer]:
     """The answers to NUMBER requests that are there, sent in full, before the proxy looks."""
     os.kill(proxy.pid, signal.SIGSTOP)
+    wait_for(lambda: stopped(proxy.pid))
     sockets = [connect(proxy.port) for _ in range(number)]
     clients.opened += sockets
     for s in sockets:
@@ -1690,6 +1696,7 @@ def all_at_once(proxy: Proxy, number: int, data: bytes, clients: Clients) -> Lis
     return [the_one_answer(read_all(s, 30)) for s in sockets]
 
 
+@linux
 def test_200_at_once_are_all_served_in_the_end(
     proxy: Proxy, ssh_keygen: Callable[..., bytes], clients: Clients
 ) -> None:
@@ -1702,6 +1709,7 @@ def test_200_at_once_are_all_served_in_the_end(
         left -= len(signed)
 
 
+@linux
 @pytest.mark.parametrize("size", [1, 50000])
 def test_a_client_that_has_sent_its_request_is_never_turned_away_in_silence(
     size: int, agent: Agent, keys: Keys, tuned: Callable[..., Proxy], clients: Clients

@@ -273,7 +273,8 @@ def lab(keys: Keys) -> Iterator[Lab]:
 
 
 def keygen(*argv: Any, input: Optional[bytes] = None, check: bool = True) -> bytes:
-    done = run(["ssh-keygen", *argv], input=input, check=check)
+    # No SSH_AUTH_SOCK: it would ask the user's own agent first.
+    done = run(["ssh-keygen", *argv], {"PATH": os.environ["PATH"]}, input=input, check=check)
     return done.stdout if done.returncode == 0 else b""
 
 

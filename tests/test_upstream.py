@@ -30,7 +30,6 @@ from conftest import (
     http,
     message,
     need,
-    read_message,
     run,
     wait_for,
 )
@@ -463,18 +462,19 @@ def gpg_agent(short: Path) -> Iterator[Path]:
 def test_gpg_agent_signs(
     gpg_agent: Path, keys: Keys, start_proxy: StartProxy, tmp_path: Path, name: str
 ) -> None:
-    env = {"PATH": os.environ["PATH"], "SSH_AUTH_SOCK": str(gpg_agent)}
-    run(["ssh-add", "-q", keys[name]], env=env)
+    env = {"PATH": os.environ["PATH"]}
+    run(["ssh-add", "-q", keys[name]], env=dict(env, SSH_AUTH_SOCK=str(gpg_agent)))
     proxy = start_proxy(upstream=gpg_agent)
     for key in (None, keys.line(name), fingerprint(keys.line(name))):
         answer = sign(proxy, key)
         assert is_by(answer, keys, name)
         if name != "ecdsa256":
             sign_it = ["ssh-keygen", "-Y", "sign", "-f", keys[name], "-n", "git"]
-            assert answer.body == run(sign_it, input=b"payload").stdout
+            assert answer.body == run(sign_it, env, input=b"payload").stdout
         block = tmp_path / "block"
         block.write_bytes(answer.body)
-        run(["ssh-keygen", "-Y", "check-novalidate", "-n", "git", "-s", block], input=b"payload")
+        verify = ["ssh-keygen", "-Y", "check-novalidate", "-n", "git", "-s", block]
+        run(verify, env, input=b"payload")
 
 
 def test_gpg_agent_without_keys_is_told(gpg_agent: Path, start_proxy: StartProxy) -> None:
@@ -1057,6 +1057,14 @@ def s(value: bytes) -> bytes:
     return struct.pack(">I", len(value)) + value
 
 
+def read_request(connection: socket.socket) -> bytes:
+    """One message without its length, and not a byte of the next; b"" at the end."""
+    size = connection.recv(4, socket.MSG_WAITALL)
+    if len(size) < 4:
+        return b""
+    return connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
+
+
 def listing(*entries: Tuple[bytes, bytes]) -> bytes:
     return b"\x0c" + struct.pack(">I", len(entries)) + b"".join(s(k) + s(c) for k, c in entries)
 
@@ -1114,7 +1122,7 @@ def cut(data: bytes, reads: bool = True) -> Step:
 
 def stall(data: bytes = b"", reads: bool = True) -> Step:
     """Sends no more than DATA, and waits for the proxy to lose patience."""
-    return Step(lambda c: (c.sendall(data), read_message(c)), reads)
+    return Step(lambda c: (c.sendall(data), read_request(c)), reads)
 
 
 def drip(data: bytes) -> Step:
@@ -1166,7 +1174,7 @@ class Liar:
             connection.settimeout(30)
             try:
                 for step in self.steps:
-                    if step.reads and not read_message(connection):
+                    if step.reads and not read_request(connection):
                         break
                     step.act(connection)
                 while connection.recv(65536):
@@ -1441,9 +1449,9 @@ def test_what_is_asked_for_is_the_specification_s(
 
     def keep(connection: socket.socket) -> None:
         for reply in (message(listing((RSA, b""))), FAILURE):
-            requests.append(read_message(connection))
+            requests.append(read_request(connection))
             connection.sendall(reply)
-        read_message(connection)
+        read_request(connection)
 
     path = scripted_agent(keep)
     assert sign(start_proxy(upstream=path)).status == 403
@@ -1511,10 +1519,10 @@ def test_no_lie_costs_a_file_descriptor(
     def behave(connection: socket.socket) -> None:
         with contextlib.suppress(HangUp):
             for step in list(steps):
-                if step.reads and not read_message(connection):
+                if step.reads and not read_request(connection):
                     return
                 step.act(connection)
-            read_message(connection)
+            read_request(connection)
 
     proxy = start_proxy(upstream=scripted_agent(behave), python=few_files)
     names = (
@@ -1568,10 +1576,10 @@ class Waiting:
 
     def __call__(self, connection: socket.socket) -> None:
         for reply in self.replies:
-            if not read_message(connection):
+            if not read_request(connection):
                 return
             connection.sendall(reply)
-        if read_message(connection):
+        if read_request(connection):
             self.asked.release()
             while connection.recv(65536):
                 pass
@@ -1672,7 +1680,7 @@ def test_a_client_that_waits_is_not_taken_for_gone(
 ) -> None:
     def slow(connection: socket.socket) -> None:
         for reply in (LIST, SIG):
-            read_message(connection)
+            read_request(connection)
             time.sleep(0.4)  # the agent's own time, as with a touch
             connection.sendall(reply)
 
@@ -1686,7 +1694,7 @@ def test_bytes_behind_the_request_are_no_sign_that_the_client_went_away(
 
     def slow(connection: socket.socket) -> None:
         for reply in (LIST, SIG):
-            if read_message(connection)[:1] == b"\x0d":
+            if read_request(connection)[:1] == b"\x0d":
                 asked.set()
                 assert sent.wait(10)
                 time.sleep(0.2)  # the agent's own time: the proxy sees the bytes while it waits
@@ -1709,12 +1717,12 @@ def test_a_request_at_a_hanging_agent_holds_up_no_other(
     hanging = threading.Semaphore(0)
 
     def sometimes(connection: socket.socket) -> None:
-        read_message(connection)
+        read_request(connection)
         if hang.is_set():
             hanging.release()
             assert release.wait(30)
         connection.sendall(LIST)
-        if read_message(connection):
+        if read_request(connection):
             connection.sendall(SIG)
 
     proxy = start_proxy(upstream=scripted_agent(sometimes))
@@ -1744,9 +1752,9 @@ def test_an_agent_that_hangs_at_the_start_holds_up_neither_requests_nor_the_end(
     asked = threading.Event()
 
     def hang(connection: socket.socket) -> None:
-        read_message(connection)
+        read_request(connection)
         asked.set()
-        read_message(connection)
+        read_request(connection)
 
     proxy = start_proxy(upstream=scripted_agent(hang))
     assert asked.wait(10)
