@@ -360,10 +360,10 @@ ask() {
         --connect-timeout "$CONNECT_SECONDS" --max-time "$ANSWER_SECONDS" ${1+"$@"}
     ended=0
     if [ -n "$held" ]; then
-        true >"$held"
+        [ ! -s "$held" ] || true >"$held" # only then, for that makes ext4 write it out
         {
-            exec </dev/null >/dev/null 2>&1
-            run_curl "$@" -o "$held" "$url"
+            exec </dev/null >>"$held" 2>/dev/null
+            run_curl "$@" "$url"
         } &
         job=$!
         start_timer
@@ -710,7 +710,7 @@ sign_file() {
     [ ! -d "$subject.sig" ] || die "cannot write $shown.sig: it is a directory"
     once=''
     [ -f "$subject" ] || once=yes
-    hold || die "cannot write $shown.sig: is its folder writable, and the disk not full?"
+    hold "${subject%/*}" || die "cannot write $shown.sig: is its folder writable, and the disk not full?"
     choose_key
     refuse_certificate
     obtain_signature "$subject"
@@ -723,10 +723,11 @@ sign_file() {
     reap_timer
 }
 
-# $held: a new file beside $subject, to be moved to its place at the end; never one that is there.
+# $held: a new file in folder $1, never one that is there. (mktemp would take as long as all the
+# rest of the shim, and its mode would not be the umask's.)
 hold() {
     for number in 0 1 2 3 4 5 6 7 8 9; do
-        held=${subject%/*}/.$PROGRAM.$$.$number
+        held=$1/.$PROGRAM.$$.$number
         if [ ! -e "$held" ] && [ ! -L "$held" ]; then
             set -C
             if { true >"$held"; } 2>/dev/null; then
@@ -826,7 +827,7 @@ is_signature() {
 prepare_to_ask() {
     set_out
     exec 3</dev/null
-    choose_scratch || :
+    hold "${TMPDIR:-/tmp}" || :
     find_sign_url && fetch_key
 }
 

@@ -700,8 +700,9 @@ class Exchange:
             end = time.monotonic() + EXEC_GRACE
             last_words = select.poll()
             last_words.register(self.process.stderr, select.POLLIN)
-            while last_words.poll(max(0, 1000 * (end - time.monotonic()))) and self._log_stderr():
-                pass
+            while last_words.poll(max(0, 1000 * (end - time.monotonic()))):
+                if not self._log_stderr() or time.monotonic() > end:
+                    break
             _kill_group(self.process.pid, signal.SIGKILL)
             self.commands.discard(self.process.pid)
             self.process.wait()
@@ -1105,7 +1106,8 @@ def expand(setting: Setting, path: str, env: Env) -> str:
     try:
         expanded = Template(path).substitute(env)
     except (KeyError, ValueError) as e:
-        raise setting.wrong(f"{printable(path)!r} names a variable that is not set: {e}") from e
+        raise setting.wrong(f"{printable(path)!r} names a variable that is not set, or has a $ "
+                            "without a name ($$ stands for one)") from e  # fmt: skip
     if "\0" in expanded:
         raise setting.wrong("a NUL in a path")
     return expanded
@@ -2051,6 +2053,8 @@ def serve(config: Config) -> int:
         if signals.wait(0.02):
             break  # a second signal: at once
     agents.end_commands()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # Python would be killed by one on its way out
     return 0
 
 
