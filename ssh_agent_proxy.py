@@ -1703,7 +1703,7 @@ class Handler(BaseHTTPRequestHandler):
         head = [
             f"HTTP/1.1 {status} {responses[status]}",
             f"Server: {self.server_version}",
-            f"Date: {self.date_time_string()}",
+            time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT", time.gmtime()),
             f"Content-Type: {answer.content_type}",
             f"Content-Length: {len(body)}",
             "Connection: close",
@@ -1714,6 +1714,8 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):  # it went away: the log has what it would have got
             self.request.settimeout(ANSWER_SECONDS)
             self.request.sendall(data)
+            # Here, not at the close: a client that reads to the end need not wait for what is left.
+            self.request.shutdown(socket.SHUT_WR)
 
     def finish(self) -> None:
         """Closes the connection such that an answer reaches a client that is still sending: bytes
@@ -1728,7 +1730,6 @@ class Handler(BaseHTTPRequestHandler):
         self.proxy.leave(self)
 
     def drain(self) -> None:
-        self.request.shutdown(socket.SHUT_WR)
         buffer = bytearray(BUFFER // 4)
         end = time.monotonic() + LINGER_SECONDS
         size = 1
@@ -1857,7 +1858,6 @@ class Server:
             victim.client.begun = victim.client.told = True
             victim.noted["outcome"] = "busy"
             victim.send(BUSY)
-            victim.request.shutdown(socket.SHUT_WR)
         self._linger(victim)
 
     def claim(self, handler: Handler) -> bool:
@@ -1925,8 +1925,14 @@ class StderrHandler(logging.Handler):
             # A terminal that nobody reads takes part of a line and then waits; opened for us alone
             # it can be told not to.
             self.fd = os.open(os.ttyname(2), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s",
-                                            "%Y-%m-%dT%H:%M:%S%z"))  # fmt: skip
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Time, level and message; the library's own does much more, and shows in every answer."""
+        when = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created))
+        line = f"{when} {record.levelname} {record.getMessage()}"
+        if record.exc_info:
+            line += "\n" + logging.Formatter().formatException(record.exc_info)
+        return line
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record)
@@ -1951,7 +1957,7 @@ class StderrHandler(logging.Handler):
 
 
 def start_log(level: int) -> None:
-    logging.logThreads = logging.logProcesses = False  # nothing here shows them
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # never shown
     logging.addLevelName(AUDIT, "AUDIT")
     LOG.propagate = False
     LOG.setLevel(level)

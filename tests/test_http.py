@@ -1122,24 +1122,26 @@ def test_a_body_where_none_belongs_is_of_no_interest(body: str, shared: Shared) 
 SECOND = b"POST /sign HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\ny"
 
 
+FIRST: List[Tuple[str, bytes, int, int]] = [
+    ("healthz", get("/healthz"), 200, 0),
+    ("publickey", get("/publickey"), 200, 0),
+    ("keep-alive", get("/healthz", "Connection: keep-alive"), 200, 0),
+    ("keep-alive in HTTP/1.0", b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", 200, 0),
+    ("no such path", get("/nope"), 404, 0),
+    ("a length of 0", get("/healthz", "Content-Length: 0"), 200, 0),
+    ("no chunk", get("/healthz", "Transfer-Encoding: chunked") + b"0\r\n\r\n", 200, 0),
+    ("head", b"HEAD" + get("/healthz")[3:], 200, 0),
+    ("sign", post(b"x"), 200, 1),
+    ("sign, keep-alive", post(b"x", "Connection: keep-alive"), 200, 1),
+    ("sign, chunked", post_chunked(chunks(b"x", [])), 200, 1),
+    ("sign, an empty body", post(b""), 400, 0),
+    ("sign, from a page", post(b"x", PAGE), 403, 0),
+    ("nonsense", b"a\r\n\r\n", 400, 0),
+]
+
+
 @pytest.mark.parametrize(
-    ("first", "status", "signatures"),
-    [
-        (get("/healthz"), 200, 0),
-        (get("/publickey"), 200, 0),
-        (get("/healthz", "Connection: keep-alive"), 200, 0),
-        (get("/nope"), 404, 0),
-        (get("/healthz", "Content-Length: 0"), 200, 0),
-        (get("/healthz", "Transfer-Encoding: chunked") + b"0\r\n\r\n", 200, 0),
-        (b"HEAD" + get("/healthz")[3:], 200, 0),
-        (b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", 200, 0),
-        (post(b"x"), 200, 1),
-        (post(b"x", "Connection: keep-alive"), 200, 1),
-        (post_chunked(chunks(b"x", [])), 200, 1),
-        (post(b""), 400, 0),
-        (post(b"x", PAGE), 403, 0),
-        (b"a\r\n\r\n", 400, 0),
-    ],
+    ("first", "status", "signatures"), [f[1:] for f in FIRST], ids=[f[0] for f in FIRST]
 )
 def test_a_second_request_is_never_read(
     first: bytes, status: int, signatures: int, shared: Shared
@@ -1331,19 +1333,20 @@ def test_memory_stays_flat_under_a_body_of_256_mib(framing: str, shared: Shared)
 # ---------------------------------------------------------------- clients that are still sending
 
 
+UNWELCOME: List[Tuple[str, bytes, int]] = [
+    ("from a page", post(b"", PAGE, length=64 * MIB), 403),
+    ("chunked, from a page", post_chunked(b"4000000\r\n", PAGE), 403),
+    ("to no such path", b"PUT /nope" + post(b"", length=64 * MIB)[10:], 404),
+    ("by another method", b"PUT /sign" + post(b"", length=64 * MIB)[10:], 405),
+    ("too large", post(b"", length=1 << 40), 413),
+    ("nonsense", b"nonsense\r\n\r\n", 400),
+    ("chunked, nonsense", post_chunked(b"nonsense\r\n"), 400),
+    ("a body that nobody needs", get("/healthz", "Content-Length: 67108864"), 200),
+]
+
+
 @pytest.mark.parametrize(
-    ("head", "status"),
-    [
-        (post(b"", PAGE, length=64 * MIB), 403),
-        (post_chunked(b"4000000\r\n", PAGE), 403),
-        (b"PUT /nope HTTP/1.1\r\n" + HOST + b"Content-Length: 67108864\r\n\r\n", 404),
-        (b"PUT /sign HTTP/1.1\r\n" + HOST + b"Content-Length: 67108864\r\n\r\n", 405),
-        (post(b"", length=1 << 40), 413),
-        (b"nonsense\r\n\r\n", 400),
-        (post_chunked(b"nonsense\r\n"), 400),
-        (get("/healthz", "Content-Length: 67108864"), 200),
-    ],
-    ids=str,
+    ("head", "status"), [u[1:] for u in UNWELCOME], ids=[u[0] for u in UNWELCOME]
 )
 def test_an_answer_reaches_a_client_that_sends_all_before_it_reads(
     head: bytes, status: int, shared: Shared
@@ -1545,7 +1548,10 @@ def served(port: int) -> bool:
 def test_the_129th_takes_the_place_of_the_longest_idle_connection(
     proxy: Proxy, clients: Clients
 ) -> None:
-    sockets = clients.open(proxy.port, b"", 128)
+    sockets = clients.open(proxy.port, b"", 1)
+    # Threads may note the times of connections that come together in another order.
+    assert all(served(proxy.port) for _ in range(5))
+    sockets += clients.open(proxy.port, b"", 127)
     assert readable(sockets) == set()
     (newcomer,) = clients.open(proxy.port, START)
     wait_for(lambda: readable(sockets))
@@ -1557,7 +1563,7 @@ def test_the_129th_takes_the_place_of_the_longest_idle_connection(
     for s in sockets[1:]:
         s.sendall(get("/healthz"))
         assert the_one_answer(read_all(s)).status == 200
-    wait_for(lambda: len(request_lines(proxy.log())) == 128)
+    wait_for(lambda: len(request_lines(proxy.log())) == 133)
 
 
 @linux
