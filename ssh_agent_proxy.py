@@ -569,7 +569,10 @@ class Exchange:
         if client:
             # Linux shows a close even behind bytes that nobody reads; elsewhere it has to be read.
             self.poll.register(client, getattr(select, "POLLRDHUP", select.POLLIN))
-        self.socket = socket.socket(socket.AF_UNIX)
+        try:
+            self.socket = socket.socket(socket.AF_UNIX)
+        except OSError as e:  # no file descriptors, say
+            raise AgentUnreachable(f"no way to the {upstream}: {e.strerror}") from e
         try:
             if upstream.command:
                 self._spawn()
@@ -1303,6 +1306,7 @@ BUFFER = 256 * 1024
 
 PLACES = 128
 LINGERERS = 16  # connections that have their answer, and whose client may still be sending
+SPARE_THREADS = 16  # beyond those, for each address
 LINGER_SECONDS = 5
 LINGER_GAP = 2
 
@@ -1577,8 +1581,9 @@ class Handler(BaseHTTPRequestHandler):
         return bool(select.select([self.request], [], [], 0)[0])
 
     def read_request(self) -> Head:
-        first = self.stream.peek(1)[:1]
-        if first == b"\x16":
+        first = self.stream.peek(5)[:5]
+        self.command = "HEAD" if first == b"HEAD " else ""  # for errors too
+        if first[:1] == b"\x16":
             raise RequestError(400, "this is TLS: use http://, not https://")
         if not first:
             raise ClientGone("a connection without a request")
@@ -1786,7 +1791,8 @@ class Server:
         self.agents = agents
         self.listeners = listeners
         self.lock = threading.Lock()
-        self.free = dict.fromkeys(listeners, 0)  # threads waiting in accept
+        self.threads = dict.fromkeys(listeners, 0)
+        self.free = dict.fromkeys(listeners, 0)  # those waiting in accept
         self.places: set[Handler] = set()
         self.lingering: dict[Handler, None] = {}  # in the order in which they came
         self.stopping = False
@@ -1798,11 +1804,16 @@ class Server:
 
     def start_thread(self, listener: Listener) -> None:
         with self.lock:
+            # Those beyond what can have a place or linger are about to be free.
+            if self.threads[listener] >= PLACES + LINGERERS + SPARE_THREADS:
+                return
+            self.threads[listener] += 1
             self.free[listener] += 1
         try:
             threading.Thread(target=self.work, args=(listener,), daemon=True).start()
         except RuntimeError as e:  # the system has no more: those that are there go on
             with self.lock:
+                self.threads[listener] -= 1
                 self.free[listener] -= 1
             LOG.warning("cannot start another thread: %s", e)
 
