@@ -710,17 +710,19 @@ sign_file() {
     [ ! -d "$subject.sig" ] || die "cannot write $shown.sig: it is a directory"
     once=''
     [ -f "$subject" ] || once=yes
-    hold "${subject%/*}" || die "cannot write $shown.sig: is its folder writable, and the disk not full?"
+    hold "${subject%/*}" || die_unwritable
     choose_key
     refuse_certificate
     obtain_signature "$subject"
-    show "$file"
-    if ! { printf '%s' "$body" >"$held"; } 2>/dev/null ||
-        ! mv -f -- "$held" "$subject.sig" 2>/dev/null; then
-        die "cannot write $shown.sig: is its folder writable, and the disk not full?"
-    fi
+    { printf '%s' "$body" >"$held"; } 2>/dev/null || die_unwritable
+    mv -f -- "$held" "$subject.sig" 2>/dev/null || die_unwritable
     held=''
     reap_timer
+}
+
+die_unwritable() {
+    show "$file"
+    die "cannot write $shown.sig: is its folder writable, and the disk not full?"
 }
 
 # $held: a new file in folder $1, never one that is there. (mktemp would take as long as all the

@@ -54,6 +54,11 @@ SHELLS: Dict[str, Tuple[List[str], str]] = {
 }
 
 
+on_linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="looks at /proc, /dev/full or a namespace of Linux"
+)
+
+
 class Shim:
     """The shim under one shell, in a folder and a home that it must leave as they were."""
 
@@ -570,6 +575,11 @@ UNUSABLE_KEYS = {
     "an address": ("me@example.com", {}, "me@example.com, which is no file"),
     "a literal key": (f"key::{LINE}", {}, "which is a key where this git takes only a file"),
     "a private key": ("./key", {"key": "-----BEGIN OPENSSH PRIVATE KEY-----\n"}, "private one"),
+    "a public key in a private one": (
+        "./key",
+        {"key": f"-----BEGIN OPENSSH PRIVATE KEY-----\n{LINE}\n"},
+        "no public key in ./key",
+    ),
     "another text": ("./key", {"key": "hello world\n"}, "no public key in ./key"),
     "another text in .pub": ("./key", {"key.pub": "hello world\n"}, "nor in ./key.pub"),
     "a key with a bad type": ("./key", {"key": "ssh-\x1b AAAA\n"}, "no public key in ./key"),
@@ -1128,6 +1138,22 @@ def test_what_is_no_signature_is_not_printed(
     assert fragment in said(done)
 
 
+def test_an_answer_without_end_is_not_waited_for(shim: Shim, liar: Any) -> None:
+    gone = threading.Event()
+
+    def pour(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nServer: ssh-agent-proxy/1\r\n\r\n" + BEGIN)
+        with contextlib.suppress(OSError):
+            while True:
+                connection.sendall(b"U1NI\n" * 1000)
+        gone.set()
+
+    server = liar(pour)
+    shim.file()
+    assert "could not be kept" in said(shim.sign("m", env={"SSH_AGENT_PROXY_URL": server.url}))
+    assert gone.wait(5)
+
+
 TRUTHS: Dict[str, bytes] = {
     "interim answers before": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102 X\r\nServer: x\r\n\r\n"
     + answer(ARMOR),
@@ -1290,6 +1316,42 @@ def test_a_file_that_is_a_pipe_is_signed(shim: Shim, keys: Keys, served: Served)
     verified(keys, (shim.folder / "pipe.sig").read_bytes(), COMMIT)
 
 
+def test_a_pipe_that_was_read_is_not_read_again(shim: Shim, liar: Any) -> None:
+    server = liar(b"")
+    pipe = shim.folder / "pipe"
+    os.mkfifo(pipe)
+    shim.env["SSH_AGENT_PROXY_URL"] = server.url
+    process = shim.start("-Y", "sign", "-n", "git", "pipe")
+    pipe.write_bytes(COMMIT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert stdout == b""
+    assert b"closed the connection without an answer" in stderr
+    assert len(server.requests) == 1
+
+
+def test_what_has_the_name_of_a_temporary_file_is_left_alone(
+    any_shim: Shim, served: Served
+) -> None:
+    any_shim.file()
+    precious = any_shim.file("precious", b"precious")
+    # The process keeps its number over exec, and with it the names that it tries first.
+    script = f"""
+        ln -s precious .{OURS}.$$.0; ln -s dangling .{OURS}.$$.1; : >.{OURS}.$$.2
+        mkfifo .{OURS}.$$.3
+        exec "$@"
+    """
+    argv = ["sh", "-c", script, "sh", *any_shim.argv, "-Y", "sign", "m"]
+    run(argv, env={**any_shim.env, **served}, cwd=any_shim.folder)
+    assert (any_shim.folder / "m.sig").read_bytes().startswith(BEGIN)
+    assert not (any_shim.folder / "m.sig").is_symlink()
+    assert precious.read_bytes() == b"precious"
+    assert not (any_shim.folder / "dangling").exists()
+    left = any_shim.temporary()
+    assert sorted(path[-2:] for path in left) == [".0", ".1", ".2", ".3"]
+    for path in left:
+        os.unlink(path)
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_the_signature_has_the_mode_that_the_umask_says(
     shim: Shim, served: Served, mask: int
@@ -1364,6 +1426,7 @@ def test_a_file_that_cannot_be_read_is_an_error(shim: Shim) -> None:
     assert said(done) == "cannot sign m: permission denied"
 
 
+@on_linux
 @pytest.mark.parametrize("room", [0, 4096], ids=["for nothing", "for the answer only"])
 def test_a_full_disk_leaves_what_was_there(any_shim: Shim, liar: Any, room: int) -> None:
     """On a file system of our own, filled up to the room that is given."""
@@ -1436,6 +1499,7 @@ def test_commands_work_where_nothing_can_be_written(
     assert done.stdout.decode() == f"{keys.line('ed25519')}\n"
 
 
+@on_linux
 @pytest.mark.parametrize("argv", [["-Y", "sign"], ["pubkey"]], ids=["sign", "pubkey"])
 def test_output_that_cannot_be_written_is_an_error(
     shim: Shim, served: Served, argv: List[str]
@@ -1568,15 +1632,17 @@ def open_files(pid: int) -> List[str]:
 class Gate:
     """A server that keeps its client waiting until the test lets it through."""
 
-    def __init__(self, liar: Any) -> None:
+    def __init__(self, liar: Any, answered: bytes = answer(ARMOR)) -> None:
+        self.answered = answered
         self.opened = threading.Event()
         self.server: Liar = liar(self.wait)
 
     def wait(self, connection: socket.socket) -> None:
         self.opened.wait(30)
-        connection.sendall(answer(ARMOR))
+        connection.sendall(self.answered)
 
 
+@on_linux
 def test_a_wait_is_announced_on_the_terminal(
     any_shim: Shim, liar: Any, terminal: Terminal
 ) -> None:
@@ -1614,6 +1680,7 @@ def test_a_wait_in_the_background_is_announced_and_does_not_stop(
     assert process.returncode == 0
 
 
+@on_linux
 def test_a_quick_signature_is_not_announced_and_its_timer_is_gone(
     any_shim: Shim, liar: Any, terminal: Terminal
 ) -> None:
@@ -1645,6 +1712,48 @@ def test_many_signatures_in_a_row_wait_for_no_timer(
     assert terminal.read(0) == b""
 
 
+# Takes the terminal for its own and every orphan for its child; says how many it was left.
+AS_PROCESS_ONE = """
+import ctypes, fcntl, os, subprocess, sys, termios
+PR_SET_CHILD_SUBREAPER = 36
+assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+os.setsid()
+terminal = os.open(sys.argv[1], os.O_RDWR)
+fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+status = subprocess.call(sys.argv[2:])
+orphans = 0
+try:
+    while True:
+        os.wait()
+        orphans += 1
+except ChildProcessError:
+    print(status, orphans)
+"""
+
+
+@on_linux
+@pytest.mark.parametrize("success", [True, False])
+def test_no_process_is_left_to_process_one(
+    any_shim: Shim, liar: Any, terminal: Terminal, success: bool
+) -> None:
+    """In a container that is often a program that waits for none of them."""
+
+    gate = Gate(liar, answer(ARMOR if success else b""))
+    any_shim.env["SSH_AGENT_PROXY_URL"] = gate.server.url
+    any_shim.file()
+    process = subprocess.Popen(
+        [sys.executable, "-c", AS_PROCESS_ONE, terminal.name, *any_shim.argv, "-Y", "sign", "m"],
+        env=any_shim.env, cwd=any_shim.folder,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    # The shim, curl, the timer, and what that sleeps with.
+    wait_for(lambda: len(descendants(process.pid)) >= 4, message="the timer's sleep")
+    gate.opened.set()
+    told, _ = process.communicate(timeout=30)
+    assert told == (b"0 0\n" if success else b"1 0\n"), "status and orphans"
+
+
+@on_linux
 def test_ctrl_c_at_the_terminal_ends_all_of_it(
     any_shim: Shim, liar: Any, terminal: Terminal
 ) -> None:
@@ -1662,6 +1771,7 @@ def test_ctrl_c_at_the_terminal_ends_all_of_it(
     assert tree(any_shim.folder).keys() == {"m"}
 
 
+@on_linux
 def test_the_timer_of_a_killed_shim_ends_and_says_nothing(
     one_shim: Shim, liar: Any, terminal: Terminal
 ) -> None:
