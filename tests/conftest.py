@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence
 
 import pytest
 
@@ -38,20 +38,28 @@ KEY_KINDS = {
 _missing: Dict[str, List[str]] = {}
 
 
-def need(program: str, package: str, test: str = "") -> str:
-    """The path of PROGRAM. Where it is missing: a failure in CI, counted and named elsewhere."""
-    found = shutil.which(program)
-    if found:
-        return found
+def cannot_run(reason: str, test: str = "") -> NoReturn:
+    """A failure in CI; elsewhere the test is counted, and named at the end."""
     if os.environ.get("CI"):
-        pytest.fail(f"{program} is missing: install {package}")
-    _missing.setdefault(f"{program} (package {package})", []).append(test)
-    pytest.skip(f"{program} is missing: install {package}")
+        pytest.fail(reason)
+    test = test or os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
+    _missing.setdefault(reason, []).append(test)
+    pytest.skip(reason)
+
+
+def need(program: str, package: str, test: str = "") -> str:
+    """The path of PROGRAM."""
+    return shutil.which(program) or cannot_run(f"{program} is missing: install {package}", test)
+
+
+def rows(table: Sequence[Any]) -> List[Any]:
+    """What pytest makes of a table whose first column is a name."""
+    return [pytest.param(*row[1:], id=row[0]) for row in table]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for program, tests in sorted(_missing.items()):
-        terminalreporter.write_line(f"not run without {program}: {len(tests)} tests")
+    for reason, tests in sorted(_missing.items()):
+        terminalreporter.write_line(f"not run: {reason} ({', '.join(tests)})")
 
 
 # ---------------------------------------------------------------- running things

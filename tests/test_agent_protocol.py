@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import random
 import socket
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import pytest
-from conftest import Agent, Keys, message, read_message, run
+from conftest import Agent, Keys, message, read_message, rows, run
 
 import ssh_agent_proxy as sap
 
@@ -90,11 +90,6 @@ NO_SIGNATURES = [
     ("a signature of 2^32-1 bytes", "0e ffffffff 73", "4294967295 bytes expected, 1 there"),
     ("a signature and a byte more", "0e 00000003 736967 00", "1 bytes left over"),
 ]
-
-
-def rows(table: Sequence[Any]) -> List[Any]:
-    """What pytest makes of a table whose first column is a name."""
-    return [pytest.param(*row[1:], id=row[0]) for row in table]
 
 
 @pytest.mark.parametrize("request_, data", rows(REQUESTS))

@@ -14,7 +14,19 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import pytest
-from conftest import PROXY, SHIM, Agent, Keys, Proxy, clean_env, http, parse_answer, raw, run
+from conftest import (
+    PROXY,
+    SHIM,
+    Agent,
+    Keys,
+    Proxy,
+    cannot_run,
+    clean_env,
+    http,
+    parse_answer,
+    raw,
+    run,
+)
 
 import ssh_agent_proxy as p
 
@@ -235,9 +247,7 @@ def has_ipv6() -> bool:
 
 def need_ipv6() -> None:
     if not has_ipv6():
-        if os.environ.get("CI"):
-            pytest.fail("this machine has no [::1]: switch IPv6 on for lo")
-        pytest.skip("this machine has no [::1]: switch IPv6 on for lo")
+        cannot_run("this machine has no [::1]: switch IPv6 on for lo")
 
 
 def ask(host: str, port: int) -> bytes:
@@ -573,7 +583,7 @@ def test_a_shim_for_a_reader_that_went_away_is_exit_1(home: Path) -> None:
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_a_text_for_a_full_disk_is_no_success(option: str, home: Path) -> None:
     if not os.path.exists("/dev/full"):
-        pytest.skip("this system has no /dev/full")
+        cannot_run("this system has no /dev/full")
     done = shell(home, ">/dev/full", option)
     no_trace(done.stderr)
     assert done.returncode != 0

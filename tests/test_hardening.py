@@ -12,10 +12,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
-from conftest import PROXY, ROOT, Agent, Keys, Proxy, http, run, wait_for
+from conftest import PROXY, ROOT, Agent, Keys, Proxy, cannot_run, http, run, wait_for
 
 import ssh_agent_proxy as p
 
@@ -80,13 +80,6 @@ def status(pid: int) -> Dict[str, str]:
 
 def kib(pid: int, field: str) -> int:
     return int(status(pid)[field].split()[0])
-
-
-def cannot_run(reason: str) -> NoReturn:
-    """A failure in CI, and named at the end elsewhere."""
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 # ---------------------------------------------------------------- what the system says

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from conftest import (
@@ -30,6 +30,7 @@ from conftest import (
     parse_answer,
     raw,
     read_message,
+    rows,
     run,
 )
 
@@ -63,11 +64,6 @@ TYPES = {
 
 BITS = {"ed25519": 256, "rsa2048": 2048, "rsa3072": 3072, "rsa4096": 4096, "ecdsa256": 256,
         "ecdsa384": 384, "ecdsa521": 521, "sk-ed25519": 256, "sk-ecdsa": 256}  # fmt: skip
-
-
-def rows(table: Sequence[Any]) -> List[Any]:
-    """What pytest makes of a table whose first column is a name."""
-    return [pytest.param(*row[1:], id=row[0]) for row in table]
 
 
 # ---------------------------------------------------------------- bytes, written by hand

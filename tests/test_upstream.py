@@ -30,6 +30,7 @@ from conftest import (
     http,
     message,
     need,
+    rows,
     run,
     wait_for,
 )
@@ -41,11 +42,6 @@ StartProxy = Callable[..., Proxy]
 ScriptedAgent = Callable[[Callable[[socket.socket], None]], Path]
 
 LISTS_NONE = "the agent lists no keys (none added, or it is locked)"
-
-
-def rows(table: Sequence[Any]) -> List[Any]:
-    """What pytest makes of a table whose first column is a name."""
-    return [pytest.param(*row[1:], id=row[0]) for row in table]
 
 
 def sign(proxy: Proxy, key: Optional[str] = None, seconds: float = 30) -> Answer:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import tracemalloc
-from typing import Any, Callable, List, Sequence
+from typing import Callable
 
 import pytest
+from conftest import rows
 
 import ssh_agent_proxy as sap
 
@@ -72,11 +73,6 @@ SHORT = [
 ]
 
 READS = ("byte", "uint32", "uint64", "string", "mpint")
-
-
-def rows(table: Sequence[Any]) -> List[Any]:
-    """What pytest makes of a table whose first column is a name."""
-    return [pytest.param(*row[1:], id=row[0]) for row in table]
 
 
 def read(method: str, data: bytes) -> object:
