@@ -607,9 +607,9 @@ class Exchange:
         import subprocess  # for commands only: it would cost every start
 
         self.socket.close()
-        self.socket, theirs = socket.socketpair()
-        self.socket.setblocking(False)
         try:
+            self.socket, theirs = socket.socketpair()
+            self.socket.setblocking(False)
             with theirs:
                 self.process = subprocess.Popen(
                     self.upstream.command,
@@ -1931,6 +1931,7 @@ class StderrHandler(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lost = 0
+        self.cut = False  # the last line, by a terminal that took only part of it
         self.fd = 2
         with contextlib.suppress(OSError, AttributeError):
             # A terminal that nobody reads takes part of a line and then waits; opened for us alone
@@ -1949,15 +1950,16 @@ class StderrHandler(logging.Handler):
         line = self.format(record)
         if self.lost:
             line = f"({self.lost} lines before this one could not be written) {line}"
-        data = line.encode("utf-8", "backslashreplace")[: self.MAX_LINE - 1] + b"\n"
-        try:
-            if self.writable():
-                os.write(self.fd, data)
-                self.lost = 0
-            else:
-                self.lost += 1
-        except OSError:  # closed: there is nobody to tell
-            self.lost += 1
+        data = line.encode("utf-8", "backslashreplace")[: self.MAX_LINE - 2] + b"\n"
+        if self.cut:
+            data = b"\n" + data
+        written = 0
+        with contextlib.suppress(OSError):  # closed: there is nobody to tell
+            written = os.write(self.fd, data) if self.writable() else 0
+        if written:
+            self.cut = written < len(data)
+            self.lost = 0
+        self.lost += written < len(data)
 
     def writable(self) -> bool:
         if not hasattr(select, "poll"):
@@ -2075,11 +2077,24 @@ def serve(config: Config) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def output() -> Iterator[None]:
+    """Flushes what is written to standard output within; ProxyError where it can't be."""
+    try:
+        yield
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try again, and complain
+        raise ProxyError(f"cannot write to standard output: {e.strerror}") from e
+
+
 def print_shim() -> int:
     shim = read_shim()
     if sys.stdout is None:
         raise ProxyError("cannot write shim.sh: standard output is closed")
-    sys.stdout.buffer.write(shim)
+    with output():
+        sys.stdout.buffer.write(shim)
     return 0
 
 
@@ -2107,27 +2122,23 @@ def main(argv: Sequence[str]) -> int:
             os.fstat(fd)
         except OSError:  # closed: a socket would get that number, and the log
             os.open(os.devnull, os.O_RDWR)
-    status = 0
     try:
         try:
-            status = run(os.environ, argv)
+            return run(os.environ, argv)
         except SystemExit as e:  # --help, --version
-            status = int(e.code or 0)
-        if sys.stdout:
-            sys.stdout.flush()
+            with output():
+                return int(e.code or 0)
     except ConfigError as e:
         complain(str(e))
-        status = 2
+        return 2
     except ProxyError as e:
         complain(str(e))
-        status = 1
-    except OSError as e:
-        complain(f"cannot write: {e.strerror}")
-        status = 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try again, and complain
+        return 1
+    except OSError as e:  # of the system: no file descriptors, say
+        complain(f"cannot run: {e.strerror or e}")
+        return 1
     except KeyboardInterrupt:
-        status = 130
-    return status
+        return 130
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
+import pty
 import re
+import select
 import shlex
 import signal
 import socket
@@ -32,7 +35,7 @@ from conftest import (
     wait_for,
 )
 
-from ssh_agent_proxy import SSH_AGENTC_SIGN_REQUEST
+from ssh_agent_proxy import SSH_AGENTC_SIGN_REQUEST, StderrHandler
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 
@@ -439,3 +442,33 @@ def test_a_file_gets_whole_lines(run_with: Callable[..., Running], short: Path) 
     lines = file.read_text().splitlines()
     assert all(re.fullmatch(LINE, line) for line in lines)
     assert sum("outcome=signed" in line for line in lines) == 80
+
+
+def test_a_line_that_a_terminal_took_in_part_is_counted_and_ended() -> None:
+    master, slave = pty.openpty()
+    try:
+        os.set_blocking(slave, False)
+        os.set_blocking(master, False)
+        handler = StderrHandler()
+        handler.fd = slave
+
+        def say(text: str) -> None:
+            handler.emit(logging.LogRecord("x", logging.INFO, "", 0, text, None, None))
+
+        for _ in range(1000):
+            say("x" * 1001)
+            if handler.cut:
+                break
+        assert handler.cut, "no line was cut: this terminal takes all or nothing"
+        say("lost as well")
+        taken = b""
+        while select.select([master], [], [], 0)[0]:
+            taken += os.read(master, 65536)
+        say("the next")
+        assert select.select([master], [], [], 10)[0]
+        last = os.read(master, 65536).decode().replace("\r\n", "\n")
+    finally:
+        os.close(slave)
+        os.close(master)
+    assert not taken.endswith(b"\n")
+    assert re.fullmatch(r"\n\(2 lines before this one could not be written\) .* the next\n", last)
