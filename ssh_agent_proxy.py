@@ -14,16 +14,17 @@ The file reads from top to bottom; each section uses only what stands above it:
     Wire            the SSH data types                          RFC 4251 section 5
     Agent protocol  the messages that an agent understands      RFC 9987
     SSHSIG          keys, what is signed, what comes out        OpenSSH PROTOCOL.sshsig
+    Payload         a git commit, tag, push certificate, or neither
     Upstream        how the agent is reached, and asked
-    Policy          browsers and hosts: may this be signed?
+    Policy          browsers, hosts, tokens, kinds of payload, consent: may this be signed?
     Hardening       what the process gives up
     Config          settings, from the environment and the command line
     HTTP            requests read strictly, answers, the server
     Service         the log, signals
-    Commands        serve, shim, main()
+    Commands        serve, token, shim, main()
 
-A signature's way is a straight line: HTTP reads, Policy allows, SSHSIG says what is to be signed,
-Upstream asks the agent, SSHSIG checks and armors, one line is logged, HTTP answers.
+A signature's way is a straight line: HTTP reads, Policy allows, Payload names it, SSHSIG says what
+is to be signed, Upstream asks, SSHSIG checks and armors, one line is logged, HTTP answers.
 """
 
 import sys
@@ -35,10 +36,10 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
 # (No `from __future__` either: it would come first.)
 import argparse
 import base64
-import binascii
 import contextlib
 import errno
 import hashlib
+import hmac
 import io
 import ipaddress
 import logging
@@ -49,13 +50,13 @@ import shlex
 import signal
 import socket
 import stat
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from http.client import responses
-from http.server import BaseHTTPRequestHandler
+from http import HTTPStatus
 from string import Template
-from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Union, cast
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, TypeVar, Union
 
 VERSION = "0.1.0"
 PROGRAM = "ssh-agent-proxy"
@@ -116,37 +117,45 @@ class ClientGone(ProxyError):
 
 # Blank or without width, and yet neither control nor format characters to Unicode.
 _UNSEEN = frozenset(map(chr, (
-    0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x3164, 0xFFA0,
+    0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x2800, 0x3164, 0xFFA0,
     *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0),
 )))  # fmt: skip
 
 
-def printable(text: Union[str, bytes], limit: int = 200) -> str:
+def printable(text: Union[str, bytes], limit: int = 200, special: str = "") -> str:
     """Foreign text for a log, a prompt or an error: one line, of at most LIMIT characters.
 
-    Control, bidi, zero-width and other invisible characters become escapes as in Python's source.
+    Control, bidi, zero-width and other invisible characters become escapes as in Python's source,
+    SPECIAL ones are led by a backslash.
     """
     if isinstance(text, bytes):
         text = text[: 4 * limit].decode("utf-8", "backslashreplace")
-    if len(text) > limit:
-        text = text[: limit - 1] + "…"
-    if text.isprintable() and _UNSEEN.isdisjoint(text):
+    text = text[: limit + 1]
+    seen = text.isprintable() and _UNSEEN.isdisjoint(text)
+    if seen and len(text) <= limit and not any(c in text for c in special):
         return text
-    return "".join(
-        c if c.isprintable() and c not in _UNSEEN else c.encode("unicode_escape").decode()
+    pieces = [
+        "\\" + c if c in special
+        else c if c.isprintable() and c not in _UNSEEN
+        else c.encode("unicode_escape").decode()
         for c in text
-    )
+    ]  # fmt: skip
+    size = sum(map(len, pieces))
+    if size > limit:
+        while size >= limit:  # no escape is cut in two
+            size -= len(pieces.pop())
+        pieces.append("…")
+    return "".join(pieces)
 
 
 _PLAIN_WORD = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but blank, quote, = and backslash
 
 
-def quoted(text: str) -> str:
+def quoted(text: str, limit: int = 1000) -> str:
     """A log line's value: bare where it is one plain word, else in quotes that can be undone."""
-    if _PLAIN_WORD.fullmatch(text):
+    if len(text) <= limit and _PLAIN_WORD.fullmatch(text):
         return text
-    doubled = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{printable(doubled, 1000)}"'
+    return '"' + printable(text, limit, '"\\') + '"'
 
 
 # ---------------------------------------------------------------------------------------- Wire
@@ -164,7 +173,7 @@ def string(value: bytes) -> bytes:
     return uint32(len(value)) + value
 
 
-class Reader:
+class Reader(contextlib.AbstractContextManager["Reader"]):
     """Reads RFC 4251 section 5's data types off DATA; leaving it proves that nothing is left over.
 
     Every error is a WireError that begins with WHAT.
@@ -175,21 +184,16 @@ class Reader:
         self.what = what
         self.at = 0
 
-    def __enter__(self) -> "Reader":
-        return self
-
     def __exit__(self, kind: object, *error: object) -> None:
         left = len(self.data) - self.at
         if kind is None and left:
             raise WireError(f"{self.what}: {left} bytes left over")
 
     def take(self, size: int) -> bytes:
-        end = self.at + size
-        if end > len(self.data):
-            left = len(self.data) - self.at
-            raise WireError(f"{self.what}: {size} bytes expected, {left} there")
-        taken = self.data[self.at : end]
-        self.at = end
+        taken = self.data[self.at : self.at + size]
+        if len(taken) < size:
+            raise WireError(f"{self.what}: {size} bytes expected, {len(taken)} there")
+        self.at += size
         return taken
 
     def byte(self) -> int:
@@ -275,27 +279,14 @@ def parse_sign_response(reply: bytes) -> Optional[bytes]:
 
 # -------------------------------------------------------------------------------------- SSHSIG
 
+_KEY_TYPES = (
+    "ssh-ed25519", "ssh-rsa", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521",
+    "sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com",
+)  # fmt: skip
 # A key's type and the signature algorithm that belongs to it.
-ALGORITHMS = {
-    "ssh-ed25519": "ssh-ed25519",
-    "ssh-rsa": "rsa-sha2-512",
-    "ecdsa-sha2-nistp256": "ecdsa-sha2-nistp256",
-    "ecdsa-sha2-nistp384": "ecdsa-sha2-nistp384",
-    "ecdsa-sha2-nistp521": "ecdsa-sha2-nistp521",
-    "sk-ssh-ed25519@openssh.com": "sk-ssh-ed25519@openssh.com",
-    "sk-ecdsa-sha2-nistp256@openssh.com": "sk-ecdsa-sha2-nistp256@openssh.com",
-}
-
+ALGORITHMS = {t: "rsa-sha2-512" if t == "ssh-rsa" else t for t in _KEY_TYPES}
 # PROTOCOL.certkeys: a certificate's type and that of the key in it.
-CERTIFICATES = {
-    "ssh-ed25519-cert-v01@openssh.com": "ssh-ed25519",
-    "ssh-rsa-cert-v01@openssh.com": "ssh-rsa",
-    "ecdsa-sha2-nistp256-cert-v01@openssh.com": "ecdsa-sha2-nistp256",
-    "ecdsa-sha2-nistp384-cert-v01@openssh.com": "ecdsa-sha2-nistp384",
-    "ecdsa-sha2-nistp521-cert-v01@openssh.com": "ecdsa-sha2-nistp521",
-    "sk-ssh-ed25519-cert-v01@openssh.com": "sk-ssh-ed25519@openssh.com",
-    "sk-ecdsa-sha2-nistp256-cert-v01@openssh.com": "sk-ecdsa-sha2-nistp256@openssh.com",
-}
+CERTIFICATES = {t.partition("@")[0] + "-cert-v01@openssh.com": t for t in _KEY_TYPES}
 
 # RFC 5656: the bits of a coordinate, and at most of r and s.
 CURVES = {"nistp256": 256, "nistp384": 384, "nistp521": 521}
@@ -323,7 +314,6 @@ class PublicKey(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For a person."""
         return self.fingerprint + (" (certificate)" if self.type != self.plain_type else "")
 
     @property
@@ -410,7 +400,7 @@ def parse_key_line(line: str) -> Listed:
                         "of another type that can be used for SSHSIG")  # fmt: skip
     try:
         blob = base64.b64decode(words[1].encode("ascii"), validate=True)
-    except (ValueError, binascii.Error) as e:
+    except ValueError as e:
         raise WireError(f"the base64 after {words[0]!r} is damaged") from e
     key = parse_public_key(blob)
     if key.type != words[0]:
@@ -445,9 +435,8 @@ def sshsig(public_key: bytes, namespace: str, hash_algorithm: str, signature: by
 def armor(blob: bytes) -> bytes:
     """PROTOCOL.sshsig, "Armored format"; lines of 70 characters, as ssh-keygen writes them."""
     text = base64.b64encode(blob)
-    lines = [text[at : at + 70] for at in range(0, len(text), 70)]
-    head, foot = b"-----BEGIN SSH SIGNATURE-----", b"-----END SSH SIGNATURE-----"
-    return b"\n".join([head, *lines, foot, b""])
+    lines = [text[at : at + 70] + b"\n" for at in range(0, len(text), 70)]
+    return b"-----BEGIN SSH SIGNATURE-----\n%b-----END SSH SIGNATURE-----\n" % b"".join(lines)
 
 
 def check_signature(key: PublicKey, signature: bytes) -> None:
@@ -481,6 +470,101 @@ def check_signature(key: PublicKey, signature: bytes) -> None:
                     raise WireError(f"{what}: {name} is too large for the curve")
 
 
+# ------------------------------------------------------------------------------------- Payload
+
+KEPT = 256 * 1024  # bytes of a payload that are remembered; what is signed is its whole digest
+
+_PARTS = {
+    b"OID": b"[0-9a-f]{%d}",
+    b"WHO": rb"[^\n<>]* <[^\n<>]*>",
+    b"WHEN": rb"(?:0|[1-9][0-9]{0,19}) [+-][0-9]{4}",
+    b"REF": rb"[^\x00- \x7f~^:?*\[\\]+",
+}
+# What git signs, exactly as it writes it (its commit.c, builtin/tag.c and send-pack.c).
+_FORMATS = {
+    "commit": rb"tree (?P<tree>OID)\n"
+    rb"(?P<parents>(?:parent OID\n)*)"
+    rb"author (?P<author>WHO) WHEN\n"
+    rb"committer (?P<committer>WHO) WHEN\n"
+    rb"(?:encoding [!-~]+\n)?"
+    rb"(?:(?!(?:tree|parent|author|committer|encoding) )[^\n ]+ [^\n]*\n(?: [^\n]*\n)*)*"
+    rb"\n+(?P<subject>[^\n]*)",
+    "tag": rb"object (?P<object>OID)\n"
+    rb"type (?P<type>commit|tree|blob|tag)\n"
+    rb"tag (?P<tag>REF)\n"
+    rb"tagger (?P<tagger>WHO) WHEN\n"
+    rb"\n+(?P<subject>[^\n]*)",
+    "push": rb"certificate version 0\.1\n"
+    rb"pusher (?P<pusher>SHA256:[A-Za-z0-9+/]{43})  ?WHEN\n"  # newer gits leave one blank out
+    rb"(?:pushee (?P<pushee>[^\n]+)\n)?"
+    rb"(?:nonce [-A-Za-z0-9./+=_]+\n)?"
+    rb"(?:push-option [^\n]*\n)*"
+    rb"\n"
+    rb"(?P<refs>OID OID (?P<subject>refs/REF)\n(?:OID OID refs/REF\n)*)\Z",
+}
+KINDS = (*_FORMATS, "other")
+
+
+def _payload_pattern(pattern: bytes, digits: int) -> "re.Pattern[bytes]":
+    """An object id has 40 digits (SHA-1) or 64 (SHA-256), the same throughout a payload."""
+    for name, part in _PARTS.items():
+        pattern = pattern.replace(name, part)
+    return re.compile(pattern.replace(b"%d", b"%d" % digits))
+
+
+_PATTERNS = [(k, _payload_pattern(f, digits)) for k, f in _FORMATS.items() for digits in (40, 64)]
+
+
+class Payload(NamedTuple):
+    """What is to be signed: its kind, and what it says by git's own names, as the client wrote it.
+
+    Of a commit's parents and a push's refs that is their number; subject is the message's first
+    line, or the first ref that is pushed.
+    """
+
+    kind: str  # of KINDS
+    size: int
+    fields: Mapping[str, str]
+    data: bytes  # the first KEPT bytes
+
+    def object_id(self, block: bytes) -> str:
+        """The id of the commit or tag that BLOCK, the armored signature, completes; "" if neither,
+        or larger than KEPT."""
+        named = self.fields.get("tree") or self.fields.get("object")
+        if not named or self.size > len(self.data):
+            return ""
+        sha256 = len(named) == 64
+        if self.kind == "commit":
+            head, blank, message = self.data.partition(b"\n\n")
+            name = b"\ngpgsig-sha256 " if sha256 else b"\ngpgsig "
+            signed = head + name + block.rstrip().replace(b"\n", b"\n ") + blank + message
+        else:
+            signed = self.data + block
+        whole = b"%s %d\0" % (self.kind.encode(), len(signed)) + signed
+        return hashlib.new("sha256" if sha256 else "sha1", whole, usedforsecurity=False).hexdigest()
+
+
+def parse_payload(data: bytes, size: Optional[int] = None, nul: bool = False) -> Payload:
+    """DATA: the first KEPT bytes of a payload of SIZE; NUL: is there one anywhere?
+
+    Git puts none in, and shows nothing of what stands behind it.
+    """
+    size = len(data) if size is None else size
+    for kind, pattern in _PATTERNS:
+        match = pattern.match(data)
+        if not match or nul or b"\0" in data or (kind == "push" and size > len(data)):
+            continue
+        fields = {
+            name: value[:1000].decode("utf-8", "backslashreplace")
+            for name, value in match.groupdict().items()
+            if value is not None
+        }
+        for name in {"parents", "refs"} & fields.keys():
+            fields[name] = str(match[name].count(b"\n"))
+        return Payload(kind, size, fields, data)
+    return Payload("other", size, {}, data)
+
+
 # ------------------------------------------------------------------------------------ Upstream
 
 EXEC_GRACE = 0.5  # seconds between SIGTERM and SIGKILL for a command's process group
@@ -493,10 +577,12 @@ class Upstream(NamedTuple):
 
     path: str = ""
     command: tuple[str, ...] = ()
+    role: str = "agent command"
+    env: Optional[Mapping[str, str]] = None  # for a command; None: as ours
 
     def __str__(self) -> str:
         if self.command:
-            return f"agent command {printable(self.command[0])!r}"
+            return f"{self.role} {printable(self.command[0])!r}"
         return f"agent at {printable(self.path)!r}"
 
 
@@ -504,24 +590,19 @@ def well_known_sockets(platform: str, home: str, runtime: str) -> tuple[str, ...
     """Where agents have their sockets unless told otherwise; RUNTIME is $XDG_RUNTIME_DIR or ""."""
     if platform == "win32":
         return ()
+    paths = [f"{home}/.1password/agent.sock"]
     if platform == "darwin":
         paths = [
             f"{home}/Library/Group Containers/2BUA8C4S2C.com.1password/t/agent.sock",
-            f"{home}/.1password/agent.sock",
+            *paths,
             f"{home}/Library/Containers/com.maxgoedjen.Secretive.SecretAgent/Data/socket.ssh",
             "/opt/homebrew/var/run/yubikey-agent.sock",
             "/usr/local/var/run/yubikey-agent.sock",
         ]
-    else:
-        paths = [f"{home}/.1password/agent.sock"]
     if runtime:
-        paths += [
-            f"{runtime}/yubikey-agent/yubikey-agent.sock",
-            f"{runtime}/ssh-agent.socket",
-            f"{runtime}/gcr/ssh",
-            f"{runtime}/keyring/ssh",
-            f"{runtime}/gnupg/S.gpg-agent.ssh",
-        ]
+        names = ("yubikey-agent/yubikey-agent.sock", "ssh-agent.socket", "gcr/ssh", "keyring/ssh",
+                 "gnupg/S.gpg-agent.ssh")  # fmt: skip
+        paths += [f"{runtime}/{name}" for name in names]
     return (*paths, f"{home}/.gnupg/S.gpg-agent.ssh")
 
 
@@ -536,39 +617,60 @@ def _why(path: str, e: OSError) -> str:
     if e.errno == errno.ENOENT:
         return "no such socket (is the agent running?)"
     if e.errno in (errno.ECONNREFUSED, errno.ENOTSOCK):
-        try:
+        with contextlib.suppress(OSError):
             if not stat.S_ISSOCK(os.stat(path).st_mode):
                 return "that is no socket"
-        except OSError:
-            return "no such socket (is the agent running?)"
         return "nobody listens on that socket (the agent that made it has ended)"
     return e.strerror or str(e)
 
 
-class Exchange:
-    """One connection to an agent. Every wait ends by DEADLINE (time.monotonic), or with the client.
+class Watch:
+    """Waits for WHAT, but only until DEADLINE (time.monotonic), and no longer than the client does.
 
     CLIENT is the connection of whoever waits for the answer: ClientGone where it closes.
-    COMMANDS holds the process groups that run, for whoever has to end them.
     """
 
-    def __init__(
-        self,
-        upstream: Upstream,
-        deadline: float,
-        client: Optional[socket.socket] = None,
-        commands: Optional[set[int]] = None,
-    ) -> None:
-        self.upstream = upstream
-        self.commands = set() if commands is None else commands
+    def __init__(self, what: str, deadline: float, client: Optional[socket.socket]) -> None:
+        self.what = what
         self.deadline = deadline
         self.client = client
-        self.process: Any = None
-        self.stderr_lines = 0
         self.poll = select.poll()
         if client:
             # Linux shows a close even behind bytes that nobody reads; elsewhere it has to be read.
             self.poll.register(client, getattr(select, "POLLRDHUP", select.POLLIN))
+
+    def wait(self, seconds: Optional[float] = None) -> list[int]:
+        """The file descriptors in POLL that are ready, [] after SECONDS; AgentTimeout."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise AgentTimeout(f"{self.what} did not answer in time")
+        wait = left if seconds is None else min(left, seconds)
+        ready = [fd for fd, _ in self.poll.poll(1000 * wait + 1)]
+        if self.client and self.client.fileno() in ready:
+            unread = b""
+            if not hasattr(select, "POLLRDHUP"):
+                with contextlib.suppress(ConnectionError):
+                    unread = self.client.recv(1, socket.MSG_PEEK)
+            if not unread:
+                raise ClientGone("the client went away before it was answered")
+            # Bytes that nobody will read hide a close: it shows when the answer is sent.
+            self.poll.unregister(self.client)
+        return ready
+
+
+class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
+    """One connection to an agent, or one run of a command.
+
+    COMMANDS holds the process groups that run, for whoever has to end them.
+    """
+
+    def __init__(self, upstream: Upstream, deadline: float, client: Optional[socket.socket] = None,
+                 commands: Optional[set[int]] = None) -> None:  # fmt: skip
+        super().__init__(f"the {upstream}", deadline, client)
+        self.upstream = upstream
+        self.commands = set() if commands is None else commands
+        self.process: Any = None
+        self.stderr_lines = 0
         try:
             self.socket = socket.socket(socket.AF_UNIX)
         except OSError as e:  # no file descriptors, say
@@ -577,31 +679,22 @@ class Exchange:
             if upstream.command:
                 self._spawn()
             else:
-                self.socket.setblocking(False)
                 self._connect()
             self.poll.register(self.socket, select.POLLIN)
         except BaseException:
             self.close()
             raise
 
-    def __enter__(self) -> "Exchange":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def _connect(self) -> None:
-        pause = 0.01
+        self.socket.setblocking(False)
         while True:
             try:
                 return self.socket.connect(self.upstream.path)
             except BlockingIOError:
-                # The agent's backlog is full: it hangs, or is about to go on.
-                self._wait(pause)
-                pause = min(2 * pause, 0.2)
+                self.wait(0.05)  # the agent's backlog is full: it hangs, or is about to go on
             except OSError as e:
                 why = _why(self.upstream.path, e)
-                raise AgentUnreachable(f"no answer from the {self.upstream}: {why}") from e
+                raise AgentUnreachable(f"no answer from {self.what}: {why}") from e
 
     def _spawn(self) -> None:
         import subprocess  # for commands only: it would cost every start
@@ -609,45 +702,21 @@ class Exchange:
         self.socket.close()
         try:
             self.socket, theirs = socket.socketpair()
-            self.socket.setblocking(False)
             with theirs:
                 self.process = subprocess.Popen(
-                    self.upstream.command,
-                    stdin=theirs.fileno(),
-                    stdout=theirs.fileno(),
-                    stderr=subprocess.PIPE,
-                    start_new_session=True,
-                    bufsize=0,
-                )
+                    self.upstream.command, stdin=theirs.fileno(), stdout=theirs.fileno(),
+                    stderr=subprocess.PIPE, start_new_session=True, env=self.upstream.env,
+                )  # fmt: skip
         except OSError as e:
             raise AgentUnreachable(f"cannot run the {self.upstream}: {e.strerror}") from e
         self.commands.add(self.process.pid)
-        os.set_blocking(self.process.stderr.fileno(), False)
         self.poll.register(self.process.stderr, select.POLLIN)
 
-    def _wait(self, seconds: Optional[float] = None) -> None:
-        """Until the agent's connection is ready, or for SECONDS."""
-        while True:
-            left = self.deadline - time.monotonic()
-            if left <= 0:
-                raise AgentTimeout(f"the {self.upstream} did not answer in time")
-            wait = left if seconds is None else min(left, seconds)
-            ready = [fd for fd, _ in self.poll.poll(1000 * wait + 1)]
-            if self.client and self.client.fileno() in ready:
-                self._look_at(self.client)
-            if self.process and self.process.stderr.fileno() in ready:
-                if not self._log_stderr():
-                    self.poll.unregister(self.process.stderr)
-            if seconds is not None or self.socket.fileno() in ready:
-                return
-
-    def _look_at(self, client: socket.socket) -> None:
-        if not hasattr(select, "POLLRDHUP"):
-            with contextlib.suppress(ConnectionError):
-                if client.recv(1, socket.MSG_PEEK):
-                    # Bytes that nobody will read hide a close: it shows when the answer is sent.
-                    return self.poll.unregister(client)
-        raise ClientGone("the client went away before the agent answered")
+    def wait(self, seconds: Optional[float] = None) -> list[int]:
+        ready = super().wait(seconds)
+        if self.process and self.process.stderr.fileno() in ready and not self._log_stderr():
+            self.poll.unregister(self.process.stderr)
+        return ready
 
     def _log_stderr(self) -> bool:
         """What the command complains of, into the log; False once it can't any more."""
@@ -658,58 +727,65 @@ class Exchange:
                 LOG.warning("%s: %s", self.upstream, printable(line))
         return bool(data)
 
+    def _receive(self) -> bytes:
+        """The next bytes; none once it has hung up, be it on what we wrote."""
+        while self.socket.fileno() not in self.wait():
+            pass
+        try:
+            return self.socket.recv(65536)
+        except OSError:
+            return b""
+
     def ask(self, request: bytes) -> bytes:
         """Sends REQUEST and returns the reply, both without the length that leads them."""
-        data = string(request)
-        while data:
-            try:
-                data = data[self.socket.send(data) :]
-            except BlockingIOError:
-                self.poll.modify(self.socket, select.POLLIN | select.POLLOUT)
-                self._wait()
-                self.poll.modify(self.socket, select.POLLIN)
-            except OSError:
-                break  # it hung up; reading tells what there is to be told
+        self.socket.settimeout(max(0, self.deadline - time.monotonic()))
+        with contextlib.suppress(OSError):  # it hung up, or takes nothing: reading tells which
+            self.socket.sendall(string(request))
         reply = b""
         expected = 4
         while len(reply) < expected:
-            self._wait()
-            try:
-                piece = self.socket.recv(65536)
-            except BlockingIOError:
-                continue
-            except OSError:
-                piece = b""  # it hung up on what we wrote
+            piece = self._receive()
             if not piece and not reply:
-                raise AgentUnreachable(f"the {self.upstream} hung up without an answer")
+                raise AgentUnreachable(f"{self.what} hung up without an answer")
             if not piece:
-                raise WireError(f"the {self.upstream} hung up in the middle of its answer")
+                raise WireError(f"{self.what} hung up in the middle of its answer")
             reply += piece
             if expected == 4 and len(reply) >= 4:
                 size = int.from_bytes(reply[:4], "big")
                 if not 0 < size <= MAX_AGENT_MESSAGE:
-                    raise WireError(f"the {self.upstream} announced a message of {size} bytes")
+                    raise WireError(f"{self.what} announced a message of {size} bytes")
                 expected = 4 + size
-        if len(reply) > expected:
-            left = len(reply) - expected
-            raise WireError(f"the {self.upstream} sent {left} bytes more than it announced")
+        if left := len(reply) - expected:
+            raise WireError(f"{self.what} sent {left} bytes more than it announced")
         return reply[4:]
 
-    def close(self) -> None:
+    def result(self, limit: int) -> tuple[int, bytes]:
+        """A command's exit status, and the first LIMIT bytes that it wrote."""
+        output = b""
+        while piece := self._receive():
+            output = (output + piece)[:limit]
+        self.poll.unregister(self.socket)  # else no wait would be one
+        while self.process.poll() is None:
+            self.wait(0.01)
+        return self.process.returncode, output
+
+    def close(self, *error: object) -> None:
         """Ends a command with its whole group: its stderr ends when everybody in it has gone."""
         self.socket.close()
-        if self.process:
+        if self.process and self.process.returncode is None:
             _kill_group(self.process.pid, signal.SIGTERM)
-            end = time.monotonic() + EXEC_GRACE
-            last_words = select.poll()
-            last_words.register(self.process.stderr, select.POLLIN)
-            while last_words.poll(max(0, 1000 * (end - time.monotonic()))):
-                if not self._log_stderr() or time.monotonic() > end:
-                    break
+            last_words = Watch("", time.monotonic() + EXEC_GRACE, None)
+            last_words.poll.register(self.process.stderr, select.POLLIN)
+            with contextlib.suppress(AgentTimeout):
+                while last_words.wait() and self._log_stderr():
+                    pass
             _kill_group(self.process.pid, signal.SIGKILL)
+        if self.process:
             self.commands.discard(self.process.pid)
             self.process.wait()
             self.process.stderr.close()
+
+    __exit__ = close
 
 
 class Wanted(NamedTuple):
@@ -717,7 +793,7 @@ class Wanted(NamedTuple):
 
     key: Optional[PublicKey] = None
     fingerprint: str = ""
-    pinned: bool = False  # by a setting, not named by the request
+    pinned: str = ""  # by which setting, and not named by the request
     comment: str = ""
 
     def fits(self, key: PublicKey) -> bool:
@@ -786,11 +862,9 @@ class Agents:
     Nothing that an agent says is kept. TIMEOUT, in seconds, bounds the whole exchange of a request.
     """
 
-    def __init__(
-        self, upstream: Optional[Upstream], sockets: Sequence[str], timeout: float
-    ) -> None:
+    def __init__(self, upstream: Optional[Upstream], places: Sequence[str], timeout: float) -> None:
         self.upstream = upstream
-        self.sockets = sockets
+        self.places = places  # the well-known sockets
         self.timeout = timeout
         self.last: Optional[Upstream] = None  # the agent in use, as the log last named it
         self.commands: set[int] = set()  # the process groups that run for us
@@ -813,35 +887,33 @@ class Agents:
             raise AgentUnreachable("this Python has no Unix sockets to reach an agent by")
         if self.upstream:
             return Exchange(self.upstream, deadline, client, self.commands)
-        for path in self.sockets:
+        for path in self.places:
             with contextlib.suppress(AgentUnreachable):
                 return Exchange(Upstream(path), deadline, client)
-        places = ", ".join(map(printable, self.sockets))
+        places = ", ".join(map(printable, self.places))
         raise AgentUnreachable("no agent found: set SSH_AGENT_PROXY_UPSTREAM (SSH_AUTH_SOCK is not "
                                f"set, and nobody answers at {places})")  # fmt: skip
 
     def end_commands(self) -> None:
         """At the end of the program: no command outlives it."""
-        end = time.monotonic() + EXEC_GRACE
-        for group in tuple(self.commands):
-            _kill_group(group, signal.SIGTERM)
-        while self.commands and time.monotonic() < end:
-            time.sleep(0.01)
-        for group in tuple(self.commands):
-            _kill_group(group, signal.SIGKILL)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for group in tuple(self.commands):
+                _kill_group(group, number)
+            end = time.monotonic() + EXEC_GRACE
+            while self.commands and time.monotonic() < end:
+                time.sleep(0.01)
 
     def hint(self) -> str:
         """Names another well-known agent that has keys, where the one in use is of no help."""
         used = self.upstream or self.last
         deadline = time.monotonic() + HINT_SECONDS
-        for path in self.sockets:
+        for path in self.places:
             if used and os.path.realpath(path) == os.path.realpath(used.path):
                 continue
-            with contextlib.suppress(ProxyError):
-                with Exchange(Upstream(path), deadline) as exchange:
-                    number = len(list_keys(exchange))
-                return (f"; the {exchange.upstream} has {count(number, 'key')}: "
-                        f"SSH_AGENT_PROXY_UPSTREAM={printable(path)} selects it")  # fmt: skip
+            with contextlib.suppress(ProxyError), Exchange(Upstream(path), deadline) as exchange:
+                keys = count(len(list_keys(exchange)), "key")
+                setting = f"SSH_AGENT_PROXY_UPSTREAM={printable(path)}"
+                return f"; {exchange.what} has {keys}: {setting} selects it"
         return ""
 
 
@@ -878,11 +950,9 @@ def check_host(host: str, allowed: Sequence[str]) -> None:
     """
     if host in ("127.0.0.1", "localhost") or host.endswith(OWN_SUFFIXES):
         return
-    try:
+    with contextlib.suppress(ValueError):  # a name
         ipaddress.ip_address(host)
         return
-    except ValueError:
-        pass  # a name
     own = socket.gethostname().lower().rstrip(".")
     bare = own.partition(".")[0]
     if bare and host in (own, bare, bare + ".local"):
@@ -915,24 +985,160 @@ def choose_namespace(named: Optional[str], allowed: Sequence[str]) -> str:
     return named
 
 
-def choose_key(named: Optional[str], pinned: Optional[Listed]) -> Wanted:
+_FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
+
+
+def choose_key(named: Optional[str], pin: Wanted) -> Wanted:
     """The pinned key, else the one that the request names, else any; 400, or 403."""
-    pin = Wanted(pinned.key, pinned=True, comment=pinned.comment) if pinned else Wanted()
     if named is None:
         return pin
-    if re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}", named):
+    if _FINGERPRINT.fullmatch(named):
         wanted = Wanted(fingerprint=named)
     else:
         try:
             wanted = Wanted(parse_key_line(named).key)
         except WireError as e:
             raise RequestError(400, f"SSHSIG-Key: {e}") from e
-    if not pin.key:
+    if not pin.pinned:
         return wanted
-    if not wanted.fits(pin.key):
+    if pin.key:
+        same = wanted.fits(pin.key)
+    else:
+        same = pin.fits(wanted.key) if wanted.key else wanted == Wanted(fingerprint=pin.fingerprint)
+    if not same:
         raise RequestError(403, f"this proxy signs with {pin.name} only, not with {wanted.name}: "
-                                "use that key, or change SSH_AGENT_PROXY_PUBKEY")  # fmt: skip
-    return pin
+                                f"use that key, or change {pin.pinned}")  # fmt: skip
+    return pin if pin.key or not wanted.key else wanted._replace(pinned=pin.pinned)
+
+
+def parse_kinds(text: str) -> tuple[str, ...]:
+    """Kinds of payload, as a setting or a leash names them; ConfigError."""
+    if text == "any":
+        return KINDS
+    kinds = tuple(map(str.strip, text.split(",")))
+    if not set(kinds) <= set(KINDS[:-1]):
+        raise ConfigError(f"neither any nor of {', '.join(KINDS[:-1])}, separated by commas")
+    return kinds
+
+
+class Token(NamedTuple):
+    """A line of the token file: who may come, and how long the leash is."""
+
+    digest: bytes  # the token itself is not kept
+    name: str
+    key: str = ""  # the fingerprint of the only one
+    payloads: tuple[str, ...] = ()  # empty: as set for all
+
+
+# RFC 6750 section 2.1 (b64token).
+_B64TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
+_TOKEN_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def parse_token(line: str, number: int) -> Token:
+    """TOKEN [NAME] [key=SHA256:…] [payloads=KINDS]; ConfigError, which quotes nothing: any of the
+    words may be the token."""
+    token, *words = line.split()
+    name = words.pop(0) if words and "=" not in words[0] else ""
+    options = dict(word.partition("=")[::2] for word in words if "=" in word)
+    if not _B64TOKEN.fullmatch(token):
+        raise ConfigError("its first word is no bearer token")
+    if len(options) < len(words):
+        raise ConfigError("an option stands twice, or a word without = behind the name")
+    if name and not _TOKEN_NAME.fullmatch(name):
+        raise ConfigError("the name is not of letters, digits, '.', '_' and '-'")
+    if not options.keys() <= {"key", "payloads"}:
+        raise ConfigError("another option than key= and payloads=")
+    if "key" in options and not _FINGERPRINT.fullmatch(options["key"]):
+        raise ConfigError("key= is no SHA256: fingerprint")
+    payloads = parse_kinds(options["payloads"]) if "payloads" in options else ()
+    digest = hashlib.sha256(token.encode()).digest()
+    return Token(digest, name or f"line {number}", options.get("key", ""), payloads)
+
+
+def parse_tokens(text: str) -> list[Token]:
+    """The token file; a ConfigError names the line."""
+    tokens: dict[bytes, Token] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip() and not line.startswith("#"):
+            try:
+                token = parse_token(line, number)
+                if token.digest in tokens:
+                    raise ConfigError("the same token as before")
+            except ConfigError as e:
+                raise ConfigError(f"line {number}: {e}") from e
+            tokens[token.digest] = token
+    if not tokens:
+        raise ConfigError(f"no token in it: `{PROGRAM} token NAME` adds one")
+    return list(tokens.values())
+
+
+def check_token(authorization: Optional[str], tokens: Sequence[Token]) -> Token:
+    """The token that an Authorization field holds (RFC 6750), in constant time; 401."""
+    scheme, _, given = (authorization or "").partition(" ")
+    digest = hashlib.sha256(given.strip(" ").encode()).digest()
+    found = None
+    for token in tokens:
+        if hmac.compare_digest(token.digest, digest):
+            found = token
+    if not found or scheme.lower() != "bearer":
+        what = "this token is not one of the proxy's (any more)" if given else "a token is needed"
+        raise RequestError(401, f"{what}: `{PROGRAM} token NAME` makes one on the host",
+                           ("WWW-Authenticate", "Bearer"))  # fmt: skip
+    return found
+
+
+def check_payload(payload: Payload, allowed: Sequence[str], setting: str) -> None:
+    if payload.kind not in allowed:
+        raise RequestError(403, f"a payload of kind {payload.kind} is not allowed here: {setting} "
+                                f"is {','.join(allowed)}")  # fmt: skip
+
+
+def consent_prompt(payload: Payload, facts: Mapping[str, str]) -> str:
+    """What the person is asked; each fact in one line of its own, whatever it holds."""
+    what = f"this {payload.kind}"
+    if payload.kind == "other":
+        what = f"something that is no git commit, tag or push ({count(payload.size, 'byte')})"
+    shown = {"subject": "", **payload.fields, **facts}
+    lines = [f"{n}: {printable(' '.join(v.split()), 80)}" for n, v in shown.items() if v]
+    return "\n".join([f"Sign {what}?", "", *lines])
+
+
+class Consent:
+    """Asks a person before each signature, one at a time, through an askpass program.
+
+    A yes holds HOLD seconds for the same client, kind, namespace and key.
+    """
+
+    def __init__(self, askpass: Upstream, timeout: float, hold: float, commands: set[int]) -> None:
+        self.askpass = askpass
+        self.timeout = timeout
+        self.hold = hold
+        self.commands = commands
+        self.lock = threading.Lock()
+        self.agreed: dict[tuple[str, ...], float] = {}  # and until when
+
+    def obtain(self, prompt: str, what: tuple[str, ...], client: socket.socket) -> None:
+        """Returns if the person agrees, as OpenSSH's own askpass is understood; else 403."""
+        deadline = time.monotonic() + self.timeout
+        queue = Watch("the person, with another prompt,", deadline, client)
+        try:
+            while not self.lock.acquire(timeout=0.1):
+                queue.wait(0)
+            try:
+                if time.monotonic() < self.agreed.get(what, 0):
+                    return
+                program = self.askpass._replace(command=(*self.askpass.command, prompt))
+                with Exchange(program, deadline, client, self.commands) as exchange:
+                    status, answer = exchange.result(1024)
+                if status or re.split(b"[\r\n]", answer)[0].lower() not in (b"", b"yes"):
+                    raise AgentRefused("the prompt was declined, or could not be shown "
+                                       f"(exit status {status})")  # fmt: skip
+                self.agreed[what] = time.monotonic() + self.hold
+            finally:
+                self.lock.release()
+        except AgentError as e:
+            raise RequestError(403, f"not confirmed: {e}") from e
 
 
 # ----------------------------------------------------------------------------------- Hardening
@@ -956,22 +1162,22 @@ def _no_core() -> Step:
     return Step("no core dumps", limits == (0, 0), f"RLIMIT_CORE {limits[0]}")
 
 
-def _lock_memory(libc: Any) -> Step:
+def _lock_memory(libc: Any, flags: int) -> Step:
     """Only without a limit: with a finite one mlockall succeeds, and later threads can't start."""
     import ctypes
     import resource
 
-    MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
-    name = "memory kept out of swap"
-    unlimited = resource.RLIM_INFINITY
-    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != unlimited:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_MEMLOCK, (unlimited, unlimited))
+    name, unlimited = "memory kept out of swap", resource.RLIM_INFINITY
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (unlimited, unlimited))
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if limit != unlimited:
         return Step(name, False, f"RLIMIT_MEMLOCK is {limit >> 10} KiB, not unlimited")
-    if libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT):
-        return Step(name, False, f"mlockall: {os.strerror(ctypes.get_errno())}")
+    if libc.mlockall(flags):
+        error = ctypes.get_errno()
+        return Step(name, False, f"mlockall: {os.strerror(error)}", expected=error == errno.ENOSYS)
+    if not os.path.exists("/proc/self/status"):
+        return Step(name, True, "mlockall")
     with open("/proc/self/status", encoding="ascii", errors="replace") as f:
         locked = next((line.split()[1] for line in f if line.startswith("VmLck:")), "0")
     return Step(name, locked != "0", f"VmLck {locked} kB")
@@ -982,6 +1188,7 @@ def _harden_linux() -> list[Step]:
 
     PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4
     PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 38, 39
+    MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl.argtypes = [ctypes.c_int, *4 * [ctypes.c_ulong]]
     libc.prctl.restype = ctypes.c_int
@@ -996,7 +1203,7 @@ def _harden_linux() -> list[Step]:
         _no_core(),
         Step("no debugger, no reading of memory", dumpable == 0, f"PR_GET_DUMPABLE {dumpable}"),
         Step("no new privileges", no_new_privs == 1, f"PR_GET_NO_NEW_PRIVS {no_new_privs}"),
-        _lock_memory(libc),
+        _lock_memory(libc, MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT),
     ]
 
 
@@ -1014,44 +1221,79 @@ def _harden_macos() -> list[Step]:
     # The system has no call that reads this one back: its answer is all there is.
     denied = libc.ptrace(PT_DENY_ATTACH, 0, None, 0)
     attach = "PT_DENY_ATTACH" if denied == 0 else f"ptrace: {os.strerror(ctypes.get_errno())}"
-    locked = libc.mlockall(MCL_CURRENT | MCL_FUTURE)
-    error = ctypes.get_errno()
-    memory = "mlockall" if locked == 0 else f"mlockall: {os.strerror(error)}"
     return [
         _no_core(),
         Step("no debugger, no reading of memory", denied == 0, attach),
-        Step("memory kept out of swap", locked == 0, memory, expected=error == errno.ENOSYS),
+        _lock_memory(libc, MCL_CURRENT | MCL_FUTURE),
     ]
 
 
 def harden(platform: str) -> list[Step]:
     """Takes from this process what it doesn't need. To be called before any secret is read."""
-    if platform == "linux":
-        return _harden_linux()
-    if platform == "darwin":
-        return _harden_macos()
-    return []
+    systems = {"linux": _harden_linux, "darwin": _harden_macos}
+    return systems[platform]() if platform in systems else []
 
 
 # -------------------------------------------------------------------------------------- Config
 
-MAX_KEY_FILE = 64 * 1024
+MAX_FILE = 64 * 1024
 
-# What they would forbid must not be signed because this version can't forbid it.
-UNSUPPORTED = ("TOKEN_FILE", "PAYLOADS", "CONFIRM", "CONFIRM_FOR")
 SHIMS_OWN = ("URL", "PUBKEY_URL", "TOKEN", "CURL")
 
 Env = Mapping[str, str]
+_T = TypeVar("_T")
+
+# What reads a setting's value: a ConfigError's text is the reason, the caller puts the name before.
 
 
-class Setting(NamedTuple):
-    """A setting as it was found: NAME is what the person calls it, the variable or the option."""
+def parse_namespaces(value: str, env: Env) -> tuple[str, ...]:
+    names = tuple(map(str.strip, value.split(",")))
+    for name in names:
+        if not _NAMESPACE.fullmatch(name):
+            raise ConfigError(f"{printable(name)!r} is not 1 to 255 printable ASCII characters")
+    return names
 
-    name: str
-    value: str
 
-    def wrong(self, reason: str) -> ConfigError:
-        return ConfigError(f"{self.name}: {reason}")
+def parse_hosts(value: str, env: Env) -> tuple[str, ...]:
+    hosts = []
+    for part in map(str.strip, value.lower().split(",") if value else ()):
+        if not _HOST_NAME.fullmatch(part[1:] if part.startswith(".") else part):
+            raise ConfigError(f"{printable(part)!r} is not a host name or .suffix")
+        hosts.append(part[:-1] if part.endswith(".") else part)
+    return tuple(hosts)
+
+
+def parse_seconds(value: str, env: Env) -> float:
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value):
+        raise ConfigError(f"{printable(value)!r} is not a number of seconds")
+    return float(value)
+
+
+def parse_timeout(value: str, env: Env) -> float:
+    seconds = parse_seconds(value, env)
+    if not seconds:
+        raise ConfigError(f"{value!r} is not above 0")
+    return seconds
+
+
+def home_directory(env: Env) -> str:
+    return env.get("HOME") or env.get("USERPROFILE") or os.path.expanduser("~")
+
+
+def expand(path: str, env: Env) -> str:
+    """PATH with a leading ~ or %h/ and with $VAR expanded: a systemd env file expands nothing."""
+    if path == "~" or path.startswith(("~/", "%h/")):
+        path = home_directory(env) + path[2 if path[0] == "%" else 1 :]
+    elif path.startswith("~"):
+        path = os.path.expanduser(path)
+    try:
+        expanded = Template(path).substitute(env)
+    except (KeyError, ValueError) as e:
+        raise ConfigError(f"{printable(path)!r} names a variable that is not set, or has a $ "
+                          "without a name ($$ stands for one)") from e  # fmt: skip
+    if "\0" in expanded:
+        raise ConfigError("a NUL in a path")
+    return expanded
 
 
 class Address(NamedTuple):
@@ -1062,114 +1304,107 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def parse_addresses(setting: Setting, env: Env) -> tuple[Address, ...]:
-    addresses = []
-    for part in map(str.strip, setting.value.split(",")):
+class UnixAddress(NamedTuple):
+    path: str
+    mode: int
+
+    def __str__(self) -> str:
+        return f"unix:{printable(self.path)}"
+
+
+def parse_addresses(value: str, env: Env) -> tuple[Union[Address, UnixAddress], ...]:
+    """Separated by commas; a socket's mode is 0600 unless one is named."""
+    addresses: list[Union[Address, UnixAddress]] = []
+    for part in map(str.strip, value.split(",")):
+        unix = re.fullmatch(r"unix:([^?]*)(?:\?mode=(0?[0-7]{3}))?", part)
         match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]+)):([0-9]{1,5})", part)
-        if not match or int(match.group(3)) > 65535:
-            raise setting.wrong(f"{printable(part)!r} is neither HOST:PORT nor [V6]:PORT")
-        addresses.append(Address(match.group(1) or match.group(2), int(match.group(3))))
+        path = expand(unix[1], env) if unix else ""
+        if unix and path.startswith("/"):
+            addresses.append(UnixAddress(path, int(unix[2] or "600", 8)))
+        elif match and int(match[3]) <= 65535:
+            addresses.append(Address(match[1] or match[2], int(match[3])))
+        else:
+            raise ConfigError(f"{printable(part)!r} is none of HOST:PORT, [V6]:PORT, unix:/path "
+                              "and unix:/path?mode=0660")  # fmt: skip
     return tuple(addresses)
 
 
-def parse_namespaces(setting: Setting, env: Env) -> tuple[str, ...]:
-    names = tuple(map(str.strip, setting.value.split(",")))
-    for name in names:
-        if not _NAMESPACE.fullmatch(name):
-            raise setting.wrong(f"{printable(name)!r} is not 1 to 255 printable ASCII characters")
-    return names
-
-
-def parse_hosts(setting: Setting, env: Env) -> tuple[str, ...]:
-    hosts = []
-    for part in map(str.strip, setting.value.lower().split(",") if setting.value else ()):
-        if not _HOST_NAME.fullmatch(part[1:] if part.startswith(".") else part):
-            raise setting.wrong(f"{printable(part)!r} is not a host name or .suffix")
-        hosts.append(part[:-1] if part.endswith(".") else part)
-    return tuple(hosts)
-
-
-def parse_seconds(setting: Setting, env: Env) -> float:
-    value = setting.value
-    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value) or not float(value):
-        raise setting.wrong(f"{printable(value)!r} is not a number of seconds above 0")
-    return float(value)
-
-
-def home_directory(env: Env) -> str:
-    return env.get("HOME") or env.get("USERPROFILE") or os.path.expanduser("~")
-
-
-def expand(setting: Setting, path: str, env: Env) -> str:
-    """PATH with a leading ~ or %h/ and with $VAR expanded: a systemd env file expands nothing."""
-    if path == "~" or path.startswith(("~/", "%h/")):
-        path = home_directory(env) + path[2 if path[0] == "%" else 1 :]
-    elif path.startswith("~"):
-        path = os.path.expanduser(path)
-    try:
-        expanded = Template(path).substitute(env)
-    except (KeyError, ValueError) as e:
-        raise setting.wrong(f"{printable(path)!r} names a variable that is not set, or has a $ "
-                            "without a name ($$ stands for one)") from e  # fmt: skip
-    if "\0" in expanded:
-        raise setting.wrong("a NUL in a path")
-    return expanded
-
-
-def parse_upstream(setting: Setting, env: Env) -> Optional[Upstream]:
+def parse_upstream(value: str, env: Env) -> Optional[Upstream]:
     """None where neither this nor SSH_AUTH_SOCK is set: one is looked for at each request."""
-    value = setting.value
     if not value:
         return Upstream(env["SSH_AUTH_SOCK"]) if env.get("SSH_AUTH_SOCK") else None
     if value.startswith("exec:"):
         try:
             command = shlex.split(value[len("exec:") :])
         except ValueError as e:
-            raise setting.wrong(f"{printable(value)!r}: {str(e).lower()}") from e
+            raise ConfigError(f"{printable(value)!r}: {str(e).lower()}") from e
         if not command or not command[0]:
-            raise setting.wrong("exec: without a command")
-        return Upstream(command=(expand(setting, command[0], env), *command[1:]))
-    path = expand(setting, value[len("unix:") :] if value.startswith("unix:") else value, env)
+            raise ConfigError("exec: without a command")
+        return Upstream(command=(expand(command[0], env), *command[1:]))
+    path = expand(value.removeprefix("unix:"), env)
     if not path.startswith("/"):
-        raise setting.wrong(f"{printable(value)!r} is neither a socket's absolute path nor "
-                            "exec:COMMAND")  # fmt: skip
+        raise ConfigError(f"{printable(value)!r} is neither a socket's absolute path nor "
+                          "exec:COMMAND")  # fmt: skip
     return Upstream(path)
 
 
-def parse_pin(setting: Setting, env: Env) -> Optional[Listed]:
+def parse_pin(value: str, env: Env) -> Optional[Listed]:
     """The one authorized_keys line, which may have comments and empty lines around it."""
-    lines = [line for line in setting.value.splitlines() if line.strip()[:1] not in ("", "#")]
-    if "PRIVATE KEY" in setting.value:
-        raise setting.wrong("a private key, where the public one (the .pub file) belongs")
-    if not setting.value:
+    lines = [line for line in value.splitlines() if line.strip()[:1] not in ("", "#")]
+    if "PRIVATE KEY" in value:
+        raise ConfigError("a private key, where the public one (the .pub file) belongs")
+    if not value:
         return None
     if len(lines) != 1:
-        raise setting.wrong(f"one line with a public key is needed, {len(lines)} are there")
+        raise ConfigError(f"one line with a public key is needed, {len(lines)} are there")
     try:
         return parse_key_line(lines[0])
     except WireError as e:
-        raise setting.wrong(str(e)) from e
+        raise ConfigError(str(e)) from e
 
 
-def parse_file(setting: Setting, env: Env) -> Optional[Setting]:
-    return setting._replace(value=expand(setting, setting.value, env)) if setting.value else None
+def parse_confirm(value: str, env: Env) -> Optional[Upstream]:
+    """The askpass program, with the environment that tells it to ask for a yes."""
+    if not value:
+        return None
+    import shutil  # for this alone: it would cost every start
+
+    program = shutil.which(expand(value, env), path=env.get("PATH", os.defpath))
+    if not program:
+        raise ConfigError(f"{printable(value)!r} is no program that can be run")
+    return Upstream("", (program,), "askpass program", {**env, "SSH_ASKPASS_PROMPT": "confirm"})
 
 
-def read_small_file(setting: Setting, limit: int) -> bytes:
-    """The regular file that SETTING names, of at most LIMIT bytes; ConfigError names both."""
-    path = printable(setting.value)
-    try:
-        # A FIFO would be waited for.
-        fd = os.open(setting.value, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with open(fd, "rb") as f:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise setting.wrong(f"{path!r} is not a regular file")
-            data = f.read(limit + 1)
-    except OSError as e:
-        raise setting.wrong(f"cannot read {path!r}: {e.strerror}") from e
-    if len(data) > limit:
-        raise setting.wrong(f"{path!r} is larger than {limit >> 10} KiB")
-    return data
+class File(NamedTuple):
+    """A file that SETTING names; it is read each time anew."""
+
+    path: str
+    setting: str = ""
+
+    def read(self, parse: Callable[[str], _T], private: bool = False) -> _T:
+        """PARSE of the text of a regular file of at most MAX_FILE bytes, which belongs to this user
+        alone if it is PRIVATE; a ConfigError names setting and file."""
+        try:
+            # A FIFO would be waited for.
+            fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            with open(fd, "rb") as f:
+                found = os.fstat(fd)
+                if not stat.S_ISREG(found.st_mode):
+                    raise ConfigError("not a regular file")
+                if private and hasattr(os, "geteuid"):
+                    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+                        raise ConfigError("it must be yours and closed to all others (chmod 600)")
+                data = f.read(MAX_FILE + 1)
+            if len(data) > MAX_FILE:
+                raise ConfigError(f"larger than {MAX_FILE >> 10} KiB")
+            return parse(data.decode("utf-8", "replace"))
+        except (OSError, ConfigError) as e:
+            why = e.strerror if isinstance(e, OSError) else e
+            raise ConfigError(f"{self.setting}: can't use {printable(self.path)!r}: {why}") from e
+
+
+def parse_file(value: str, env: Env) -> Optional[File]:
+    return File(expand(value, env)) if value else None
 
 
 class Option(NamedTuple):
@@ -1179,7 +1414,7 @@ class Option(NamedTuple):
     default: str
     metavar: str
     help: str
-    parse: Callable[[Setting, Env], Any]
+    parse: Callable[[str, Env], Any]
 
     @property
     def field(self) -> str:
@@ -1191,8 +1426,8 @@ class Option(NamedTuple):
 
 
 OPTIONS = (
-    Option("ADDR", "127.0.0.1:7221", "HOST:PORT", "where to listen, several separated by commas; "
-           "port 0 picks one", parse_addresses),
+    Option("ADDR", "127.0.0.1:7221", "HOST:PORT", "where to listen, or unix:/path; several are "
+           "separated by commas; port 0 picks one", parse_addresses),
     Option("NAMESPACE", "git", "NAMES", "SSHSIG namespaces that may be signed, separated by "
            "commas; the first is the default", parse_namespaces),
     Option("UPSTREAM", "", "AGENT", "the agent: its socket's /path or unix:/path, or exec:COMMAND "
@@ -1200,10 +1435,18 @@ OPTIONS = (
            parse_upstream),
     Option("PUBKEY", "", "LINE", "an authorized_keys line: sign with this key only", parse_pin),
     Option("PUBKEY_FILE", "", "FILE", "a file with that line, read at each request", parse_file),
+    Option("TOKEN_FILE", "", "FILE", "bearer tokens, one of which every request needs; read at "
+           "each", parse_file),
+    Option("PAYLOADS", "any", "KINDS", "what may be signed: any, or of commit, tag, push",
+           lambda value, env: parse_kinds(value)),
+    Option("CONFIRM", "", "PROGRAM", "an askpass program that must agree to every signature",
+           parse_confirm),
+    Option("CONFIRM_FOR", "0", "SECONDS", "how long its yes holds for the same client and kind",
+           parse_seconds),
     Option("ALLOWED_HOSTS", "", "NAMES", "further names that a Host header may carry, separated "
            "by commas, .suffix for all below it", parse_hosts),
     Option("TIMEOUT", "120", "SECONDS", "for one whole exchange with the agent, a touch included",
-           parse_seconds),
+           parse_timeout),
 )  # fmt: skip
 
 
@@ -1245,11 +1488,15 @@ class Config(NamedTuple):
     level: int
     sockets: tuple[str, ...]  # the well-known ones
     unknown: tuple[str, ...]  # variables that look like ours
-    addr: tuple[Address, ...]
+    addr: tuple[Union[Address, UnixAddress], ...]
     namespace: tuple[str, ...]
     upstream: Optional[Upstream]
     pubkey: Optional[Listed]
-    pubkey_file: Optional[Setting]
+    pubkey_file: Optional[File]
+    token_file: Optional[File]
+    payloads: tuple[str, ...]
+    confirm: Optional[Upstream]
+    confirm_for: float
     allowed_hosts: tuple[str, ...]
     timeout: float
 
@@ -1258,38 +1505,51 @@ class Config(NamedTuple):
         """From os.environ and sys.argv[1:]; ConfigError names the setting that is wrong."""
         given = argument_parser(commands).parse_intermixed_args(argv)
         prefix = "SSH_AGENT_PROXY_"
-        for variable in UNSUPPORTED:
-            if env.get(prefix + variable):
-                raise ConfigError(f"{prefix}{variable}: this version can't enforce it, so it does "
-                                  "not start with it set")  # fmt: skip
-        values = {}
+        values: dict[str, Any] = {}
         for option in OPTIONS:
-            name = prefix + option.variable
-            setting = Setting(name, env.get(name) or option.default)
-            if getattr(given, option.field):
-                setting = Setting(option.flag, getattr(given, option.field))
-            values[option.field] = option.parse(setting, env)
-        ours = (*[o.variable for o in OPTIONS], *SHIMS_OWN, *UNSUPPORTED)
-        known = {prefix + name for name in ours}
+            name, value = prefix + option.variable, getattr(given, option.field)
+            if value:
+                name = option.flag
+            try:
+                values[option.field] = option.parse(value or env.get(name) or option.default, env)
+            except ConfigError as e:
+                raise ConfigError(f"{name}: {e}") from e
+            if isinstance(values[option.field], File):
+                values[option.field] = values[option.field]._replace(setting=name)
+        known = {prefix + name for name in (*[o.variable for o in OPTIONS], *SHIMS_OWN)}
         config = cls(
             command=tuple(given.command),
             level=logging.DEBUG if given.verbose else AUDIT if given.quiet else logging.INFO,
-            sockets=well_known_sockets(
-                sys.platform, home_directory(env), env.get("XDG_RUNTIME_DIR", "")
-            ),
+            sockets=well_known_sockets(sys.platform, home_directory(env),
+                                       env.get("XDG_RUNTIME_DIR", "")),
             unknown=tuple(sorted(n for n in env if n.startswith(prefix) and n not in known)),
             **values,
-        )
+        )  # fmt: skip
+        for address in config.addr:
+            if isinstance(address, UnixAddress) and address.mode & 0o077 and not config.token_file:
+                raise ConfigError(f"{prefix}ADDR: mode {address.mode:04o} lets others in, which "
+                                  f"needs a token: set {prefix}TOKEN_FILE")  # fmt: skip
+        if config.confirm_for and not config.confirm:
+            raise ConfigError(f"{prefix}CONFIRM_FOR: nobody is asked: set {prefix}CONFIRM too")
         config.pinned()  # a file that can't be read is a setting that is wrong
         return config
 
-    def pinned(self) -> Optional[Listed]:
-        """The key that alone signs, if any; the file is read each time anew."""
-        if self.pubkey or not self.pubkey_file:
-            return self.pubkey
-        text = read_small_file(self.pubkey_file, MAX_KEY_FILE).decode("utf-8", "replace")
-        name = f"{self.pubkey_file.name}: {printable(self.pubkey_file.value)!r}"
-        return parse_pin(Setting(name, text or "\n"), {})
+    def pinned(self, token: Optional[Token] = None) -> Wanted:
+        """The key that alone signs, for TOKEN's client, if any."""
+        pin = self.pubkey
+        if not pin and self.pubkey_file:
+            pin = self.pubkey_file.read(lambda text: parse_pin(text or "\n", {}))
+        if token and token.key and not (pin and pin.key.fingerprint == token.key):
+            return Wanted(fingerprint=token.key, pinned="the key= of this token")
+        if not pin:
+            return Wanted()
+        return Wanted(pin.key, pinned="SSH_AGENT_PROXY_PUBKEY", comment=pin.comment)
+
+    def tokens(self, added: str = "") -> Sequence[Token]:
+        """Those who may ask, with a line ADDED; none where everyone may."""
+        if not self.token_file:
+            return ()
+        return self.token_file.read(lambda text: parse_tokens(text + added), private=True)
 
 
 # ---------------------------------------------------------------------------------------- HTTP
@@ -1472,7 +1732,6 @@ def plain(status: int, text: str, *fields: tuple[str, str]) -> Answer:
 
 
 BUSY = plain(503, "busy: too many requests at once, try again", ("Retry-After", "1"))
-NO_SHIM = "no shim.sh beside this copy of the program: copy it too, from where the program came"
 
 # The one place where kinds of errors become statuses.
 STATUSES: dict[type[ProxyError], int] = {
@@ -1494,7 +1753,8 @@ def read_shim() -> bytes:
         folder = os.path.dirname(os.path.realpath(__file__))
         return bytes(loader.get_data(os.path.join(folder, "shim.sh")))
     except OSError as e:
-        raise RequestError(404, NO_SHIM) from e
+        raise RequestError(404, "no shim.sh beside this copy of the program: copy it too, from "
+                                "where the program came") from e  # fmt: skip
 
 
 class Client(io.RawIOBase):
@@ -1533,26 +1793,50 @@ class Client(io.RawIOBase):
         return size
 
 
-class Handler(BaseHTTPRequestHandler):
+def peer_fields(sock: socket.socket, address: Any) -> dict[str, str]:
+    """Who is at the other end, as the kernel shows it: an address, or a Unix socket's process."""
+    if sock.family != getattr(socket, "AF_UNIX", None):
+        return {"peer": str(Address(*address[:2]))}
+    if sys.platform == "darwin":
+        SOL_LOCAL, LOCAL_PEERCRED, LOCAL_PEERPID = 0, 1, 2
+        uid = struct.unpack_from("II", sock.getsockopt(SOL_LOCAL, LOCAL_PEERCRED, 76))[1]
+        pid = sock.getsockopt(SOL_LOCAL, LOCAL_PEERPID)
+    else:
+        ucred = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, uid = struct.unpack_from("iI", ucred)
+    return {"peer": "unix", "pid": f"{pid}", "uid": f"{uid}"}
+
+
+# What the log shows of a payload, and how much: a line has an end.
+NOTED = dict.fromkeys(("subject", "author", "committer", "tagger", "pusher"), 100)
+
+
+class Handler:
     """One connection: one request, one answer, one line in the log."""
 
-    server_version = f"{PROGRAM}/{VERSION}"
-    command = ""  # until the head is read
-
-    def setup(self) -> None:
-        self.proxy: Server = self.server  # type: ignore[assignment]  # BaseServer to the library
+    def __init__(self, connection: socket.socket, address: Any, proxy: "Server") -> None:
+        self.command = ""  # until the head is read
+        self.request = connection
+        self.proxy = proxy
         self.accepted = time.monotonic()
-        self.client = Client(self.request)
+        self.client = Client(connection)
         self.stream = io.BufferedReader(self.client, BUFFER // 4)
         self.whole = False  # the request is read to its end
+        self.peer = peer_fields(connection, address)
+        self.token: Optional[Token] = None
+        self.payload: Optional[Payload] = None
         self.noted: dict[str, str] = {}  # for the log
+
+    def run(self) -> None:
+        try:
+            self.handle()
+        finally:
+            self.finish()
 
     def handle(self) -> None:
         if not self.proxy.admit(self):
             self.client.begun = True  # as far as the gentle close goes
-            self.noted["outcome"] = "busy"
-            self.send(BUSY)
-            return
+            return self.send(BUSY)
         try:
             answer = self.answer(self.read_request())
         except ProxyError as e:
@@ -1571,10 +1855,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.proxy.claim(self):
             self.send(answer)
         elif not self.client.told:  # its first bytes came while its place was being given away
-            self.noted["outcome"] = "busy"
             self.send(BUSY)
-
-    # ---- reading
 
     def has_sent(self) -> bool:
         """Are there bytes that we have not read? Then it is not the client that is waited for."""
@@ -1592,32 +1873,37 @@ class Handler(BaseHTTPRequestHandler):
         self.whole = not head.chunked and not head.length
         return head
 
-    def read_body(self, head: Head, hash_algorithm: str) -> bytes:
-        """The digest of the body, hashed as it arrives."""
+    def read_body(self, head: Head, hash_algorithm: str) -> tuple[bytes, Payload]:
+        """The digest of the body, hashed as it arrives, and what it is."""
         if head.minor and "expect" in head.fields:
             try:
                 self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             except OSError as e:
                 raise ClientGone(f"the connection broke: {e.strerror or e}") from e
         hasher = hashlib.new(hash_algorithm)
-        total = 0
+        total, nul, kept = 0, False, bytearray()
         for left in chunk_sizes(self.stream) if head.chunked else [head.length or 0]:
             total += left
-            buffer = memoryview(bytearray(min(left, BUFFER)))
+            data = bytearray(min(left, BUFFER))
+            buffer = memoryview(data)
             while left:
                 size = self.stream.readinto1(buffer[:left])
                 if not size:
                     raise RequestError(400, "the request ended inside its body")
                 hasher.update(buffer[:size])
+                nul = nul or data.find(0, 0, size) >= 0
+                kept += buffer[: min(size, KEPT - len(kept))]
                 left -= size
         if not total:
             raise RequestError(400, "an empty body: there is nothing to sign")
         self.whole = True
-        return hasher.digest()
-
-    # ---- deciding, in the order of what costs least
+        self.payload = parse_payload(bytes(kept), total, nul)
+        self.noted["kind"] = self.payload.kind
+        self.noted["digest"] = f"{hash_algorithm}:{hasher.hexdigest()}"
+        return hasher.digest(), self.payload
 
     def answer(self, head: Head) -> Answer:
+        """Decides in the order of what costs least."""
         self.command = head.method
         self.noted = {"method": head.method, "path": head.path}
         for host in head.hosts:
@@ -1630,7 +1916,19 @@ class Handler(BaseHTTPRequestHandler):
         if head.method not in methods:
             allow = ", ".join(methods)
             raise RequestError(405, f"{head.path} takes {allow}", ("Allow", allow))
+        if head.path not in ("/healthz", "/shim"):
+            self.check_token(head.fields.get("authorization"))
         return route(self, head)
+
+    def check_token(self, authorization: Optional[str]) -> None:
+        try:
+            tokens = self.proxy.config.tokens()
+        except ConfigError as e:
+            self.noted["reason"] = str(e)
+            raise RequestError(503, "the proxy's token file can't be used: its log says why") from e
+        if tokens:
+            self.token = check_token(authorization, tokens)
+            self.noted["token"] = self.token.name
 
     def answer_sign(self, head: Head) -> Answer:
         namespace, hash_algorithm, wanted = self.choices(head)
@@ -1639,15 +1937,34 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(411, "a body with Content-Length or chunked is needed")
         if head.length and head.length > MAX_BODY:
             raise RequestError(413, "more than 1 GiB to sign")
-        digest = self.read_body(head, hash_algorithm)
-        data = signed_data(namespace, hash_algorithm, digest)
+        digest, payload = self.read_body(head, hash_algorithm)
+        if self.token and self.token.payloads:
+            check_payload(payload, self.token.payloads, "the payloads= of this token")
+        else:
+            check_payload(payload, self.proxy.config.payloads, "SSH_AGENT_PROXY_PAYLOADS")
         self.keep_place()
+        if self.proxy.consent:
+            key_name = wanted.name or "the first that the agent lists"
+            self.ask_person(self.proxy.consent, payload, namespace, key_name)
+        data = signed_data(namespace, hash_algorithm, digest)
         with self.proxy.agents.exchange(self.request) as exchange:
             key, signature = request_signature(exchange, wanted, data)
         self.noted["key"] = key.fingerprint
         self.noted["outcome"] = "signed"
         block = armor(sshsig(key.blob, namespace, hash_algorithm, signature))
+        if finished := payload.object_id(block):
+            self.noted["id"] = finished
         return Answer(200, "application/x-ssh-signature", block)
+
+    def ask_person(self, consent: Consent, payload: Payload, namespace: str, key: str) -> None:
+        who = self.peer.get("uid") or self.peer["peer"].rpartition(":")[0]
+        names = [*self.peer.values()]
+        if self.token:
+            who = self.token.digest.hex()
+            names.append(f"token {self.token.name}")
+        facts = {"namespace": namespace, "key": key, "asked by": ", ".join(names)}
+        consent.obtain(consent_prompt(payload, facts), (who, payload.kind, namespace, key),
+                       self.request)  # fmt: skip
 
     def answer_publickey(self, head: Head) -> Answer:
         wanted = self.choices(head)[2]
@@ -1658,17 +1975,11 @@ class Handler(BaseHTTPRequestHandler):
         line = f"{listed.key.line} {printable(listed.comment)}".rstrip()
         return plain(200, line, ("Cache-Control", "no-cache"))
 
-    def answer_healthz(self, head: Head) -> Answer:
-        return plain(200, "ok")
-
-    def answer_shim(self, head: Head) -> Answer:
-        return Answer(200, "text/x-shellscript", read_shim())
-
-    ROUTES = {
+    ROUTES: dict[str, tuple[tuple[str, ...], Callable[["Handler", Head], Answer]]] = {
         "/sign": (("POST",), answer_sign),
         "/publickey": (("GET", "HEAD"), answer_publickey),
-        "/healthz": (("GET", "HEAD"), answer_healthz),
-        "/shim": (("GET", "HEAD"), answer_shim),
+        "/healthz": (("GET", "HEAD"), lambda *_: plain(200, "ok")),
+        "/shim": (("GET", "HEAD"), lambda *_: Answer(200, "text/x-shellscript", read_shim())),
     }
 
     def choices(self, head: Head) -> tuple[str, str, Wanted]:
@@ -1680,34 +1991,37 @@ class Handler(BaseHTTPRequestHandler):
         if hash_algorithm not in HASHES:
             raise RequestError(400, f"SSHSIG-Hash {printable(hash_algorithm, 60)!r}: neither "
                                     f"{' nor '.join(HASHES)}")  # fmt: skip
-        return namespace, hash_algorithm, choose_key(fields.get("sshsig-key"), config.pinned())
+        pin = config.pinned(self.token)
+        return namespace, hash_algorithm, choose_key(fields.get("sshsig-key"), pin)
 
     def keep_place(self) -> None:
         """The request is read: from now on it is ours that takes time."""
         if not self.proxy.claim(self):
             raise ClientGone("its place was given to another")
 
-    # ---- answering
-
     def send(self, answer: Answer) -> None:
         """The log's line, and then the answer: no signature leaves that is not on record."""
         status, body = answer.status, answer.body
         outcome = "served" if status < 400 else "refused" if status < 500 else "failed"
+        if answer is BUSY:
+            outcome = "busy"
         noted = {
             "outcome": outcome,
             "status": str(status),
-            "peer": str(Address(*self.client_address[:2])),
+            **self.peer,
             "ms": str(round(1000 * (time.monotonic() - self.accepted))),
             **self.noted,
         }
+        if self.payload:
+            noted.update({n: v for n, v in self.payload.fields.items() if n in NOTED})
         if status >= 400:
-            noted["reason"] = body.decode().rstrip("\n")
-        line = " ".join([f"{name}={quoted(value)}" for name, value in noted.items()])
+            noted.setdefault("reason", body.decode().rstrip("\n"))
+        line = " ".join([f"{n}={quoted(v, NOTED.get(n, 1000))}" for n, v in noted.items()])
         LOG.log(logging.INFO if noted["outcome"] == "served" else AUDIT, "%s", line)
 
         head = [
-            f"HTTP/1.1 {status} {responses[status]}",
-            f"Server: {self.server_version}",
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+            f"Server: {PROGRAM}/{VERSION}",
             time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT", time.gmtime()),
             f"Content-Type: {answer.content_type}",
             f"Content-Length: {len(body)}",
@@ -1731,25 +2045,76 @@ class Handler(BaseHTTPRequestHandler):
                 self.whole = not self.stream.peek(1)
             if not self.whole and self.client.begun:
                 self.proxy.linger(self)
-                self.drain()
+                self.request.settimeout(LINGER_GAP)
+                buffer = bytearray(BUFFER // 4)
+                end = time.monotonic() + LINGER_SECONDS
+                while self.request.recv_into(buffer) and time.monotonic() < end:
+                    pass
         self.proxy.leave(self)
-
-    def drain(self) -> None:
-        buffer = bytearray(BUFFER // 4)
-        end = time.monotonic() + LINGER_SECONDS
-        size = 1
-        while size and time.monotonic() < end:
-            self.request.settimeout(LINGER_GAP)
-            size = self.request.recv_into(buffer)
 
 
 class Listener(NamedTuple):
+    """A socket that listens, and what the log calls it."""
+
     socket: socket.socket
     name: str
+    inode: tuple[int, int] = (0, 0)  # of a Unix socket's file, with its device
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            # Closing alone leaves threads in accept, and they would take one more each.
+            self.socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            if self.inode != (0, 0):
+                path = self.socket.getsockname()
+                found = os.lstat(path)  # before the close: no other file has this number yet
+                if (found.st_dev, found.st_ino) == self.inode:
+                    os.unlink(path)
+        self.socket.close()
 
 
-def listen(address: Address) -> list[Listener]:
+def clear_stale(path: str) -> None:
+    """Removes the socket of a program that has ended; ConfigError where it is anything else."""
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise ConfigError("it is there, and no socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return os.unlink(path)
+        except OSError:
+            pass  # whoever it is, it lives
+    raise ConfigError("another program listens there")
+
+
+def listen_unix(address: UnixAddress) -> Listener:
+    """A Unix socket, which has its mode from its first instant; ProxyError."""
+    umask = os.umask(0o777 & ~address.mode)
+    try:
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.bind(address.path)
+        except OSError as e:
+            if e.errno != errno.EADDRINUSE:
+                raise
+            clear_stale(address.path)
+            sock.bind(address.path)
+        sock.listen(1024)
+        found = os.lstat(address.path)
+        return Listener(sock, str(address), (found.st_dev, found.st_ino))
+    except (OSError, ConfigError) as e:
+        why = e.strerror or str(e) if isinstance(e, OSError) else e
+        raise ProxyError(f"cannot listen on {address}: {why} (another path is "
+                         "chosen by SSH_AGENT_PROXY_ADDR)") from e  # fmt: skip
+    finally:
+        os.umask(umask)
+
+
+def listen(address: Union[Address, UnixAddress]) -> list[Listener]:
     """Listening sockets at ADDRESS, for a name at all it has; ProxyError where there is none."""
+    if isinstance(address, UnixAddress):
+        return [listen_unix(address)]
     listeners: list[Listener] = []
     error: Optional[OSError] = None
     try:
@@ -1766,19 +2131,19 @@ def listen(address: Address) -> list[Listener]:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             if sys.platform == "linux":
                 # An address that comes later (docker0, a VPN) can be listed from the start.
-                IP_FREEBIND, IPV6_FREEBIND = 15, 78
-                level = socket.IPPROTO_IPV6 if v6 else socket.IPPROTO_IP
-                sock.setsockopt(level, IPV6_FREEBIND if v6 else IP_FREEBIND, 1)
+                level, freebind = (socket.IPPROTO_IPV6, 78) if v6 else (socket.IPPROTO_IP, 15)
+                sock.setsockopt(level, freebind, 1)
             sock.bind(where)
             sock.listen(1024)
             listeners.append(Listener(sock, str(Address(*sock.getsockname()[:2]))))
         except OSError as e:
             error = e
-            if e.errno == errno.EADDRINUSE:
-                raise ProxyError(f"cannot listen on {address}: port {address.port} is in use "
-                                 "(another is chosen by SSH_AGENT_PROXY_ADDR)") from e  # fmt: skip
-    if not listeners:  # else it is a name's other address, which this system has no use for
-        raise ProxyError(f"cannot listen on {address}: {error and error.strerror}") from error
+    # Else it may be a name's other address, which this system has no use for.
+    if error and (not listeners or error.errno == errno.EADDRINUSE):
+        taken = error.errno == errno.EADDRINUSE
+        why = f"port {address.port} is in use" if taken else error.strerror
+        raise ProxyError(f"cannot listen on {address}: {why} (another is chosen by "
+                         "SSH_AGENT_PROXY_ADDR)") from error  # fmt: skip
     return listeners
 
 
@@ -1790,7 +2155,10 @@ class Server:
         self.config = config
         self.agents = agents
         self.listeners = listeners
-        self.lock = threading.Lock()
+        self.consent = config.confirm and Consent(
+            config.confirm, config.timeout, config.confirm_for, agents.commands
+        )
+        self.lock = threading.RLock()
         self.threads = dict.fromkeys(listeners, 0)
         self.free = dict.fromkeys(listeners, 0)  # those waiting in accept
         self.places: set[Handler] = set()
@@ -1807,15 +2175,12 @@ class Server:
             # Those beyond what can have a place or linger are about to be free.
             if self.threads[listener] >= PLACES + LINGERERS + SPARE_THREADS:
                 return
+            try:
+                threading.Thread(target=self.work, args=(listener,), daemon=True).start()
+            except RuntimeError as e:  # the system has no more: those that are there go on
+                return LOG.warning("cannot start another thread: %s", e)
             self.threads[listener] += 1
             self.free[listener] += 1
-        try:
-            threading.Thread(target=self.work, args=(listener,), daemon=True).start()
-        except RuntimeError as e:  # the system has no more: those that are there go on
-            with self.lock:
-                self.threads[listener] -= 1
-                self.free[listener] -= 1
-            LOG.warning("cannot start another thread: %s", e)
 
     def work(self, listener: Listener) -> None:
         while True:
@@ -1835,7 +2200,7 @@ class Server:
                 self.start_thread(listener)
             try:
                 if not self.stopping:
-                    Handler(connection, peer, cast(Any, self))
+                    Handler(connection, peer, self).run()
             except Exception as e:  # noqa: BLE001  it must not take the thread with it
                 LOG.error("internal error: %s: %s", type(e).__name__, printable(str(e)))
             finally:
@@ -1859,7 +2224,7 @@ class Server:
 
     def _evict(self, victim: Handler) -> None:
         """While the lock is held, VICTIM's own thread neither answers nor closes."""
-        self.places.discard(victim)
+        self.places.discard(victim)  # whatever becomes of it
         victim.client.reading = False
         victim.client.evicted = True
         with contextlib.suppress(OSError):
@@ -1867,9 +2232,8 @@ class Server:
                 victim.request.shutdown(socket.SHUT_RD)
                 return
             victim.client.begun = victim.client.told = True
-            victim.noted["outcome"] = "busy"
             victim.send(BUSY)
-        self._linger(victim)
+        self.linger(victim)
 
     def claim(self, handler: Handler) -> bool:
         """Is the answer HANDLER's to give? From now on its place is safe until it is given."""
@@ -1881,15 +2245,12 @@ class Server:
         """HANDLER has answered and gives its place back; it reads on until its client is done."""
         with self.lock:
             self.places.discard(handler)
-            self._linger(handler)
-
-    def _linger(self, handler: Handler) -> None:
-        self.lingering[handler] = None
-        if len(self.lingering) > LINGERERS:
-            oldest = next(iter(self.lingering))
-            del self.lingering[oldest]
-            with contextlib.suppress(OSError):
-                oldest.request.shutdown(socket.SHUT_RDWR)
+            self.lingering[handler] = None
+            if len(self.lingering) > LINGERERS:
+                oldest = next(iter(self.lingering))
+                del self.lingering[oldest]
+                with contextlib.suppress(OSError):
+                    oldest.request.shutdown(socket.SHUT_RDWR)
 
     def leave(self, handler: Handler) -> None:
         """HANDLER is about to close its connection."""
@@ -1901,19 +2262,12 @@ class Server:
         """No further connections, and an end to those on which no request has begun."""
         self.stopping = True
         for listener in self.listeners:
-            with contextlib.suppress(OSError):
-                # Closing alone leaves threads in accept, and they would take one more each.
-                listener.socket.shutdown(socket.SHUT_RDWR)
-            listener.socket.close()
+            listener.close()
         with self.lock:
             for handler in self.places:
                 if not handler.client.begun:
                     with contextlib.suppress(OSError):
                         handler.request.shutdown(socket.SHUT_RDWR)
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.places or self.lingering)
 
 
 # ------------------------------------------------------------------------------------- Service
@@ -1930,43 +2284,29 @@ class StderrHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
+        layout = "%(asctime)s %(levelname)s %(message)s"
+        self.setFormatter(logging.Formatter(layout, "%Y-%m-%dT%H:%M:%S%z"))
         self.lost = 0
-        self.cut = False  # the last line, by a terminal that took only part of it
+        self.cut = b""  # what ends the last line, where a terminal took only part of it
         self.fd = 2
         with contextlib.suppress(OSError, AttributeError):
             # A terminal that nobody reads takes part of a line and then waits; opened for us alone
             # it can be told not to.
             self.fd = os.open(os.ttyname(2), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Time, level and message; the library's own does much more, and shows in every answer."""
-        when = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created))
-        line = f"{when} {record.levelname} {record.getMessage()}"
-        if record.exc_info:
-            line += "\n" + logging.Formatter().formatException(record.exc_info)
-        return line
-
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record)
         if self.lost:
             line = f"({self.lost} lines before this one could not be written) {line}"
-        data = line.encode("utf-8", "backslashreplace")[: self.MAX_LINE - 2] + b"\n"
-        if self.cut:
-            data = b"\n" + data
+        data = self.cut + line.encode("utf-8", "backslashreplace")[: self.MAX_LINE - 2] + b"\n"
         written = 0
         with contextlib.suppress(OSError):  # closed: there is nobody to tell
-            written = os.write(self.fd, data) if self.writable() else 0
+            if os.name != "posix" or select.select([], [self.fd], [], 0)[1]:
+                written = os.write(self.fd, data)
         if written:
-            self.cut = written < len(data)
+            self.cut = b"\n" if written < len(data) else b""
             self.lost = 0
         self.lost += written < len(data)
-
-    def writable(self) -> bool:
-        if not hasattr(select, "poll"):
-            return True
-        poll = select.poll()
-        poll.register(self.fd, select.POLLOUT)
-        return any(event & select.POLLOUT for _, event in poll.poll(0))
 
 
 def start_log(level: int) -> None:
@@ -1977,30 +2317,21 @@ def start_log(level: int) -> None:
     LOG.handlers[:] = [StderrHandler()]
 
 
-class Signals:
+def catch_signals() -> socket.socket:
     """SIGTERM and SIGINT, wherever the system delivers them, as bytes to wait for."""
-
-    def __init__(self) -> None:
-        self.receiver, sender = socket.socketpair()
-        sender.setblocking(False)
-        self.sender = sender  # kept open
-        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: None)
-
-    def wait(self, seconds: Optional[float] = None) -> bool:
-        """Has a signal come, now or within SECONDS?"""
-        self.receiver.settimeout(seconds)
-        try:
-            return bool(self.receiver.recv(1))
-        except socket.timeout:
-            return False
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: None)
+    return receiver
 
 
 # ------------------------------------------------------------------------------------ Commands
 
 COMMANDS = {
     "serve": "run the proxy in the foreground (also without a command)",
+    "token": "add a fresh token, of the NAME that follows, to the token file, and print it",
     "shim": "print shim.sh, the container's side",
 }
 
@@ -2012,10 +2343,8 @@ def raise_file_limit() -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 8 * PLACES
+    wanted = 8 * PLACES if hard == resource.RLIM_INFINITY else min(8 * PLACES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        if hard != resource.RLIM_INFINITY:
-            wanted = max(soft, min(wanted, hard))
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
@@ -2024,16 +2353,17 @@ def warn_of_weak_settings(config: Config, listeners: Sequence[Listener]) -> None
     for name in config.unknown:
         LOG.warning("%s is set, but is no setting of this program", printable(name))
     for listener in listeners:
-        host = listener.socket.getsockname()[0].partition("%")[0]
-        if not ipaddress.ip_address(host).is_loopback:
-            LOG.warning("%s is not a loopback address: whoever reaches it can have anything signed",
-                        listener.name)  # fmt: skip
+        where = listener.socket.getsockname()
+        local = isinstance(where, str) or ipaddress.ip_address(where[0]).is_loopback
+        if not local and not config.token_file:
+            LOG.warning("%s is not a loopback address: whoever reaches it can have anything signed "
+                        "(SSH_AGENT_PROXY_TOKEN_FILE asks for a token)", listener.name)  # fmt: skip
 
 
 def report_agent(config: Config, agents: Agents) -> None:
     """What the log says at the start of the keys, or of why there are none yet."""
     try:
-        wanted = choose_key(None, config.pinned())
+        wanted = config.pinned()
         with agents.exchange() as exchange:
             listed = list_keys(exchange)
             key = choose(listed, wanted).key
@@ -2048,14 +2378,24 @@ def report_agent(config: Config, agents: Agents) -> None:
 
 def serve(config: Config) -> int:
     """Runs until SIGTERM or SIGINT, then finishes what is in flight, within DRAIN_SECONDS."""
-    for step in harden(sys.platform):
+    steps = harden(sys.platform)
+    config.tokens()  # a file that can't be used is a setting that is wrong
+    for step in steps:
         level = logging.DEBUG if step.in_force or step.expected else logging.WARNING
         state = "in force" if step.in_force else "not in force"
         LOG.log(level, "%s: %s (%s)", step.name, state, step.state)
     raise_file_limit()
-    signals = Signals()
+    signals = catch_signals()
     agents = Agents(config.upstream, config.sockets, config.timeout)
-    server = Server(config, agents, [one for a in config.addr for one in listen(a)])
+    listeners: list[Listener] = []
+    try:
+        for address in config.addr:
+            listeners += listen(address)
+    except ProxyError:
+        for listener in listeners:
+            listener.close()
+        raise
+    server = Server(config, agents, listeners)
     server.start()
     names = ", ".join(f'"{name}"' for name in config.namespace)
     for listener in server.listeners:
@@ -2064,12 +2404,12 @@ def serve(config: Config) -> int:
     # An agent that hangs must hold up neither requests nor a signal.
     threading.Thread(target=report_agent, args=(config, agents), daemon=True).start()
 
-    signals.wait()
+    signals.recv(1)
     LOG.info("stopping")
     server.stop()
     end = time.monotonic() + DRAIN_SECONDS
-    while server.busy and time.monotonic() < end:
-        if signals.wait(0.02):
+    while (server.places or server.lingering) and time.monotonic() < end:
+        if select.select([signals], [], [], 0.02)[0]:
             break  # a second signal: at once
     agents.end_commands()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -2077,42 +2417,60 @@ def serve(config: Config) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def output() -> Iterator[None]:
-    """Flushes what is written to standard output within; ProxyError where it can't be."""
+def output(data: bytes) -> int:
+    """Writes DATA, and what argparse has left, to standard output; ProxyError where it can't be."""
+    if sys.stdout is None:
+        raise ProxyError("cannot write to standard output: it is closed")
     try:
-        yield
-        if sys.stdout:
-            sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try again, and complain
         raise ProxyError(f"cannot write to standard output: {e.strerror}") from e
-
-
-def print_shim() -> int:
-    shim = read_shim()
-    if sys.stdout is None:
-        raise ProxyError("cannot write shim.sh: standard output is closed")
-    with output():
-        sys.stdout.buffer.write(shim)
     return 0
 
 
+def add_token(config: Config, name: str) -> int:
+    """A fresh token for NAME, at the end of the token file."""
+    import secrets
+
+    file = config.token_file
+    if not file:
+        raise ConfigError("SSH_AGENT_PROXY_TOKEN_FILE (--token-file) is not set: it says where "
+                          "tokens are kept")  # fmt: skip
+    if not _TOKEN_NAME.fullmatch(name):
+        raise ConfigError(f"{printable(name)!r} can't be a token's name: letters, digits, '.', "
+                          "'_' and '-' can")  # fmt: skip
+    token = secrets.token_urlsafe(32)
+    try:
+        os.makedirs(os.path.dirname(file.path) or ".", 0o700, exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+        with open(os.open(file.path, flags, 0o600), "ab") as f:
+            last = file.read(lambda text: text[-1:], private=True)
+            added = f"{token} {name}\n" if last in ("", "\n") else f"\n{token} {name}\n"
+            config.tokens(added)  # what can't be read is not added to
+            f.write(added.encode())
+    except OSError as e:
+        raise ProxyError(f"cannot write {printable(file.path)!r}: {e.strerror}") from e
+    return output(f"{token}\n".encode())
+
+
 def run(env: Env, argv: Sequence[str]) -> int:
-    config = Config.from_env(env, argv, COMMANDS)
+    """A command's exit status."""
+    try:
+        config = Config.from_env(env, argv, COMMANDS)
+    except SystemExit as e:  # --help, --version
+        output(b"")
+        return int(e.code or 0)
     start_log(config.level)
     command = " ".join(config.command or ("serve",))
     if command == "serve":
         return serve(config)
     if command == "shim":
-        return print_shim()
-    known = " and ".join(COMMANDS)
-    raise ConfigError(f"no such command: {printable(command)!r} (there are {known})")
-
-
-def complain(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody can be told
-        os.write(2, f"{PROGRAM}: {text}\n".encode("utf-8", "backslashreplace"))
+        return output(read_shim())
+    if config.command[0] == "token" and len(config.command) == 2:
+        return add_token(config, config.command[1])
+    raise ConfigError(f"no such command: {printable(command)!r} (there are {', '.join(COMMANDS)})")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -2123,22 +2481,16 @@ def main(argv: Sequence[str]) -> int:
         except OSError:  # closed: a socket would get that number, and the log
             os.open(os.devnull, os.O_RDWR)
     try:
-        try:
-            return run(os.environ, argv)
-        except SystemExit as e:  # --help, --version
-            with output():
-                return int(e.code or 0)
-    except ConfigError as e:
-        complain(str(e))
-        return 2
-    except ProxyError as e:
-        complain(str(e))
-        return 1
-    except OSError as e:  # of the system: no file descriptors, say
-        complain(f"cannot run: {e.strerror or e}")
-        return 1
+        return run(os.environ, argv)
     except KeyboardInterrupt:
         return 130
+    except ProxyError as e:
+        status, why = 2 if isinstance(e, ConfigError) else 1, str(e)
+    except OSError as e:  # of the system: no file descriptors, say
+        status, why = 1, f"cannot run: {e.strerror or e}"
+    with contextlib.suppress(OSError):  # nobody can be told
+        os.write(2, f"{PROGRAM}: {why}\n".encode("utf-8", "backslashreplace"))
+    return status
 
 
 if __name__ == "__main__":

@@ -80,8 +80,11 @@ def test_help_names_every_option_and_command(option: str, home: Path) -> None:
 
 @pytest.mark.parametrize("flag", [o.flag for o in p.OPTIONS])
 def test_every_setting_of_the_table_is_an_option(flag: str, home: Path) -> None:
-    assert flag in ("--addr", "--namespace", "--upstream", "--pubkey", "--pubkey-file",
-                    "--allowed-hosts", "--timeout")  # fmt: skip
+    assert flag in (
+        "--addr", "--namespace", "--upstream", "--pubkey", "--pubkey-file", "--token-file",
+        "--payloads", "--confirm", "--confirm-for", "--allowed-hosts", "--timeout",
+    )  # fmt: skip
+
 
 
 @pytest.mark.parametrize("option", ["-V", "--version"])

@@ -295,21 +295,38 @@ def ways_to_name(line: str) -> List[str]:
 def test_a_key_is_named_by_its_line_or_its_fingerprint(keys: Keys) -> None:
     key, other = key_of(keys.line("ed25519")), key_of(keys.line("other"))
     for named in ways_to_name(keys.line("ed25519")):
-        wanted = p.choose_key(named, None)
+        wanted = p.choose_key(named, p.Wanted())
         assert wanted.fits(key)
         assert not wanted.fits(other)
     for any_key in (key, other):
-        assert p.choose_key(None, None).fits(any_key)
+        assert p.choose_key(None, p.Wanted()).fits(any_key)
 
 
-def test_a_pinned_key_stands_for_every_way_to_name_it(keys: Keys) -> None:
-    pinned = p.parse_key_line(keys.line("ed25519"))
+def pins(line: str) -> Dict[str, p.Wanted]:
+    """A key pinned as PUBKEY does it, and as a token's key= does."""
+    key = key_of(line)
+    return {
+        "line": p.Wanted(key, pinned="SSH_AGENT_PROXY_PUBKEY"),
+        "fingerprint": p.Wanted(fingerprint=key.fingerprint, pinned="the key= of this token"),
+    }
+
+
+@pytest.mark.parametrize("pinned_by", ["line", "fingerprint"])
+def test_a_pinned_key_stands_for_every_way_to_name_it(pinned_by: str, keys: Keys) -> None:
+    key, other = key_of(keys.line("ed25519")), key_of(keys.line("other"))
+    pin = pins(keys.line("ed25519"))[pinned_by]
     for named in (None, *ways_to_name(keys.line("ed25519"))):
-        assert p.choose_key(named, pinned).key == pinned.key
+        wanted = p.choose_key(named, pin)
+        assert wanted.fits(key)
+        assert not wanted.fits(other)
+        assert wanted.pinned == pin.pinned
 
 
+@pytest.mark.parametrize("pinned_by", ["line", "fingerprint"])
 @pytest.mark.parametrize("way", ["line", "line without comment", "fingerprint", "unheard of"])
-def test_another_key_than_the_pinned_one_is_refused(way: str, keys: Keys) -> None:
+def test_another_key_than_the_pinned_one_is_refused(
+    way: str, pinned_by: str, keys: Keys
+) -> None:
     line, bare, fingerprint = ways_to_name(keys.line("other"))
     named = {
         "line": line,
@@ -318,9 +335,10 @@ def test_another_key_than_the_pinned_one_is_refused(way: str, keys: Keys) -> Non
         "unheard of": "SHA256:" + "A" * 43,
     }[way]
     with pytest.raises(p.RequestError) as e:
-        p.choose_key(named, p.parse_key_line(keys.line("ed25519")))
+        p.choose_key(named, pins(keys.line("ed25519"))[pinned_by])
     assert e.value.status == 403
-    assert "SSH_AGENT_PROXY_PUBKEY" in str(e.value)
+    changed = {"line": "SSH_AGENT_PROXY_PUBKEY", "fingerprint": "the key= of this token"}
+    assert str(e.value).endswith(f"or change {changed[pinned_by]}")
 
 
 @pytest.mark.parametrize("pin", [False, True])
@@ -353,7 +371,7 @@ def test_another_key_than_the_pinned_one_is_refused(way: str, keys: Keys) -> Non
 )
 def test_a_malformed_key_is_a_bad_request(named: str, pin: bool, keys: Keys) -> None:
     with pytest.raises(p.RequestError) as e:
-        p.choose_key(named, p.parse_key_line(keys.line("ed25519")) if pin else None)
+        p.choose_key(named, pins(keys.line("ed25519"))["line"] if pin else p.Wanted())
     assert e.value.status == 400
     assert "SSHSIG-Key" in str(e.value)
     assert str(e.value).isprintable()

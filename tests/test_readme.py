@@ -73,6 +73,7 @@ def test_every_endpoint_is_in_the_table() -> None:
 def test_every_message_explained_is_one_that_is_said() -> None:
     said = re.sub(r'"\s*\n\s*f?"', "", PROXY_SOURCE) + SHIM_SOURCE
     said = re.sub(r"\{(self|exchange)\.upstream\}", "agent at ", said)
+    said = said.replace("{self.what}", "the agent at ")
     messages = first_cells(section("## When something fails"))
     assert len(messages) > 10
     for message in messages:
