@@ -1,13 +1,17 @@
 #!/bin/sh
 # ssh-agent-proxy-sign: stands in for ssh-keygen, as git's gpg.ssh.program, where no SSH agent is.
 #
-#   -Y sign …       asks ssh-agent-proxy, over HTTP, for the signature
+#   -Y sign …       asks ssh-agent-proxy for the signature, over HTTP or its Unix socket
 #   pubkey [PATH]   prints the public key that signs, or writes it to PATH
 #   key             prints it for git's gpg.ssh.defaultKeyCommand
 #   anything else   is handed to the real ssh-keygen
 #
-# SSH_AGENT_PROXY_URL         the sign endpoint, http://127.0.0.1:7221/sign when unset
+# SSH_AGENT_PROXY_URL         the sign endpoint, http://127.0.0.1:7221/sign when unset, or the
+#                             proxy's Unix socket: unix:/path
 # SSH_AGENT_PROXY_PUBKEY_URL  the public key endpoint, derived from it when unset
+# SSH_AGENT_PROXY_TOKEN       the bearer token, where the proxy wants one
+# SSH_AGENT_PROXY_TOKEN_FILE  a file with it, when the one above is unset; when both are, it is
+#                             looked for in ~/.config/ssh-agent-proxy/token
 # SSH_AGENT_PROXY_CURL        another curl (7.68 or newer)
 
 set -eu
@@ -249,15 +253,10 @@ is_shim() {
 
 # --- Asking the proxy -------------------------------------------------------------------------
 
-# $sign_url, checked.
+# $sign_url, checked, and the token for it.
 find_sign_url() {
-    for name in SSH_AGENT_PROXY_TOKEN SSH_AGENT_PROXY_TOKEN_FILE; do
-        eval "value=\${$name:-}"
-        [ -z "$value" ] || fail "$name is set, but this $PROGRAM sends no token: unset it" ||
-            return 1
-    done
     sign_url=${SSH_AGENT_PROXY_URL:-http://127.0.0.1:7221/sign}
-    check_url SSH_AGENT_PROXY_URL "$sign_url"
+    check_url SSH_AGENT_PROXY_URL "$sign_url" && find_token
 }
 
 # $pubkey_url, checked.
@@ -268,6 +267,7 @@ find_pubkey_url() {
         return
     fi
     case $sign_url in
+    unix:*) pubkey_url=$sign_url ;;
     */sign) pubkey_url=${sign_url%sign}publickey ;;
     *)
         fail "SSH_AGENT_PROXY_URL is $sign_url, which does not end in /sign: set \
@@ -280,12 +280,13 @@ SSH_AGENT_PROXY_PUBKEY_URL to where the public key is"
 check_url() {
     show "$2"
     case $2 in
-    unix:*) fail "$1 is $shown, but this $PROGRAM speaks only http:// and https://" ;;
+    unix:/*) ;; # no more than a path, which curl takes as it is
+    unix:*) fail "$1 is $shown: the path after unix: must begin with /" ;;
     http://*@* | https://*@*) fail "$1 must not carry a user name or password" ;;
     *[!][A-Za-z0-9:/._~%+,=-]*) fail "$1 is $shown: that is no URL of a proxy" ;;
     http://[!/]*/*[!/] | https://[!/]*/*[!/]) ;;
     http://* | https://*) fail "$1 is $shown: it must name a path, such as /sign" ;;
-    *) fail "$1 is $shown: it must begin with http:// or https://" ;;
+    *) fail "$1 is $shown: it must begin with http:// or https:// or unix:/" ;;
     esac
 }
 
@@ -305,15 +306,107 @@ is_loopback() {
     return 1
 }
 
+# $token, empty where there is none; $from, for a message, is what holds it, or $without why the
+# file that is looked for unasked does not. Only a proxy that wants one makes that a failure.
+find_token() {
+    set +a           # no program gets it with its environment,
+    unset token || : # not even where one of that name came with ours
+    token='' without=''
+    own_token_file=${HOME:-}/.config/ssh-agent-proxy/token
+    # Nor does a trace show it: to some shells what is set in a function counts only there.
+    if [ -n "${SSH_AGENT_PROXY_TOKEN:+set}" ]; then
+        set +x
+        token=$SSH_AGENT_PROXY_TOKEN
+        from=SSH_AGENT_PROXY_TOKEN
+    elif [ -n "${SSH_AGENT_PROXY_TOKEN_FILE:-}" ]; then
+        set +x
+        if ! read_token "$SSH_AGENT_PROXY_TOKEN_FILE"; then
+            fail "SSH_AGENT_PROXY_TOKEN_FILE gives no token: $problem"
+            return 1
+        fi
+    elif [ -e "$own_token_file" ]; then
+        set +x
+        read_token "$own_token_file" || without=$problem
+    fi
+    case $token in
+    =* | *[!A-Za-z0-9._~+/=-]* | *=[!=]*)
+        fail "what $from holds is no token: that is one word of letters, digits and . _ ~ + / - \
+(and = at its end), as \`ssh-agent-proxy token NAME\` prints it on the host"
+        ;;
+    esac
+}
+
+# The token in file $1: the first word of the first line that is neither empty nor a comment.
+read_token() {
+    show "$1"
+    if [ ! -e "$1" ]; then
+        explain_missing "$1" "is it mounted?"
+    elif [ -d "$1" ]; then
+        fail "$shown is a folder (container engines make one where there was nothing to mount)"
+    elif [ ! -r "$1" ]; then
+        fail "$shown cannot be read: permission denied"
+    else
+        from=$shown
+        { take_token <"$1"; } 2>/dev/null || fail "$from holds none"
+    fi
+}
+
+take_token() {
+    more=yes
+    while [ -n "$more" ]; do
+        read -r token rest || more='' # the last line may lack its end
+        token=${token%[! -~]}         # a carriage return
+        case $token in
+        '' | '#'*) token='' ;;
+        *) return 0 ;;
+        esac
+    done
+    return 1
+}
+
+# Why nothing is found at path $1, and $2: what to do where that is simply not there.
+explain_missing() {
+    missing=$1
+    while :; do
+        case $missing in
+        [!/]*/* | /*/*) folder=${missing%/*} ;;
+        *)
+            folder=${missing%%[!/]*} # the root or none
+            break
+            ;;
+        esac
+        [ ! -d "$folder" ] || break
+        missing=$folder
+    done
+    show "$1"
+    sought=$shown
+    show "$missing"
+    if [ ! -x "${folder:-.}" ]; then
+        show "${folder:-.}"
+        fail "$sought cannot be reached: permission denied in $shown"
+    elif [ -e "$missing" ]; then
+        fail "there is no $sought here, for $shown is no folder"
+    elif [ -L "$missing" ]; then
+        fail "there is no $sought here, for $shown is a link to what is not here: $2"
+    elif [ "$missing" != "$1" ]; then
+        fail "there is no $sought here, nor $shown: $2"
+    else
+        fail "there is no $sought here: $2"
+    fi
+}
+
 # Remembers why something failed, for a caller that may yet know better.
 fail() {
     problem=$1
     return 1
 }
 
-# converse URL [CURL'S OPTIONS]: true when our proxy answered 200, with $body; else $problem
-# says what is wrong, and $answered is what the proxy answered, if it did.
+# converse URL PATH [CURL'S OPTIONS]: true when our proxy answered 200, with $body; else $problem
+# says what is wrong, and $answered is what the proxy answered, if it did. PATH is what is asked
+# for where the URL is a socket; $place the URL as messages have it.
 converse() {
+    show "$1"
+    place=$shown
     ask "$@"
     if [ -z "$answered" ] && [ -z "$once" ]; then
         case $ended in
@@ -325,37 +418,57 @@ converse() {
         return 1
     fi
     if [ -z "$head_ends" ]; then
-        fail "the answer from $1 broke off: try again"
+        fail "the answer from $place broke off: try again"
         return 1
     fi
     case $server in
     ssh-agent-proxy/*) ;;
     *)
         show "$server"
-        fail "what answers at $1 is not ssh-agent-proxy (status $answered, Server: \
-${shown:-none}) but another program on that port, or a network policy's page: \
+        fail "what answers at $place is not ssh-agent-proxy (status $answered, Server: \
+${shown:-none}) but another program there, or a network policy's page: \
 SSH_AGENT_PROXY_URL says where to look"
         return 1
         ;;
     esac
     if [ "$answered" != 200 ]; then
         show "$body"
-        fail "$1 answered $answered: ${shown:-no reason given}"
+        fail "$place answered $answered: ${shown:-no reason given}"
+        [ "$answered" != 401 ] || advise_token
         return 1
     fi
     [ "$ended" = 0 ] || explain_silence "$1"
 }
 
-# ask URL [CURL'S OPTIONS]: one request. Leaves curl's exit status in $ended, and the answer in
-# $answered, $server and $body.
+# The proxy's own word says how to come by a token, and this where one was looked for.
+advise_token() {
+    show "$own_token_file"
+    if [ -n "${token:+set}" ]; then
+        advice="what was sent is the one in $from: put another there"
+    elif [ -n "$without" ]; then
+        advice="$without: put it there"
+    else
+        advice="neither SSH_AGENT_PROXY_TOKEN nor SSH_AGENT_PROXY_TOKEN_FILE is set, and there is \
+no $shown here: put it into one of them"
+    fi
+    fail "$problem ($advice)"
+}
+
+# ask URL PATH [CURL'S OPTIONS]: one request. Leaves curl's exit status in $ended, and the answer
+# in $answered, $server and $body.
 #
 # -q: no ~/.curlrc; -g: no [1-9] or {a,b} in names; Expect: a 100 would cost a round trip.
 ask() {
     url=$1
-    shift
-    if is_loopback "$url"; then
-        set -- --noproxy '*' ${1+"$@"}
-    fi
+    requested=$2
+    shift 2
+    case $url in
+    unix:*)
+        set -- --noproxy '*' --unix-socket "${url#unix:}" ${1+"$@"}
+        url=http://localhost$requested
+        ;;
+    *) ! is_loopback "$url" || set -- --noproxy '*' ${1+"$@"} ;;
+    esac
     set -- -q -s -g -i --suppress-connect-headers -H Expect: \
         --connect-timeout "$CONNECT_SECONDS" --max-time "$ANSWER_SECONDS" ${1+"$@"}
     ended=0
@@ -383,7 +496,23 @@ END_OF_ANSWER
 run_curl() {
     trap '' XFSZ
     ulimit -f 128 2>/dev/null || : # posh has none
-    exec "${SSH_AGENT_PROXY_CURL:-curl}" "$@"
+    if [ -z "${token:+set}" ]; then
+        exec "${SSH_AGENT_PROXY_CURL:-curl}" "$@"
+    fi
+    # By a here-document, for arguments are seen by everyone, those of printf too, which in mksh
+    # and posh is a program. Some shells make a temporary file of it, ksh by the umask; the group
+    # is for the failure of that. Standard input is free where there is a file for the answer;
+    # else it may be the data.
+    umask 077
+    if [ -n "$held" ]; then
+        { exec "${SSH_AGENT_PROXY_CURL:-curl}" "$@" -K -; } <<END_OF_CONFIG || exit 120
+header = "Authorization: Bearer $token"
+END_OF_CONFIG
+    fi
+    [ -e /dev/fd/0 ] || exit 120
+    { exec "${SSH_AGENT_PROXY_CURL:-curl}" "$@" -K /dev/fd/4; } 4<<END_OF_CONFIG || exit 120
+header = "Authorization: Bearer $token"
+END_OF_CONFIG
 }
 
 read_answer() {
@@ -430,31 +559,66 @@ read_body() {
 
 # curl's exit status, when there is no (whole) answer from URL $1.
 explain_silence() {
+    case $1 in
+    unix:*) ! explain_socket "${1#unix:}" || return 1 ;;
+    esac
     show "${SSH_AGENT_PROXY_CURL:-curl}"
     case $ended in
     7)
-        fail "nothing listens at $1 (connection refused): is ssh-agent-proxy running on the \
+        fail "nothing listens at $place (connection refused): is ssh-agent-proxy running on the \
 host, and its port reachable from here? SSH_AGENT_PROXY_URL says where to look"
         ;;
-    5) fail "the http_proxy for $1 has a name that is not known here" ;;
-    6) fail "the host of $1 is not known here: SSH_AGENT_PROXY_URL says where to look" ;;
+    5) fail "the http_proxy for $place has a name that is not known here" ;;
+    6) fail "the host of $place is not known here: SSH_AGENT_PROXY_URL says where to look" ;;
     2) fail "$shown does not know an option of curl 7.68: it must be that or newer" ;;
-    1 | 8) fail "what answers at $1 does not speak HTTP: another program on that port?" ;;
-    18) fail "the answer from $1 broke off: try again" ;;
-    23) fail "the answer from $1 could not be kept: the disk is full, or it is longer than any \
+    1 | 8) fail "what answers at $place does not speak HTTP: another program there?" ;;
+    18) fail "the answer from $place broke off: try again" ;;
+    23) fail "the answer from $place could not be kept: the disk is full, or it is longer than any \
 signature" ;;
-    28) fail "no answer from $1 in time ($CONNECT_SECONDS s to connect, $ANSWER_SECONDS s in \
+    28) fail "no answer from $place in time ($CONNECT_SECONDS s to connect, $ANSWER_SECONDS s in \
 all): does a prompt of the agent wait on the host?" ;;
     35 | 51 | 53 | 54 | 58 | 59 | 60 | 77 | 83 | 90 | 91)
-        fail "$1: no trusted TLS connection (curl's exit status $ended)"
+        fail "$place: no trusted TLS connection (curl's exit status $ended)"
         ;;
-    0 | 52 | 55 | 56) fail "$1 closed the connection without an answer: try again, and look at \
+    0 | 52 | 55 | 56) fail "$place closed the connection without an answer: try again, and look at \
 ssh-agent-proxy's log on the host" ;;
+    120) fail "$shown could not be handed the token: it takes a place for temporary files, such as \
+/tmp, or for standard input /dev/fd" ;;
     126 | 127)
         fail "$shown cannot be run: install curl (the package is called that), or say in \
 SSH_AGENT_PROXY_CURL which one to run"
         ;;
-    *) fail "$shown ended with exit status $ended, asking $1" ;;
+    *) fail "$shown ended with exit status $ended, asking $place" ;;
+    esac
+}
+
+# Is it for the socket at path $1 that there is no answer? Then $problem says why.
+explain_socket() {
+    show "$1"
+    case $ended in
+    6) problem="$shown is longer than the path of a socket can be" ;;
+    7)
+        if [ ! -e "$1" ]; then
+            explain_missing "$1" "is ssh-agent-proxy running on the host, with that address, and \
+the socket's folder mounted here?" || :
+        elif [ ! -S "$1" ]; then
+            problem="$shown is not a socket (container engines make a folder where there was \
+nothing to mount): SSH_AGENT_PROXY_URL must name the one that ssh-agent-proxy listens on"
+        elif [ ! -w "$1" ]; then
+            problem="$shown: permission denied: the socket is not open to this user (where \
+ssh-agent-proxy has a token file, its address can open it to a group by ?mode=0660)"
+        else
+            problem="nobody listens on $shown: is ssh-agent-proxy running on the host? (It makes \
+the socket anew at each start: mount the folder, not the socket alone)"
+        fi
+        ;;
+    0 | 52 | 55 | 56) problem="$place closed the connection without an answer: try again, and see \
+that it is the socket of ssh-agent-proxy, whose log tells more, and not an agent's own" ;;
+    4 | 48)
+        show "${SSH_AGENT_PROXY_CURL:-curl}"
+        problem="$shown was built without Unix sockets"
+        ;;
+    *) return 1 ;;
     esac
 }
 
@@ -601,12 +765,12 @@ adopt_key() {
 # The public key that the proxy signs with: $found, and with its comment $line.
 fetch_key() {
     find_pubkey_url || return 1
-    converse "$pubkey_url" || return 1
+    converse "$pubkey_url" /publickey || return 1
     read -r word blob rest <<END_OF_BODY
 $body
 END_OF_BODY
     if ! take_key "$word" "$blob"; then
-        fail "$pubkey_url answered 200 without a public key"
+        fail "$place answered 200 without a public key"
         return 1
     fi
     line=$found
@@ -787,14 +951,14 @@ obtain_signature() {
         *) die "$problem" ;;
         esac
     fi
-    is_signature || die "$sign_url answered 200 without a whole signature"
+    is_signature || die "$place answered 200 without a whole signature"
 }
 
 post() {
     set -- -T "$1" -H "SSHSIG-Namespace: $namespace"
     [ -z "$hash" ] || set -- "$@" -H "SSHSIG-Hash: $hash"
     [ -z "$wanted" ] || set -- "$@" -H "SSHSIG-Key: $wanted"
-    converse "$sign_url" -X POST "$@"
+    converse "$sign_url" /sign -X POST "$@"
 }
 
 # A key that was fetched, and that the proxy will not sign with any more, is replaced; once.

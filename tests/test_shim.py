@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pty
 import re
 import select
+import shlex
 import signal
 import socket
 import stat
@@ -40,6 +42,32 @@ NOBODY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43
 COMMIT = b"tree 4b825dc642cb6eb9a060e54bf8d69288fbee4904\nauthor A <a@b> 0 +0000\n\nmessage\n"
 TAG = b"object 4b825dc642cb6eb9a060e54bf8d69288fbee4904\ntype tree\ntag v1\n\nmessage\n"
 OURS = "ssh-agent-proxy-sign"
+
+HOSTILE_NAMES = [
+    "a b",
+    " ",
+    "-x",
+    "--help",
+    "-",
+    "a[1]{x,y}",
+    "@a",
+    "a;type=x",
+    "a,b",
+    "a\nb",
+    "a\\b",
+    '"a"',
+    "'a'",
+    "$(id)",
+    "`id`",
+    "*",
+    "?",
+    "~",
+    "#1",
+    "%41",
+    "\u00e4\u202e",
+    "a\x1b[2J",
+    "x" * 240,
+]
 
 # How each shell is called, as what it is called here, and the package that has it.
 SHELLS: Dict[str, Tuple[List[str], str]] = {
@@ -152,25 +180,52 @@ class Served(Dict[str, str]):
 
     agent: Agent
     proxy: Proxy
+    socket: Path  # where it listens, too
+
+    def at(self, where: str) -> Dict[str, str]:
+        """The same, asked over http or unix."""
+        return {**self, "SSH_AGENT_PROXY_URL": f"unix:{self.socket}"} if where == "unix" else self
+
+
+@contextlib.contextmanager
+def serve(keys: Keys, *options: str, tokens: str = "") -> Iterator[Served]:
+    with tempfile.TemporaryDirectory(prefix="sap.", dir="/tmp") as folder:
+        home = Path(folder)
+        agent = Agent(home / "agent")
+        agent.add(keys["ed25519"])
+        argv = [sys.executable, str(ROOT / "ssh_agent_proxy.py"), *options,
+                "--addr", f"127.0.0.1:0,unix:{home}/socket",
+                "--upstream", str(agent.sock)]  # fmt: skip
+        if tokens:
+            (home / "tokens").touch(0o600)
+            (home / "tokens").write_text(tokens)
+            argv += ["--token-file", str(home / "tokens")]
+        proxy = Proxy(argv, clean_env(home))
+        env = Served(SSH_AGENT_PROXY_URL=f"{proxy.url}/sign")
+        env.agent, env.proxy, env.socket = agent, proxy, home / "socket"
+        try:
+            yield env
+        finally:
+            proxy.stop()
+            agent.stop()
 
 
 @pytest.fixture(scope="module")
 def served(keys: Keys) -> Iterator[Served]:
     """One real proxy for all the tests that change nothing about it: the agent holds ed25519."""
-    with tempfile.TemporaryDirectory(prefix="sap.", dir="/tmp") as folder:
-        home = Path(folder)
-        agent = Agent(home / "agent")
-        agent.add(keys["ed25519"])
-        proxy = Proxy(
-            [sys.executable, str(ROOT / "ssh_agent_proxy.py"), "--addr", "127.0.0.1:0",
-             "--upstream", str(agent.sock), "--namespace", "git,file,--"],
-            clean_env(home),
-        )  # fmt: skip
-        env = Served(SSH_AGENT_PROXY_URL=f"{proxy.url}/sign")
-        env.agent, env.proxy = agent, proxy
+    with serve(keys, "--namespace", "git,file,--") as env:
         yield env
-        proxy.stop()
-        agent.stop()
+
+
+# Each is known to the proxy by a name of its own, which the log tells.
+TOKENS = {name: f"s3cr3t-{name}.~_+/-Z==" for name in ("variable", "file", "home")}
+
+
+@pytest.fixture(scope="module")
+def guarded(keys: Keys) -> Iterator[Served]:
+    """The same with a token file."""
+    with serve(keys, tokens="".join(f"{TOKENS[name]} {name}\n" for name in TOKENS)) as env:
+        yield env
 
 
 class Liar:
@@ -885,7 +940,10 @@ def test_key_gives_one_that_nobody_holds_when_the_proxy_cannot_be_asked(
         ("127.0.0.1:7221/sign", "must begin with http:// or https://"),
         ("-K/etc/passwd", "must begin with http:// or https://"),
         ("HTTP://127.0.0.1/sign", "must begin with http:// or https://"),
-        ("unix:/run/x.sock", "speaks only http:// and https://"),
+        ("unix:run/x.sock", "must begin with /"),
+        ("unix:", "must begin with /"),
+        ("unix:-K/etc/passwd", "must begin with /"),
+        ("UNIX:/run/x.sock", "or unix:/"),
         ("http://127.0.0.1:7221", "must name a path"),
         ("http://127.0.0.1:7221/", "must name a path"),
         ("http:///sign", "must name a path"),
@@ -906,14 +964,6 @@ def test_a_url_that_cannot_be_asked_is_named(any_shim: Shim, url: str, fragment:
     line = said(any_shim.sign("m", env={"SSH_AGENT_PROXY_URL": url}))
     assert line.startswith("SSH_AGENT_PROXY_URL ")
     assert fragment in line
-    assert "secret" not in line
-
-
-@pytest.mark.parametrize("name", ["SSH_AGENT_PROXY_TOKEN", "SSH_AGENT_PROXY_TOKEN_FILE"])
-def test_a_token_is_not_ignored_and_not_shown(shim: Shim, served: Served, name: str) -> None:
-    shim.file()
-    line = said(shim.sign("m", env={**served, name: "secret"}))
-    assert line.startswith(f"{name} is set")
     assert "secret" not in line
 
 
@@ -949,6 +999,649 @@ def test_without_a_url_the_proxys_own_default_is_asked(one_shim: Shim) -> None:
     one_shim.file()
     one_shim.sign("m", env=recorder)
     assert recorded(one_shim)[-1] == "http://127.0.0.1:7221/sign"
+
+
+# ---------------------------------------------------------------- the token
+
+# What the shim asks the proxy for, and how.
+WAYS = ["file", "pipe", "stdin", "streamed", "pubkey", "key", "fetched"]
+
+
+def ask(shim: Shim, way: str, env: Dict[str, str]) -> Done[bytes]:
+    shim.file()
+    if way == "pipe":
+        argv = ["sh", "-c", 'mkfifo pipe && { cat m >pipe & exec "$@"; }', "sh", *shim.argv]
+        return run([*argv, "-Y", "sign", "pipe"], {**shim.env, **env}, shim.folder, check=False)
+    more = {"TMPDIR": "/nowhere"} if way == "streamed" else {}
+    argv = {
+        "file": ["-Y", "sign", "m"],
+        "fetched": ["-Y", "sign", "-f", "./k", "m"],
+        "pubkey": ["pubkey"],
+        "key": ["key"],
+    }.get(way, ["-Y", "sign"])
+    return shim(*argv, input=COMMIT, env={**env, **more})
+
+
+def well_asked(shim: Shim, way: str, done: Done[bytes], keys: Keys) -> None:
+    assert (done.returncode, done.stderr) == (0, b"")
+    if way in ("pubkey", "key"):
+        assert done.stdout.decode() == f"{keys.line('ed25519')}\n"
+    elif way in ("stdin", "streamed"):
+        verified(keys, done.stdout, COMMIT)
+    else:
+        name = "pipe.sig" if way == "pipe" else "m.sig"
+        verified(keys, (shim.folder / name).read_bytes(), COMMIT)
+    if way == "fetched":
+        assert (shim.folder / "k.pub").read_text().endswith(f"\n{keys.line('ed25519')}\n")
+
+
+@pytest.mark.parametrize("where", ["http", "unix"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_token_opens_the_proxy(
+    any_shim: Shim, keys: Keys, guarded: Served, way: str, where: str
+) -> None:
+    env = {**guarded.at(where), "SSH_AGENT_PROXY_TOKEN": TOKENS["variable"]}
+    well_asked(any_shim, way, ask(any_shim, way, env), keys)
+    assert os.listdir(any_shim.env["TMPDIR"]) == []
+
+
+def home_token(shim: Shim, content: str) -> Path:
+    path = Path(shim.env["HOME"], ".config", "ssh-agent-proxy", "token")
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "set_to, taken",
+    [
+        ({"TOKEN": TOKENS["variable"], "TOKEN_FILE": "token", "HOME": ""}, "variable"),
+        ({"TOKEN": TOKENS["variable"], "TOKEN_FILE": "missing"}, "variable"),
+        ({"TOKEN": TOKENS["variable"]}, "variable"),
+        ({"TOKEN_FILE": "token", "HOME": ""}, "file"),
+        ({"TOKEN_FILE": "token"}, "file"),
+        ({"TOKEN": "", "TOKEN_FILE": "token"}, "file"),
+        ({"TOKEN": "", "TOKEN_FILE": "", "HOME": ""}, "home"),
+        ({"HOME": ""}, "home"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else value,
+)
+def test_the_token_is_the_variables_else_the_files_else_that_of_the_home(
+    any_shim: Shim, guarded: Served, set_to: Dict[str, str], taken: str
+) -> None:
+    any_shim.key("token", TOKENS["file"])
+    if "HOME" in set_to:
+        home_token(any_shim, f"{TOKENS['home']}\n")
+    env = {f"SSH_AGENT_PROXY_{name}": set_to[name] for name in set_to if name != "HOME"}
+    data = os.urandom(16)
+    done = any_shim.sign(input=data, env={**guarded, **env})
+    assert (done.returncode, done.stderr) == (0, b"")
+    digest = hashlib.sha512(data).hexdigest()
+    guarded.proxy.wait_log(rf"outcome=signed .* token={taken} .* digest=sha512:{digest}\b")
+
+
+def test_without_a_home_there_is_no_token_of_it(shim: Shim, served: Served) -> None:
+    argv = ["sh", "-c", 'unset HOME; exec "$@"', "sh", *shim.argv, "pubkey"]
+    assert run(argv, {**shim.env, **served}, shim.folder).stderr == b""
+
+
+TOKEN_FILES = {
+    "a line": "{}\n",
+    "no line end": "{}",
+    "a carriage return": "{}\r\n",
+    "a carriage return and no line end": "{}\r",
+    "the line of the host": "{} name key=SHA256:abc payloads=commit,tag\n",
+    "the line of the host with a carriage return": "{} name\r\n",
+    "comments and empty lines first": "# ours\n\n#TOKEN\n \t \n\r\n{}\n",
+    "blanks before and behind": " \t{}\t \n",
+    "the first of two": "{}\nanother\n",
+}
+
+
+@pytest.mark.parametrize("content", TOKEN_FILES.values(), ids=TOKEN_FILES.keys())
+def test_the_token_is_the_first_word_of_a_file(
+    any_shim: Shim, keys: Keys, guarded: Served, content: str
+) -> None:
+    path = any_shim.folder / "-a token"
+    path.write_bytes(content.format(TOKENS["file"]).encode())
+    env = {**guarded, "SSH_AGENT_PROXY_TOKEN_FILE": path.name}
+    well_asked(any_shim, "pubkey", any_shim("pubkey", env=env), keys)
+
+
+def test_a_token_is_read_from_a_pipe(shim: Shim, keys: Keys, guarded: Served) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, f"{TOKENS['file']}\n".encode())
+    os.close(writing)
+    shim.env.update(guarded, SSH_AGENT_PROXY_TOKEN_FILE=f"/dev/fd/{reading}")
+    process = shim.start("pubkey", pass_fds=[reading])
+    os.close(reading)
+    assert process.communicate(timeout=30) == (f"{keys.line('ed25519')}\n".encode(), b"")
+
+
+BROKEN_TOKENS = [
+    "s3cr3t s3cr3t",
+    " s3cr3t",
+    "s3cr3t ",
+    "s3cr3t\n",
+    "s3cr3t\r",
+    "s3cr3t\r\nX-Header: x",
+    's3cr3t"\nurl = "http://127.0.0.1/',
+    "s3cr3t\\",
+    "s3cr3t\x1b[2J",
+    "s3cr3t\x7f",
+    "s3cr3t\u00e4",
+    "s3cr3t,",
+    "s3cr3t%",
+    "s3cr3t$(id)",
+    "=s3cr3t",
+    "s3cr3t=s3cr3t",
+    "==",
+    "*",
+]
+
+
+@pytest.mark.parametrize("token", BROKEN_TOKENS, ids=ascii)
+def test_what_is_no_token_is_refused_and_not_shown(
+    any_shim: Shim, liar: Any, token: str
+) -> None:
+    server = liar(answer(ARMOR))
+    env = {"SSH_AGENT_PROXY_URL": server.url, "SSH_AGENT_PROXY_TOKEN": token}
+    line = said(any_shim.sign(input=COMMIT, env=env))
+    assert line.startswith("what SSH_AGENT_PROXY_TOKEN holds is no token: ")
+    assert "s3cr3t" not in line
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("set_by", ["SSH_AGENT_PROXY_TOKEN_FILE", "HOME"])
+@pytest.mark.parametrize("content", ["s3cr3t,", 's3cr3t"', "# x\n=s3cr3t", "s3cr3t\u00e4\u00e4"])
+def test_what_is_no_token_in_a_file_is_refused_and_not_shown(
+    any_shim: Shim, liar: Any, content: str, set_by: str
+) -> None:
+    server = liar(answer(ARMOR))
+    path = home_token(any_shim, f"{content}\n")
+    env = {"SSH_AGENT_PROXY_URL": server.url}
+    if set_by != "HOME":
+        path = path.rename(any_shim.folder / "token\x1b")
+        env[set_by] = str(path)
+    line = said(any_shim.sign(input=COMMIT, env=env))
+    shown = str(path).replace("\x1b", "?")
+    assert line.startswith(f"what {shown} holds is no token: ")
+    assert "s3cr3t" not in line
+    assert server.requests == []
+
+
+NO_TOKEN_IN = {
+    "missing": "there is no missing here: is it mounted?",
+    "./missing/token": "there is no ./missing/token here, nor ./missing: is it mounted?",
+    "/missing/folder/token": "there is no /missing/folder/token here, nor /missing: is it mounted?",
+    "m/token": "there is no m/token here, for m is no folder",
+    "link": "there is no link here, for link is a link to what is not here: is it mounted?",
+    "folder": "folder is a folder (container engines make one where there was nothing to mount)",
+    "empty": "empty holds none",
+    "comments": "comments holds none",
+    "closed": "closed cannot be read: permission denied",
+    "closed folder/token": "closed folder/token cannot be reached: permission denied in "
+    "closed folder",
+    "closed folder/a/token": "closed folder/a/token cannot be reached: permission denied in "
+    "closed folder",
+    "\x1b[2J\n\x7f": "there is no ?[2J?? here: is it mounted?",
+}
+
+
+@pytest.fixture
+def lay_out_tokens() -> Iterator[Callable[[Path], None]]:
+    closed: List[Path] = []
+
+    def lay_out_in(folder: Path) -> None:
+        folder.chmod(0o755)
+        (folder / "m").write_bytes(COMMIT)
+        (folder / "link").symlink_to("/nowhere/token")
+        (folder / "folder").mkdir()
+        (folder / "empty").touch()
+        (folder / "comments").write_text("# s3cr3t\n\n \n")
+        (folder / "closed").write_text("s3cr3t\n")
+        (folder / "closed folder").mkdir()
+        for name in ("closed", "closed folder"):
+            (folder / name).chmod(0)
+            closed.append(folder / name)
+
+    yield lay_out_in
+    for path in closed:
+        path.chmod(0o700)
+
+
+@pytest.mark.parametrize("name", NO_TOKEN_IN, ids=ascii)
+def test_a_token_file_without_a_token_is_told_what_is_wrong_with_it(
+    any_shim: Shim, liar: Any, name: str, lay_out_tokens: Any
+) -> None:
+    server = liar(answer(f"{LINE}\n".encode()))
+    lay_out_tokens(any_shim.folder)
+    env = {"SSH_AGENT_PROXY_URL": server.url, "SSH_AGENT_PROXY_TOKEN_FILE": name}
+    argv = [*as_nobody(any_shim), *any_shim.argv, "pubkey"]
+    line = said(run(argv, {**any_shim.env, **env}, any_shim.folder, check=False))
+    assert line == f"SSH_AGENT_PROXY_TOKEN_FILE gives no token: {NO_TOKEN_IN[name]}"
+    assert server.requests == []
+
+
+def test_from_a_folder_that_is_closed_the_search_for_a_token_ends(
+    any_shim: Shim, lay_out_tokens: Any
+) -> None:
+    """Not even "." is a folder there."""
+    lay_out_tokens(any_shim.folder)
+    folder = any_shim.folder / "closed folder"
+    folder.chmod(0o755)
+    argv = [*as_nobody(any_shim), "sh", "-c", 'cd "$1"; chmod 0 .; shift; exec "$@"', "sh",
+            "closed folder", *any_shim.argv, "pubkey"]  # fmt: skip
+    if os.geteuid() == 0:
+        os.chown(folder, 65534, 65534)
+    env = {**any_shim.env, "SSH_AGENT_PROXY_TOKEN_FILE": "token"}
+    line = said(run(argv, env, any_shim.folder, check=False))
+    assert "token cannot be reached: permission denied in ." in line
+
+
+# The one that is looked for unasked: what is there, and what is said of it once a token is missed.
+HOME_TOKENS = {
+    "missing": "neither SSH_AGENT_PROXY_TOKEN nor SSH_AGENT_PROXY_TOKEN_FILE is set, and there "
+    "is no PATH here: put it into one of them",
+    "empty": "PATH holds none: put it there",
+    "a folder": "PATH is a folder (container engines make one where there was nothing to mount)",
+    "closed": "PATH cannot be read: permission denied",
+}
+
+
+def make_home_token(shim: Shim, state: str) -> Path:
+    path = home_token(shim, "" if state == "empty" else f"{TOKENS['home']}\n")
+    if state in ("missing", "a folder"):
+        path.unlink()
+    if state == "a folder":
+        path.mkdir()
+    if state == "closed":
+        path.chmod(0)
+    return path
+
+
+@pytest.mark.parametrize("state", HOME_TOKENS)
+def test_where_the_home_has_no_token_a_proxy_that_wants_none_signs(
+    any_shim: Shim, keys: Keys, served: Served, state: str
+) -> None:
+    make_home_token(any_shim, state)
+    argv = [*as_nobody(any_shim, Path(any_shim.env["HOME"])), *any_shim.argv, "pubkey"]
+    done = run(argv, {**any_shim.env, **served}, any_shim.folder, check=False)
+    well_asked(any_shim, "pubkey", done, keys)
+
+
+@pytest.mark.parametrize("state", HOME_TOKENS)
+def test_where_the_home_has_no_token_and_one_is_wanted_it_is_said_why(
+    any_shim: Shim, guarded: Served, state: str
+) -> None:
+    path = make_home_token(any_shim, state)
+    argv = [*as_nobody(any_shim, Path(any_shim.env["HOME"])), *any_shim.argv, "pubkey"]
+    line = said(run(argv, {**any_shim.env, **guarded}, any_shim.folder, check=False))
+    assert "/publickey answered 401: a token is needed" in line
+    assert HOME_TOKENS[state].replace("PATH", str(path)) in line
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_without_a_token_the_proxys_word_and_what_to_do_are_told(
+    shim: Shim, guarded: Served, way: str
+) -> None:
+    done = ask(shim, way, guarded)
+    if way == "key":  # git would not pass a failure on
+        assert done.returncode == 0
+        assert done.stdout.decode() == f"{NOBODY} ssh-agent-proxy-any\n"
+        done = Done(done.args, 1, b"", done.stderr)
+    line = said(done)
+    assert "answered 401: a token is needed: `ssh-agent-proxy token NAME` makes one" in line
+    assert "(neither SSH_AGENT_PROXY_TOKEN nor SSH_AGENT_PROXY_TOKEN_FILE is set, and " in line
+    assert not list(shim.folder.glob("*.sig"))
+
+
+def test_a_token_that_the_proxy_does_not_know_is_told_by_where_it_stands(
+    any_shim: Shim, guarded: Served
+) -> None:
+    path = home_token(any_shim, "s3cr3t-old\n")
+    for env, place in [
+        ({"SSH_AGENT_PROXY_TOKEN": "s3cr3t-old"}, "SSH_AGENT_PROXY_TOKEN"),
+        ({"SSH_AGENT_PROXY_TOKEN_FILE": str(path)}, path),
+        ({}, path),
+    ]:
+        line = said(any_shim("pubkey", env={**guarded, **env}))
+        assert "/publickey answered 401: this token is not one of the proxy's" in line
+        assert line.endswith(f"(what was sent is the one in {place}: put another there)")
+        assert "s3cr3t" not in line
+
+
+def sent_token(request: bytes) -> Optional[str]:
+    found = re.findall(rb"(?i)\r\nAuthorization:([^\r\n]*)", request)
+    assert len(found) <= 1
+    return found[0].decode() if found else None
+
+
+def test_without_a_token_none_is_sent(shim: Shim, liar: Any) -> None:
+    server = liar(answer(ARMOR))
+    assert shim.sign(input=COMMIT, env={"SSH_AGENT_PROXY_URL": server.url}).stdout == ARMOR
+    assert sent_token(server.requests[0]) is None
+
+
+def test_the_token_is_sent_with_the_second_try_too(any_shim: Shim, liar: Any) -> None:
+    server = liar(b"", answer(ARMOR))
+    env = {"SSH_AGENT_PROXY_URL": server.url, "SSH_AGENT_PROXY_TOKEN": "s3cr3t"}
+    assert any_shim.sign(input=COMMIT, env=env).stdout == ARMOR
+    assert [sent_token(request) for request in server.requests] == [" Bearer s3cr3t"] * 2
+
+
+def test_the_token_is_sent_with_all_that_a_rotation_asks(any_shim: Shim, liar: Any) -> None:
+    refusal = answer(b"no such key\n", "404 Not Found")
+    server = liar(refusal, answer(f"{NOBODY[:-1]}B x\n".encode()), answer(ARMOR))
+    any_shim.file()
+    any_shim.key("k.pub", "# fetched from ssh-agent-proxy, replaced", LINE)
+    env = {"SSH_AGENT_PROXY_URL": server.url, "SSH_AGENT_PROXY_TOKEN": "s3cr3t"}
+    assert any_shim.sign("-f", "./k.pub", "m", env=env).returncode == 0
+    assert [sent_token(request) for request in server.requests] == [" Bearer s3cr3t"] * 3
+
+
+def test_where_a_redirect_points_the_token_is_not_sent(shim: Shim, liar: Any) -> None:
+    other = liar(answer(ARMOR))
+    server = liar(answer(b"", "307 Temporary Redirect", Location=other.url))
+    env = {"SSH_AGENT_PROXY_URL": server.url, "SSH_AGENT_PROXY_TOKEN": "s3cr3t"}
+    assert "answered 307" in said(shim.sign(input=COMMIT, env=env))
+    assert sent_token(server.requests[0]) == " Bearer s3cr3t"
+    assert other.requests == []
+
+
+def test_who_makes_a_tunnel_is_not_sent_the_token(shim: Shim, liar: Any) -> None:
+    tunnel = liar(b"HTTP/1.1 200 Connection established\r\n\r\nno TLS")
+    env = {
+        "SSH_AGENT_PROXY_URL": "https://host.internal/sign",
+        "SSH_AGENT_PROXY_TOKEN": "s3cr3t",
+        "https_proxy": f"http://127.0.0.1:{tunnel.port}",
+    }
+    assert "no trusted TLS connection" in said(shim.sign(input=COMMIT, env=env))
+    assert tunnel.requests[0].startswith(b"CONNECT host.internal:443 ")
+    assert sent_token(tunnel.requests[0]) is None
+
+
+SOURCES = {"variable": "SSH_AGENT_PROXY_TOKEN", "file": "SSH_AGENT_PROXY_TOKEN_FILE"}
+
+
+def token_from(shim: Shim, source: str) -> Dict[str, str]:
+    path = shim.key("token", "s3cr3t-file", "s3cr3t-next")
+    return {SOURCES[source]: str(path) if source == "file" else "s3cr3t-variable"}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("way", ["file", "stdin", "streamed", "pubkey"])
+def test_curl_gets_the_token_neither_as_an_argument_nor_in_its_environment(
+    any_shim: Shim, way: str, source: str
+) -> None:
+    where = any_shim.folder
+    config = "/dev/fd/4" if way == "streamed" else "-"
+    script = f"""
+        printf '%s\\n' "$@" >"{where}/argv"
+        env >"{where}/env"
+        for config; do :; done
+        [ "$config" = - ] || exec <"$config"
+        cat >"{where}/config"
+        exit 7
+    """
+    # Were one of the shim's own variables in the environment, it would be passed on.
+    own = set(re.findall(r"[a-z_]+(?==)|(?<=read -r )[a-z_]+", SHIM.read_text()))
+    assert {"token", "rest", "word", "value"} <= own
+    env = {**dict.fromkeys(own, "x"), **fake_curl(any_shim, script), **token_from(any_shim, source)}
+    env["SSH_AGENT_PROXY_URL"] = "http://127.0.0.1:1/sign"
+    assert "s3cr3t" not in said(ask(any_shim, way, env))
+    assert recorded(any_shim)[-2:] == ["-K", config]
+    assert "s3cr3t" not in (where / "argv").read_text()
+    passed_on = [line for line in (where / "env").read_text().splitlines() if "s3cr3t" in line]
+    given = ["SSH_AGENT_PROXY_TOKEN=s3cr3t-variable"]
+    assert passed_on == (given if source == "variable" else [])
+    expected = f'header = "Authorization: Bearer s3cr3t-{source}"\n'
+    assert (where / "config").read_text() == expected
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_trace_does_not_show_the_token_nor_does_a_shell_that_exports_all_pass_it_on(
+    any_shim: Shim, source: str
+) -> None:
+    script = f'env >"{any_shim.folder}/env"; exit 7'
+    env = {**any_shim.env, **fake_curl(any_shim, script), **token_from(any_shim, source)}
+    argv = [*any_shim.argv[:-1], "-ax", any_shim.argv[-1], "-Y", "sign"]
+    done = run(argv, env, any_shim.folder, input=COMMIT, check=False)
+    assert b"find_token" in done.stderr, "it was traced so far"
+    assert b"s3cr3t" not in done.stderr
+    left = (any_shim.folder / "env").read_text()
+    assert left.count("s3cr3t") == (1 if source == "variable" else 0)
+
+
+@on_linux
+@pytest.mark.parametrize("way", ["file", "stdin", "streamed", "pubkey"])
+def test_no_argument_and_no_file_that_others_can_read_ever_holds_the_token(
+    any_shim: Shim, liar: Any, way: str
+) -> None:
+    """As the kernel saw it, programs that ended at once included."""
+    server = liar(answer(b"no\n", "503 Service Unavailable"))
+    trace = any_shim.folder / "trace"
+    calls = "execve,open,openat,openat2,creat,memfd_create,umask,fchmod,chmod,write,writev,pwrite64"
+    shell = any_shim.argv
+    any_shim.argv = [
+        need("strace", "strace"), "-f", "-y", "-v", "-s", "65536", "-o", str(trace),
+        "-e", f"trace={calls}", "-e", "signal=none", *shell,
+    ]  # fmt: skip
+    env = {"SSH_AGENT_PROXY_URL": server.url, **token_from(any_shim, "file")}
+    assert "answered 503: no" in said(ask(any_shim, way, env))
+    assert sent_token(server.requests[0]) == " Bearer s3cr3t-file"
+    lines = trace.read_text().splitlines()
+    programs = [line for line in lines if " execve(" in line]
+    assert any("/curl" in line for line in programs)
+    assert not [line for line in programs if "s3cr3t" in line]
+    masks: Dict[str, int] = {}  # of each process that set one
+    modes: Dict[str, int] = {}  # of each file that was made
+    written = []
+    for line in lines:
+        pid, _, call = line.partition(" ")
+        if mask := re.match(r" *umask\((0\d*)\)", call):
+            masks[pid] = int(mask.group(1), 8)
+        made = re.match(r' *open(?:at)?\(.*O_CREAT.*, (0\d+)\) = \d+<(.*)>$', call)
+        if made:
+            name = made.group(2)
+            modes[name] = int(made.group(1), 8) & ~masks.get(pid, 0o022)
+        if call.lstrip().startswith(("write", "pwrite")) and "s3cr3t" in call:
+            target = re.match(r" *\w+\(\d+<(.*?)>(?:\(deleted\))?,", call)
+            assert target, call
+            written.append(target.group(1).replace(" (deleted)", ""))
+    assert written, "the shell has written the here-document somewhere"
+    for name in written:
+        if not name.startswith(("pipe:", "socket:", "TCP:", "UNIX")):
+            assert modes[name] & 0o077 == 0, (name, oct(modes[name]))
+
+
+@on_linux
+@pytest.mark.parametrize(  # posh dies there, of any script with a here-document
+    "any_shim", [name for name in SHELLS if name != "posh"], indirect=True
+)
+def test_where_the_token_cannot_be_handed_over_it_is_said_what_is_missing(
+    any_shim: Shim, liar: Any
+) -> None:
+    """Some shells make a temporary file of a here-document, others need none."""
+    server = liar(answer(ARMOR))
+    script = f"""
+        mount -t tmpfs none disk && cp m "{SHIM}" disk && cd disk || exit 99
+        for folder in /tmp /dev/shm /var/tmp; do
+            mount -t tmpfs -o ro none "$folder" || exit 99
+        done
+        "$@" ./shim.sh -Y sign m
+        echo "$?"; ls -A
+    """
+    (any_shim.folder / "disk").mkdir()
+    any_shim.file()
+    done = run(
+        [need("unshare", "util-linux"), "--user", "--map-root-user", "--mount", "sh", "-c", script,
+         "sh", *any_shim.argv[:-1]],
+        env={**any_shim.env, "TMPDIR": "/tmp", "SSH_AGENT_PROXY_TOKEN": "s3cr3t",
+             "SSH_AGENT_PROXY_URL": server.url},
+        cwd=any_shim.folder, check=False,
+    )  # fmt: skip
+    if server.requests:
+        assert (done.stdout, done.stderr) == (b"0\nm\nm.sig\nshim.sh\n", b"")
+        assert sent_token(server.requests[0]) == " Bearer s3cr3t"
+    else:
+        assert done.stdout == b"1\nm\nshim.sh\n"
+        done = Done(done.args, 1, b"", done.stderr)
+        assert "could not be handed the token: it takes a place for temporary files" in said(done)
+
+
+# ---------------------------------------------------------------- the Unix socket
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_socket_is_asked_for_all_that_a_port_is(
+    any_shim: Shim, keys: Keys, served: Served, way: str
+) -> None:
+    well_asked(any_shim, way, ask(any_shim, way, served.at("unix")), keys)
+
+
+@pytest.mark.parametrize("name", [*HOSTILE_NAMES, "sign"], ids=ascii)
+def test_the_path_of_a_socket_may_hold_anything(
+    shim: Shim, keys: Keys, served: Served, short: Path, name: str
+) -> None:
+    folder = short / name[:60]
+    folder.mkdir()
+    (folder / name[:1]).symlink_to(served.socket)
+    env = {"SSH_AGENT_PROXY_URL": f"unix:{folder}/{name[:1]}"}
+    well_asked(shim, "fetched", ask(shim, "fetched", env), keys)
+
+
+def test_a_socket_is_asked_past_every_proxy_of_the_environment(
+    shim: Shim, keys: Keys, served: Served, liar: Any
+) -> None:
+    other = liar(answer(b"", "403 Forbidden", None))
+    names = ["http_proxy", "all_proxy", "ALL_PROXY", "https_proxy"]
+    env = dict.fromkeys(names, f"http://127.0.0.1:{other.port}")
+    well_asked(shim, "file", ask(shim, "file", {**served.at("unix"), **env}), keys)
+    assert other.requests == []
+    said(shim("pubkey", env={**served.at("unix"), **env, **record_curl(shim)}))
+    argv = recorded(shim)
+    assert argv[argv.index("--noproxy") + 1] == "*", "whatever this curl makes of a proxy there"
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/other", "http://127.0.0.1:1/sign", "unix:/x"])
+def test_the_public_key_is_asked_for_at_a_socket_of_its_own(
+    shim: Shim, keys: Keys, served: Served, url: str
+) -> None:
+    env = {
+        "SSH_AGENT_PROXY_URL": url,
+        "SSH_AGENT_PROXY_PUBKEY_URL": f"unix:{served.socket}",
+    }
+    well_asked(shim, "pubkey", shim("pubkey", env=env), keys)
+
+
+def test_a_public_key_socket_without_a_whole_path_is_named(shim: Shim) -> None:
+    line = said(shim("pubkey", env={"SSH_AGENT_PROXY_PUBKEY_URL": "unix:x\n"}))
+    assert line.startswith("SSH_AGENT_PROXY_PUBKEY_URL is unix:x?: the path after unix: must")
+
+
+RUNNING = ": is ssh-agent-proxy running on the host, with that address, and the socket's folder "
+NO_SOCKET = " is not a socket (container engines make a folder where there was nothing to mount)"
+UNANSWERED = {
+    "missing": f"there is no HERE/missing here{RUNNING}mounted here?",
+    "no/folder": f"there is no HERE/no/folder here, nor HERE/no{RUNNING}mounted here?",
+    "link": f"there is no HERE/link here, for HERE/link is a link to what is not here{RUNNING}"
+    "mounted here?",
+    "m/socket": "there is no HERE/m/socket here, for HERE/m is no folder",
+    "m": f"HERE/m{NO_SOCKET}: SSH_AGENT_PROXY_URL must name the one that ssh-agent-proxy listens",
+    "folder": f"HERE/folder{NO_SOCKET}: SSH_AGENT_PROXY_URL must name the one that",
+    "stale": "nobody listens on HERE/stale: is ssh-agent-proxy running on the host?",
+    "not ours": "HERE/not ours: permission denied: the socket is not open to this user",
+    "closed folder/socket": "HERE/closed folder/socket cannot be reached: permission denied in "
+    "HERE/closed folder",
+    "x" * 120: "HERE/" + "x" * 120 + " is longer than the path of a socket can be",
+    "\x1b[2J\n\x7fusage:": "there is no HERE/?[2J??usage  here",
+    "agent": "unix:HERE/agent closed the connection without an answer: try again, and see that it "
+    "is the socket of ssh-agent-proxy, whose log tells more, and not an agent's own",
+}
+
+
+@pytest.mark.parametrize("name", UNANSWERED, ids=ascii)
+def test_a_socket_that_does_not_answer_is_told_why(
+    any_shim: Shim, short: Path, served: Served, name: str
+) -> None:
+    here = short / "here"
+    here.mkdir()
+    for folder in ("folder", "closed folder"):
+        (here / folder).mkdir()
+    (here / "closed folder").chmod(0o700 if os.geteuid() == 0 else 0)
+    (here / "m").touch()
+    (here / "link").symlink_to("/nowhere/socket")
+    (here / "agent").symlink_to(served.agent.sock)
+    argv = any_shim.argv
+    if name != "agent":  # which root's own is for root only
+        argv = [*as_nobody(any_shim, here), *argv]
+    with contextlib.ExitStack() as stack:
+        for socket_name in ("not ours", "stale"):
+            one = stack.enter_context(socket.socket(socket.AF_UNIX))
+            one.bind(str(here / socket_name))
+            (here / socket_name).chmod(0o666)
+            one.listen(1)
+        one.close()
+        (here / "not ours").chmod(0)
+        env = {**any_shim.env, "SSH_AGENT_PROXY_URL": f"unix:{here}/{name}"}
+        line = said(run([*argv, "pubkey"], env, any_shim.folder, check=False))
+    assert line.startswith(UNANSWERED[name].replace("HERE", str(here)))
+    (here / "closed folder").chmod(0o700)
+
+
+def test_what_answers_at_a_socket_and_is_not_ours_is_told(shim: Shim, short: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{short}/a socket\n")
+        listener.listen(1)
+        shim.env["SSH_AGENT_PROXY_URL"] = f"unix:{short}/a socket\n"
+        process = shim.start("pubkey")
+        connection, _ = listener.accept()
+        with connection:
+            request = read_request(connection)
+            connection.sendall(answer(b"", server="docker"))
+        stdout, stderr = process.communicate(timeout=30)
+    assert request.startswith(b"GET /publickey HTTP/1.1\r\nHost: localhost\r\n")
+    line = said(Done([], process.returncode, stdout, stderr))
+    place = f"unix:{short}/a socket?"
+    assert line.startswith(f"what answers at {place} is not ssh-agent-proxy (status 200, Server: ")
+
+
+def test_a_curl_without_sockets_is_told(shim: Shim) -> None:
+    env = {**fake_curl(shim, "exit 48"), "SSH_AGENT_PROXY_URL": "unix:/x"}
+    assert said(shim("pubkey", env=env)).endswith("/fake curl was built without Unix sockets")
+
+
+def test_git_commits_with_a_token_over_a_socket(
+    any_shim: Shim, keys: Keys, guarded: Served
+) -> None:
+    """Real git, whose gpg.ssh.program is one word: the shim by a script that names the shell."""
+    program = any_shim.folder / "signer"
+    words = " ".join(shlex.quote(word) for word in any_shim.argv)
+    program.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+    program.chmod(0o755)
+    signers = any_shim.key("signers", f"committer@example.com {keys.line('ed25519')}")
+    home_token(any_shim, f"# for this container\n{TOKENS['home']} home\n")
+    env = {**any_shim.env, **guarded.at("unix")}
+    repository = any_shim.folder / "repository"
+    run(["git", "init", "-q", "-b", "main", repository], env)
+
+    def git(*args: str) -> str:
+        return run(["git", *args], env, repository).stdout.decode()
+
+    for name, value in [
+        ("gpg.format", "ssh"),
+        ("gpg.ssh.program", str(program)),
+        ("gpg.ssh.defaultKeyCommand", f"{shlex.quote(str(program))} key"),
+        ("gpg.ssh.allowedSignersFile", str(signers)),
+    ]:
+        git("config", name, value)
+    git("commit", "-q", "-S", "--allow-empty", "-m", "signed")
+    git("tag", "-s", "-m", "signed", "v1")
+    git("verify-commit", "HEAD")
+    git("verify-tag", "v1")
+    commit = git("rev-parse", "HEAD").strip()
+    guarded.proxy.wait_log(rf"outcome=signed .*peer=unix .*token=home .* id={commit}\b")
 
 
 # ---------------------------------------------------------------- curl
@@ -1043,6 +1736,7 @@ CURL_ENDS = {
     28: "in time (10 s to connect, 300 s in all)",
     60: "no trusted TLS connection (curl's exit status 60)",
     99: "ended with exit status 99",
+    120: "could not be handed the token",
 }
 
 
@@ -1053,10 +1747,14 @@ def test_each_end_of_curl_is_told_in_words(one_shim: Shim, status: int) -> None:
     assert fragment in said(one_shim.sign("m", env=fake_curl(one_shim, f"exit {status}")))
 
 
+@pytest.mark.parametrize("token", ["", "s3cr3t"], ids=["no token", "a token"])
 @pytest.mark.parametrize("curl", ["/nowhere/curl\x1b[2J", "/etc/passwd"])
-def test_without_curl_it_is_said_what_to_install(any_shim: Shim, curl: str) -> None:
+def test_without_curl_it_is_said_what_to_install(
+    any_shim: Shim, curl: str, token: str
+) -> None:
     any_shim.file()
-    line = said(any_shim.sign("m", env={"SSH_AGENT_PROXY_CURL": curl}))
+    env = {"SSH_AGENT_PROXY_CURL": curl, "SSH_AGENT_PROXY_TOKEN": token}
+    line = said(any_shim.sign("m", env=env))
     assert "cannot be run: install curl" in line
 
 
@@ -1253,33 +1951,6 @@ def test_a_file_that_is_signed_for_something_else_is_no_tag(shim: Shim) -> None:
 
 # ---------------------------------------------------------------- files
 
-HOSTILE_NAMES = [
-    "a b",
-    " ",
-    "-x",
-    "--help",
-    "-",
-    "a[1]{x,y}",
-    "@a",
-    "a;type=x",
-    "a,b",
-    "a\nb",
-    "a\\b",
-    '"a"',
-    "'a'",
-    "$(id)",
-    "`id`",
-    "*",
-    "?",
-    "~",
-    "#1",
-    "%41",
-    "\u00e4\u202e",
-    "a\x1b[2J",
-    "x" * 240,
-]
-
-
 @pytest.mark.parametrize("name", HOSTILE_NAMES, ids=ascii)
 def test_a_file_may_have_any_name(
     any_shim: Shim, keys: Keys, served: Served, name: str
@@ -1394,11 +2065,13 @@ def test_a_folder_in_its_place_is_an_error_before_anyone_is_asked(
     assert list((shim.folder / "m.sig").iterdir()) == []
 
 
-def as_nobody(shim: Shim) -> List[str]:
-    """In front of a command: as someone whom file modes bind, which root is not."""
+def as_nobody(shim: Shim, *reached: Path) -> List[str]:
+    """In front of a command: as someone whom file modes bind, which root is not; REACHED and the
+    shim's folder can be."""
     if os.geteuid() != 0:
         return []
-    for folder in (shim.folder, *shim.folder.parents):
+    folders = {parent for path in (shim.folder, *reached) for parent in (path, *path.parents)}
+    for folder in folders:
         if stat.S_IMODE(folder.stat().st_mode) & 0o001 == 0:
             folder.chmod(stat.S_IMODE(folder.stat().st_mode) | 0o011)
     return [need("setpriv", "util-linux"), "--reuid=65534", "--regid=65534", "--clear-groups"]
@@ -1542,6 +2215,20 @@ def test_an_interrupted_wait_leaves_nothing_behind(
     assert server.gone.wait(5), "curl goes on without the shim"
     assert tree(any_shim.folder).keys() == {"m"}
     assert any_shim.temporary() == []
+
+
+def test_an_interrupted_wait_with_a_token_ends_curl_too(any_shim: Shim, liar: Any) -> None:
+    server: Liar = liar(lambda connection: server.hold(connection))
+    any_shim.env.update(SSH_AGENT_PROXY_URL=server.url, SSH_AGENT_PROXY_TOKEN="s3cr3t")
+    any_shim.file()
+    process = any_shim.start("-Y", "sign", "m")
+    wait_for(lambda: server.requests, message="the request")
+    process.terminate()
+    assert process.communicate(timeout=10) == (b"", b"")
+    assert process.returncode == SIGNALS[signal.SIGTERM]
+    assert server.gone.wait(5), "curl goes on without the shim"
+    assert tree(any_shim.folder).keys() == {"m"}
+    assert os.listdir(any_shim.env["TMPDIR"]) == []
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
