@@ -478,7 +478,7 @@ _PARTS = {
     b"OID": b"[0-9a-f]{%d}",
     b"WHO": rb"[^\n<>]* <[^\n<>]*>",
     b"WHEN": rb"(?:0|[1-9][0-9]{0,19}) [+-][0-9]{4}",
-    b"REF": rb"[^\x00- \x7f~^:?*\[\\]+",
+    b"REF": rb"(?![./]|[^\n]*(?:\.\.|@\{|/[./]|[./]\n|\.lock[/\n]))[^\x00- \x7f~^:?*\[\\]+",
 }
 # What git signs, exactly as it writes it (its commit.c, builtin/tag.c and send-pack.c).
 _FORMATS = {
@@ -491,13 +491,13 @@ _FORMATS = {
     rb"\n+(?P<subject>[^\n]*)",
     "tag": rb"object (?P<object>OID)\n"
     rb"type (?P<type>commit|tree|blob|tag)\n"
-    rb"tag (?P<tag>REF)\n"
+    rb"tag (?!-)(?P<tag>REF)\n"
     rb"tagger (?P<tagger>WHO) WHEN\n"
     rb"\n+(?P<subject>[^\n]*)",
     "push": rb"certificate version 0\.1\n"
     rb"pusher (?P<pusher>SHA256:[A-Za-z0-9+/]{43})  ?WHEN\n"  # newer gits leave one blank out
     rb"(?:pushee (?P<pushee>[^\n]+)\n)?"
-    rb"(?:nonce [-A-Za-z0-9./+=_]+\n)?"
+    rb"(?:nonce [-A-Za-z0-9./+=_]{1,256}\n)?"
     rb"(?:push-option [^\n]*\n)*"
     rb"\n"
     rb"(?P<refs>OID OID (?P<subject>refs/REF)\n(?:OID OID refs/REF\n)*)\Z",
