@@ -474,45 +474,38 @@ def check_signature(key: PublicKey, signature: bytes) -> None:
 
 KEPT = 256 * 1024  # bytes of a payload that are remembered; what is signed is its whole digest
 
-_PARTS = {
-    b"OID": b"[0-9a-f]{%d}",
-    b"WHO": rb"[^\n<>]* <[^\n<>]*>",
-    b"WHEN": rb"(?:0|[1-9][0-9]{0,19}) [+-][0-9]{4}",
-    b"REF": rb"(?![./]|[^\n]*(?:\.\.|@\{|/[./]|[./]\n|\.lock[/\n]))[^\x00- \x7f~^:?*\[\\]+",
-}
+_OID = "[0-9a-f]{%d}"  # of 40 digits (SHA-1) or 64 (SHA-256), the same throughout a payload
+_WHO = r"[^\n<>]* <[^\n<>]*>"
+_WHEN = r"(?:0|[1-9][0-9]{0,19}) [+-][0-9]{4}"
+_REF = r"(?![./]|[^\n]*(?:\.\.|@\{|/[./]|[./]\n|\.lock[/\n]))[^\x00- \x7f~^:?*\[\\]+"
 # What git signs, exactly as it writes it (its commit.c, builtin/tag.c and send-pack.c).
 _FORMATS = {
-    "commit": rb"tree (?P<tree>OID)\n"
-    rb"(?P<parents>(?:parent OID\n)*)"
-    rb"author (?P<author>WHO) WHEN\n"
-    rb"committer (?P<committer>WHO) WHEN\n"
-    rb"(?:encoding [!-~]+\n)?"
-    rb"(?:(?!(?:tree|parent|author|committer|encoding) )[^\n ]+ [^\n]*\n(?: [^\n]*\n)*)*"
-    rb"\n+(?P<subject>[^\n]*)",
-    "tag": rb"object (?P<object>OID)\n"
-    rb"type (?P<type>commit|tree|blob|tag)\n"
-    rb"tag (?!-)(?P<tag>REF)\n"
-    rb"tagger (?P<tagger>WHO) WHEN\n"
-    rb"\n+(?P<subject>[^\n]*)",
-    "push": rb"certificate version 0\.1\n"
-    rb"pusher (?P<pusher>SHA256:[A-Za-z0-9+/]{43})  ?WHEN\n"  # newer gits leave one blank out
-    rb"(?:pushee (?P<pushee>[^\n]+)\n)?"
-    rb"(?:nonce [-A-Za-z0-9./+=_]{1,256}\n)?"
-    rb"(?:push-option [^\n]*\n)*"
-    rb"\n"
-    rb"(?P<refs>OID OID (?P<subject>refs/REF)\n(?:OID OID refs/REF\n)*)\Z",
+    "commit": rf"tree (?P<tree>{_OID})\n"
+    rf"(?P<parents>(?:parent {_OID}\n)*)"
+    rf"author (?P<author>{_WHO}) {_WHEN}\n"
+    rf"committer (?P<committer>{_WHO}) {_WHEN}\n"
+    r"(?:encoding [!-~]+\n)?"
+    r"(?:(?!(?:tree|parent|author|committer|encoding) )[^\n ]+ [^\n]*\n(?: [^\n]*\n)*)*"
+    r"\n+(?P<subject>[^\n]*)",
+    "tag": rf"object (?P<object>{_OID})\n"
+    r"type (?P<type>commit|tree|blob|tag)\n"
+    rf"tag (?!-)(?P<tag>{_REF})\n"
+    rf"tagger (?P<tagger>{_WHO}) {_WHEN}\n"
+    r"\n+(?P<subject>[^\n]*)",
+    "push": r"certificate version 0\.1\n"
+    rf"pusher (?P<pusher>SHA256:[A-Za-z0-9+/]{{43}})  ?{_WHEN}\n"  # newer gits leave one blank out
+    r"(?:pushee (?P<pushee>[^\n]+)\n)?"
+    r"(?:nonce [-A-Za-z0-9./+=_]{1,256}\n)?"
+    r"(?:push-option [^\n]*\n)*"
+    r"\n"
+    rf"(?P<refs>{_OID} {_OID} (?P<subject>refs/{_REF})\n(?:{_OID} {_OID} refs/{_REF}\n)*)\Z",
 }
 KINDS = (*_FORMATS, "other")
-
-
-def _payload_pattern(pattern: bytes, digits: int) -> "re.Pattern[bytes]":
-    """An object id has 40 digits (SHA-1) or 64 (SHA-256), the same throughout a payload."""
-    for name, part in _PARTS.items():
-        pattern = pattern.replace(name, part)
-    return re.compile(pattern.replace(b"%d", b"%d" % digits))
-
-
-_PATTERNS = [(k, _payload_pattern(f, digits)) for k, f in _FORMATS.items() for digits in (40, 64)]
+_PATTERNS = [
+    (kind, re.compile(pattern.replace("%d", digits).encode()))
+    for kind, pattern in _FORMATS.items()
+    for digits in ("40", "64")
+]
 
 
 class Payload(NamedTuple):
@@ -524,7 +517,7 @@ class Payload(NamedTuple):
 
     kind: str  # of KINDS
     size: int
-    fields: Mapping[str, str]
+    fields: dict[str, str]
     data: bytes  # the first KEPT bytes
 
     def object_id(self, block: bytes) -> str:
@@ -555,7 +548,7 @@ def parse_payload(data: bytes, size: Optional[int] = None, nul: bool = False) ->
         if not match or nul or b"\0" in data or (kind == "push" and size > len(data)):
             continue
         fields = {
-            name: value[:1000].decode("utf-8", "backslashreplace")
+            name: value[:1000].decode("utf-8", "surrogateescape")
             for name, value in match.groupdict().items()
             if value is not None
         }
@@ -658,17 +651,34 @@ class Watch:
         return ready
 
 
-class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
-    """One connection to an agent, or one run of a command.
+class Commands(set[int]):
+    """The process groups that run for us; none is started any more once they are ended."""
 
-    COMMANDS holds the process groups that run, for whoever has to end them.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.ended = False
+
+    def end(self) -> None:
+        """At the end of the program: no command outlives it."""
+        with self.lock:  # one that is being started is among them, or never will be
+            self.ended = True
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for group in tuple(self):
+                _kill_group(group, number)
+            end = time.monotonic() + EXEC_GRACE
+            while self and time.monotonic() < end:
+                time.sleep(0.01)
+
+
+class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
+    """One connection to an agent, or one run of a command."""
 
     def __init__(self, upstream: Upstream, deadline: float, client: Optional[socket.socket] = None,
-                 commands: Optional[set[int]] = None) -> None:  # fmt: skip
+                 commands: Optional[Commands] = None) -> None:  # fmt: skip
         super().__init__(f"the {upstream}", deadline, client)
         self.upstream = upstream
-        self.commands = set() if commands is None else commands
+        self.commands = Commands() if commands is None else commands
         self.process: Any = None
         self.stderr_lines = 0
         try:
@@ -702,14 +712,15 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         self.socket.close()
         try:
             self.socket, theirs = socket.socketpair()
-            with theirs:
+            with theirs, self.commands.lock:
+                self._check_end()
                 self.process = subprocess.Popen(
                     self.upstream.command, stdin=theirs.fileno(), stdout=theirs.fileno(),
                     stderr=subprocess.PIPE, start_new_session=True, env=self.upstream.env,
                 )  # fmt: skip
+                self.commands.add(self.process.pid)
         except OSError as e:
             raise AgentUnreachable(f"cannot run the {self.upstream}: {e.strerror}") from e
-        self.commands.add(self.process.pid)
         self.poll.register(self.process.stderr, select.POLLIN)
 
     def wait(self, seconds: Optional[float] = None) -> list[int]:
@@ -767,7 +778,12 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         self.poll.unregister(self.socket)  # else no wait would be one
         while self.process.poll() is None:
             self.wait(0.01)
+        self._check_end()  # at our signal it may have left with any status
         return self.process.returncode, output
+
+    def _check_end(self) -> None:
+        if self.commands.ended:
+            raise AgentUnreachable("the proxy is about to end")
 
     def close(self, *error: object) -> None:
         """Ends a command with its whole group: its stderr ends when everybody in it has gone."""
@@ -867,7 +883,7 @@ class Agents:
         self.places = places  # the well-known sockets
         self.timeout = timeout
         self.last: Optional[Upstream] = None  # the agent in use, as the log last named it
-        self.commands: set[int] = set()  # the process groups that run for us
+        self.commands = Commands()
 
     @contextlib.contextmanager
     def exchange(self, client: Optional[socket.socket] = None) -> Iterator[Exchange]:
@@ -893,15 +909,6 @@ class Agents:
         places = ", ".join(map(printable, self.places))
         raise AgentUnreachable("no agent found: set SSH_AGENT_PROXY_UPSTREAM (SSH_AUTH_SOCK is not "
                                f"set, and nobody answers at {places})")  # fmt: skip
-
-    def end_commands(self) -> None:
-        """At the end of the program: no command outlives it."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for group in tuple(self.commands):
-                _kill_group(group, number)
-            end = time.monotonic() + EXEC_GRACE
-            while self.commands and time.monotonic() < end:
-                time.sleep(0.01)
 
     def hint(self) -> str:
         """Names another well-known agent that has keys, where the one in use is of no help."""
@@ -1001,11 +1008,8 @@ def choose_key(named: Optional[str], pin: Wanted) -> Wanted:
             raise RequestError(400, f"SSHSIG-Key: {e}") from e
     if not pin.pinned:
         return wanted
-    if pin.key:
-        same = wanted.fits(pin.key)
-    else:
-        same = pin.fits(wanted.key) if wanted.key else wanted == Wanted(fingerprint=pin.fingerprint)
-    if not same:
+    fingerprint = wanted.key.fingerprint if wanted.key else wanted.fingerprint
+    if not (wanted.fits(pin.key) if pin.key else fingerprint == pin.fingerprint):
         raise RequestError(403, f"this proxy signs with {pin.name} only, not with {wanted.name}: "
                                 f"use that key, or change {pin.pinned}")  # fmt: skip
     return pin if pin.key or not wanted.key else wanted._replace(pinned=pin.pinned)
@@ -1038,7 +1042,7 @@ _TOKEN_NAME = re.compile(r"[A-Za-z0-9._-]+")
 def parse_token(line: str, number: int) -> Token:
     """TOKEN [NAME] [key=SHA256:…] [payloads=KINDS]; ConfigError, which quotes nothing: any of the
     words may be the token."""
-    token, *words = line.split()
+    token, *words = re.split(r"[ \t]+", line.strip(" \t\r"))
     name = words.pop(0) if words and "=" not in words[0] else ""
     options = dict(word.partition("=")[::2] for word in words if "=" in word)
     if not _B64TOKEN.fullmatch(token):
@@ -1060,7 +1064,7 @@ def parse_tokens(text: str) -> list[Token]:
     """The token file; a ConfigError names the line."""
     tokens: dict[bytes, Token] = {}
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip() and not line.startswith("#"):
+        if line.strip(" \t\r") and not line.startswith("#"):
             try:
                 token = parse_token(line, number)
                 if token.digest in tokens:
@@ -1076,31 +1080,33 @@ def parse_tokens(text: str) -> list[Token]:
 def check_token(authorization: Optional[str], tokens: Sequence[Token]) -> Token:
     """The token that an Authorization field holds (RFC 6750), in constant time; 401."""
     scheme, _, given = (authorization or "").partition(" ")
-    digest = hashlib.sha256(given.strip(" ").encode()).digest()
-    found = None
-    for token in tokens:
-        if hmac.compare_digest(token.digest, digest):
-            found = token
-    if not found or scheme.lower() != "bearer":
+    given = given.strip(" ") if scheme.lower() == "bearer" else ""
+    digest = hashlib.sha256(given.encode()).digest()
+    found = [token for token in tokens if hmac.compare_digest(token.digest, digest)]
+    if not found:
         what = "this token is not one of the proxy's (any more)" if given else "a token is needed"
         raise RequestError(401, f"{what}: `{PROGRAM} token NAME` makes one on the host",
                            ("WWW-Authenticate", "Bearer"))  # fmt: skip
-    return found
+    return found[0]
 
 
-def check_payload(payload: Payload, allowed: Sequence[str], setting: str) -> None:
+def check_payload(payload: Payload, allowed: Sequence[str]) -> None:
     if payload.kind not in allowed:
-        raise RequestError(403, f"a payload of kind {payload.kind} is not allowed here: {setting} "
-                                f"is {','.join(allowed)}")  # fmt: skip
+        raise RequestError(403, f"a payload of kind {payload.kind} is not allowed here: this "
+                                "token's payloads=, or SSH_AGENT_PROXY_PAYLOADS, is "
+                                f"{','.join(allowed)}")  # fmt: skip
 
 
-def consent_prompt(payload: Payload, facts: Mapping[str, str]) -> str:
-    """What the person is asked; each fact in one line of its own, whatever it holds."""
+def consent_prompt(payload: Payload, facts: dict[str, str]) -> str:
+    """What the person is asked, each fact in one line of its own, what we know ourselves first.
+
+    Only these lines begin with •: a screen may wrap a text such that it looks like another line.
+    """
     what = f"this {payload.kind}"
     if payload.kind == "other":
         what = f"something that is no git commit, tag or push ({count(payload.size, 'byte')})"
-    shown = {"subject": "", **payload.fields, **facts}
-    lines = [f"{n}: {printable(' '.join(v.split()), 80)}" for n, v in shown.items() if v]
+    shown = {n: " ".join(v.replace("•", "·").split()) for n, v in (facts | payload.fields).items()}
+    lines = [f"• {name}: {printable(text, 80)}" for name, text in shown.items() if text]
     return "\n".join([f"Sign {what}?", "", *lines])
 
 
@@ -1110,7 +1116,7 @@ class Consent:
     A yes holds HOLD seconds for the same client, kind, namespace and key.
     """
 
-    def __init__(self, askpass: Upstream, timeout: float, hold: float, commands: set[int]) -> None:
+    def __init__(self, askpass: Upstream, timeout: float, hold: float, commands: Commands) -> None:
         self.askpass = askpass
         self.timeout = timeout
         self.hold = hold
@@ -1126,14 +1132,16 @@ class Consent:
             while not self.lock.acquire(timeout=0.1):
                 queue.wait(0)
             try:
+                queue.wait(0)  # nobody is asked for a client that has left
                 if time.monotonic() < self.agreed.get(what, 0):
                     return
-                program = self.askpass._replace(command=(*self.askpass.command, prompt))
+                words = (*self.askpass.command, os.fsdecode(prompt.encode()))
+                program = self.askpass._replace(command=words)
                 with Exchange(program, deadline, client, self.commands) as exchange:
                     status, answer = exchange.result(1024)
                 if status or re.split(b"[\r\n]", answer)[0].lower() not in (b"", b"yes"):
-                    raise AgentRefused("the prompt was declined, or could not be shown "
-                                       f"(exit status {status})")  # fmt: skip
+                    why = f"exit status {status}" if status else repr(printable(answer, 40))
+                    raise AgentRefused(f"the prompt was declined, or could not be shown ({why})")
                 self.agreed[what] = time.monotonic() + self.hold
             finally:
                 self.lock.release()
@@ -1264,16 +1272,9 @@ def parse_hosts(value: str, env: Env) -> tuple[str, ...]:
 
 
 def parse_seconds(value: str, env: Env) -> float:
-    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value):
-        raise ConfigError(f"{printable(value)!r} is not a number of seconds")
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value) or not float(value):
+        raise ConfigError(f"{printable(value)!r} is not a number of seconds above 0")
     return float(value)
-
-
-def parse_timeout(value: str, env: Env) -> float:
-    seconds = parse_seconds(value, env)
-    if not seconds:
-        raise ConfigError(f"{value!r} is not above 0")
-    return seconds
 
 
 def home_directory(env: Env) -> str:
@@ -1399,7 +1400,9 @@ class File(NamedTuple):
                 raise ConfigError(f"larger than {MAX_FILE >> 10} KiB")
             return parse(data.decode("utf-8", "replace"))
         except (OSError, ConfigError) as e:
-            why = e.strerror if isinstance(e, OSError) else e
+            why = f"{e.strerror}" if isinstance(e, OSError) else f"{e}"
+            if private and isinstance(e, FileNotFoundError):
+                why += f" (`{PROGRAM} token NAME` makes it)"
             raise ConfigError(f"{self.setting}: can't use {printable(self.path)!r}: {why}") from e
 
 
@@ -1442,11 +1445,11 @@ OPTIONS = (
     Option("CONFIRM", "", "PROGRAM", "an askpass program that must agree to every signature",
            parse_confirm),
     Option("CONFIRM_FOR", "0", "SECONDS", "how long its yes holds for the same client and kind",
-           parse_seconds),
+           lambda value, env: 0.0 if value == "0" else parse_seconds(value, env)),
     Option("ALLOWED_HOSTS", "", "NAMES", "further names that a Host header may carry, separated "
            "by commas, .suffix for all below it", parse_hosts),
     Option("TIMEOUT", "120", "SECONDS", "for one whole exchange with the agent, a touch included",
-           parse_timeout),
+           parse_seconds),
 )  # fmt: skip
 
 
@@ -1827,16 +1830,11 @@ class Handler:
         self.payload: Optional[Payload] = None
         self.noted: dict[str, str] = {}  # for the log
 
-    def run(self) -> None:
-        try:
-            self.handle()
-        finally:
-            self.finish()
-
     def handle(self) -> None:
         if not self.proxy.admit(self):
             self.client.begun = True  # as far as the gentle close goes
-            return self.send(BUSY)
+            self.send(BUSY)
+            return
         try:
             answer = self.answer(self.read_request())
         except ProxyError as e:
@@ -1905,7 +1903,8 @@ class Handler:
     def answer(self, head: Head) -> Answer:
         """Decides in the order of what costs least."""
         self.command = head.method
-        self.noted = {"method": head.method, "path": head.path}
+        # (Not the query: what stands there might be secret.)
+        self.noted = {"method": head.method, "path": head.path.partition("?")[0]}
         for host in head.hosts:
             check_host(host, self.proxy.config.allowed_hosts)
         check_browser(head.fields)
@@ -1938,10 +1937,8 @@ class Handler:
         if head.length and head.length > MAX_BODY:
             raise RequestError(413, "more than 1 GiB to sign")
         digest, payload = self.read_body(head, hash_algorithm)
-        if self.token and self.token.payloads:
-            check_payload(payload, self.token.payloads, "the payloads= of this token")
-        else:
-            check_payload(payload, self.proxy.config.payloads, "SSH_AGENT_PROXY_PAYLOADS")
+        leash = self.token.payloads if self.token else ()
+        check_payload(payload, leash or self.proxy.config.payloads)
         self.keep_place()
         if self.proxy.consent:
             key_name = wanted.name or "the first that the agent lists"
@@ -1949,20 +1946,20 @@ class Handler:
         data = signed_data(namespace, hash_algorithm, digest)
         with self.proxy.agents.exchange(self.request) as exchange:
             key, signature = request_signature(exchange, wanted, data)
-        self.noted["key"] = key.fingerprint
-        self.noted["outcome"] = "signed"
         block = armor(sshsig(key.blob, namespace, hash_algorithm, signature))
+        self.noted["key"] = key.fingerprint
         if finished := payload.object_id(block):
             self.noted["id"] = finished
+        self.noted["outcome"] = "signed"
         return Answer(200, "application/x-ssh-signature", block)
 
     def ask_person(self, consent: Consent, payload: Payload, namespace: str, key: str) -> None:
         who = self.peer.get("uid") or self.peer["peer"].rpartition(":")[0]
-        names = [*self.peer.values()]
+        names = [v if n == "peer" else f"{n} {v}" for n, v in self.peer.items()]
         if self.token:
             who = self.token.digest.hex()
             names.append(f"token {self.token.name}")
-        facts = {"namespace": namespace, "key": key, "asked by": ", ".join(names)}
+        facts = {"asked by": ", ".join(names), "key": key, "namespace": namespace}
         consent.obtain(consent_prompt(payload, facts), (who, payload.kind, namespace, key),
                        self.request)  # fmt: skip
 
@@ -2036,8 +2033,8 @@ class Handler:
             # Here, not at the close: a client that reads to the end need not wait for what is left.
             self.request.shutdown(socket.SHUT_WR)
 
-    def finish(self) -> None:
-        """Closes the connection such that an answer reaches a client that is still sending: bytes
+    def close(self) -> None:
+        """Ends the connection such that an answer reaches a client that is still sending: bytes
         that nobody has read would make the system throw the answer away."""
         with contextlib.suppress(OSError, ProxyError):
             if self.whole:
@@ -2092,14 +2089,10 @@ def listen_unix(address: UnixAddress) -> Listener:
     """A Unix socket, which has its mode from its first instant; ProxyError."""
     umask = os.umask(0o777 & ~address.mode)
     try:
-        sock = socket.socket(socket.AF_UNIX)
-        try:
-            sock.bind(address.path)
-        except OSError as e:
-            if e.errno != errno.EADDRINUSE:
-                raise
+        if os.path.lexists(address.path):
             clear_stale(address.path)
-            sock.bind(address.path)
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind(address.path)
         sock.listen(1024)
         found = os.lstat(address.path)
         return Listener(sock, str(address), (found.st_dev, found.st_ino))
@@ -2165,11 +2158,6 @@ class Server:
         self.lingering: dict[Handler, None] = {}  # in the order in which they came
         self.stopping = False
 
-    def start(self) -> None:
-        threading.stack_size(256 * 1024)
-        for listener in self.listeners:
-            self.start_thread(listener)
-
     def start_thread(self, listener: Listener) -> None:
         with self.lock:
             # Those beyond what can have a place or linger are about to be free.
@@ -2178,7 +2166,8 @@ class Server:
             try:
                 threading.Thread(target=self.work, args=(listener,), daemon=True).start()
             except RuntimeError as e:  # the system has no more: those that are there go on
-                return LOG.warning("cannot start another thread: %s", e)
+                LOG.warning("cannot start another thread: %s", e)
+                return
             self.threads[listener] += 1
             self.free[listener] += 1
 
@@ -2200,7 +2189,8 @@ class Server:
                 self.start_thread(listener)
             try:
                 if not self.stopping:
-                    Handler(connection, peer, self).run()
+                    with contextlib.closing(Handler(connection, peer, self)) as handler:
+                        handler.handle()
             except Exception as e:  # noqa: BLE001  it must not take the thread with it
                 LOG.error("internal error: %s: %s", type(e).__name__, printable(str(e)))
             finally:
@@ -2331,7 +2321,7 @@ def catch_signals() -> socket.socket:
 
 COMMANDS = {
     "serve": "run the proxy in the foreground (also without a command)",
-    "token": "add a fresh token, of the NAME that follows, to the token file, and print it",
+    "token NAME": "add a fresh token of that name to the token file, and print it",
     "shim": "print shim.sh, the container's side",
 }
 
@@ -2396,7 +2386,9 @@ def serve(config: Config) -> int:
             listener.close()
         raise
     server = Server(config, agents, listeners)
-    server.start()
+    threading.stack_size(256 * 1024)
+    for listener in listeners:
+        server.start_thread(listener)
     names = ", ".join(f'"{name}"' for name in config.namespace)
     for listener in server.listeners:
         LOG.info("listening on %s (namespace %s)", listener.name, names)
@@ -2411,7 +2403,7 @@ def serve(config: Config) -> int:
     while (server.places or server.lingering) and time.monotonic() < end:
         if select.select([signals], [], [], 0.02)[0]:
             break  # a second signal: at once
-    agents.end_commands()
+    agents.commands.end()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # Python would be killed by one on its way out
     return 0
@@ -2442,14 +2434,20 @@ def add_token(config: Config, name: str) -> int:
         raise ConfigError(f"{printable(name)!r} can't be a token's name: letters, digits, '.', "
                           "'_' and '-' can")  # fmt: skip
     token = secrets.token_urlsafe(32)
+    os.umask(0o077)  # for every folder that is missing
     try:
-        os.makedirs(os.path.dirname(file.path) or ".", 0o700, exist_ok=True)
+        os.makedirs(os.path.dirname(file.path) or ".", exist_ok=True)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
-        with open(os.open(file.path, flags, 0o600), "ab") as f:
+        with open(os.open(file.path, flags, 0o600), "ab", 0) as f:
             last = file.read(lambda text: text[-1:], private=True)
             added = f"{token} {name}\n" if last in ("", "\n") else f"\n{token} {name}\n"
             config.tokens(added)  # what can't be read is not added to
-            f.write(added.encode())
+            size = os.fstat(f.fileno()).st_size
+            if size + len(added) > MAX_FILE:
+                raise OSError(errno.EFBIG, f"it would be larger than {MAX_FILE >> 10} KiB")
+            if f.write(added.encode()) < len(added):
+                f.truncate(size)  # part of a token would be one that is easy to guess
+                raise OSError(errno.ENOSPC, "there is no room for it")
     except OSError as e:
         raise ProxyError(f"cannot write {printable(file.path)!r}: {e.strerror}") from e
     return output(f"{token}\n".encode())
@@ -2463,14 +2461,15 @@ def run(env: Env, argv: Sequence[str]) -> int:
         output(b"")
         return int(e.code or 0)
     start_log(config.level)
-    command = " ".join(config.command or ("serve",))
-    if command == "serve":
+    words = config.command or ("serve",)
+    if words == ("serve",):
         return serve(config)
-    if command == "shim":
+    if words == ("shim",):
         return output(read_shim())
-    if config.command[0] == "token" and len(config.command) == 2:
-        return add_token(config, config.command[1])
-    raise ConfigError(f"no such command: {printable(command)!r} (there are {', '.join(COMMANDS)})")
+    if words[0] == "token" and len(words) == 2:
+        return add_token(config, words[1])
+    known = ", ".join(COMMANDS)
+    raise ConfigError(f"{printable(' '.join(words))!r} is none of the commands: {known}")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -53,7 +53,7 @@ def kind(payload: bytes) -> str:
 
 
 def text(value: bytes) -> str:
-    return value.decode("utf-8", "backslashreplace")
+    return value.decode("utf-8", "surrogateescape")
 
 
 # ---------------------------------------------------------------- what real git hands its signer
@@ -1076,7 +1076,7 @@ STILL: List[Tuple[str, str, bytes, Any, Dict[str, str]]] = [
     ("push", "one ref", rb"^\w+ \w+ refs.*\n\Z", b"", {"refs": "1"}),
     ("push", "another ref", rb"(\n\n.*)refs/.*", rb"\1refs/x", {"subject": "refs/x"}),
     ("push", "bytes that are no UTF-8", rb"(\n\n.*)refs/.*", b"\\1refs/\xff",
-     {"subject": "refs/\\xff"}),
+     {"subject": "refs/\udcff"}),
 ]
 
 

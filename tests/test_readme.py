@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
-from typing import List
+from typing import Dict, Iterator, List
 
-from conftest import ROOT, SHIM, Keys, Proxy, clean_env, run
+import pytest
+from conftest import PROXY, ROOT, SHIM, Agent, Keys, Proxy, clean_env, run, wait_for
 
 import ssh_agent_proxy
 
@@ -149,3 +155,102 @@ def test_the_address_shown_is_the_default() -> None:
     (address,) = ssh_agent_proxy.Config.from_env({}, [], ssh_agent_proxy.COMMANDS).addr
     assert str(address) == "127.0.0.1:7221"
     assert socket.inet_aton(address.host)
+
+
+# ---------------------------------------------------------------- leashes
+
+
+@pytest.fixture
+def host(home: Path, agent: Agent, keys: Keys) -> Dict[str, str]:
+    """A person's environment on the host, with the program installed and an agent at hand."""
+    agent.add(keys["ed25519"])
+    bin_folder, runtime = home / "bin", home / "run"
+    bin_folder.mkdir()
+    runtime.mkdir()
+    program = bin_folder / "ssh-agent-proxy"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{PROXY}" "$@"\n')
+    program.chmod(0o755)
+    env = clean_env(home, SSH_AUTH_SOCK=agent.sock, XDG_RUNTIME_DIR=runtime,
+                    SSH_AGENT_PROXY_ADDR="127.0.0.1:0")  # fmt: skip
+    env["PATH"] = f"{bin_folder}:{env['PATH']}"
+    return env
+
+
+@contextlib.contextmanager
+def serving(script: str, home: Path, env: Dict[str, str]) -> Iterator[str]:
+    """What the proxy, which SCRIPT starts at its end, says that it listens on."""
+    log = home / "log"
+    with open(log, "wb") as stderr:
+        shell = subprocess.Popen(
+            ["sh", "-eu", "-c", script], env=env, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True,
+        )  # fmt: skip
+    try:
+        pattern = r"listening on (\S+) "
+        yield wait_for(lambda: re.search(pattern, log.read_text()), message=pattern).group(1)
+    finally:
+        os.killpg(shell.pid, signal.SIGTERM)
+        shell.wait(20)
+
+
+def sign(address: str, home: Path, *options: str) -> bytes:
+    """The answer's status and body."""
+    where = ["--unix-socket", address[len("unix:") :]] if address.startswith("unix:") else []
+    url = "http://localhost/sign" if where else f"http://{address}/sign"
+    return run(
+        ["curl", "-sS", "-w", "%{http_code}", "--data-binary", "x", *where, *options, url],
+        env=clean_env(home),
+    ).stdout
+
+
+def test_the_socket_shown_signs_for_its_owner(home: Path, host: Dict[str, str]) -> None:
+    (script,) = blocks(section("### A socket instead of a port"), "sh")
+    with serving(script, home, host) as address:
+        folder = home / "run/ssh-agent-proxy"
+        assert address == f"unix:{folder}/socket"
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert sign(address, home).endswith(b"200")
+
+
+def test_the_token_shown_is_needed_and_enough(home: Path, host: Dict[str, str]) -> None:
+    (script,) = blocks(section("### A token for each container"), "sh")
+    adding, serve = script.splitlines()
+    token = run(["sh", "-eu", "-c", adding], env=host).stdout.decode().strip()
+    with serving(serve, home, host) as address:
+        assert sign(address, home).endswith(b"401")
+        assert sign(address, home, "-H", f"Authorization: Bearer {token}").endswith(b"200")
+
+
+def test_the_token_file_shown_is_one() -> None:
+    (text,) = blocks(section("### A token for each container"), "")
+    first, second = ssh_agent_proxy.parse_tokens(
+        text.replace("Wk8u…", 43 * "A").replace("…", "")
+    )
+    assert (first.name, first.key, first.payloads) == ("dev", "", ())
+    assert (second.name, second.payloads) == ("agent", ("commit",))
+    assert second.key == "SHA256:" + 43 * "A"
+
+
+def test_the_askpass_shown_is_asked(home: Path, host: Dict[str, str]) -> None:
+    script, own = blocks(section("### Your own yes"), "sh")
+    run(["sh", "-n"], input=own.encode())
+    askpass = home / "askpass"
+    askpass.write_text(f'#!/bin/sh\nprintf "%s\\n" "$1" >"{home}/prompt"\n')
+    askpass.chmod(0o755)
+    assert "/usr/bin/ssh-askpass " in script
+    with serving(script.replace("/usr/bin/ssh-askpass", str(askpass)), home, host) as address:
+        assert sign(address, home).endswith(b"200")
+    assert (home / "prompt").read_text().startswith("Sign something that is no git commit")
+
+
+def test_the_prompt_shown_is_such_a_prompt() -> None:
+    (shown,) = blocks(section("### Your own yes"), "")
+    tree = re.search("tree: ([0-9a-f]{40})", shown)
+    assert tree
+    payload = ssh_agent_proxy.parse_payload(
+        f"tree {tree[1]}\nparent {tree[1]}\n"
+        "author A U Thor <author@example.com> 1 +0000\n"
+        "committer C O Mitter <committer@example.com> 1 +0000\n\nAdd a leash\n".encode()
+    )
+    facts = re.findall("^• (asked by|key|namespace): (.+)$", shown, re.M)
+    assert ssh_agent_proxy.consent_prompt(payload, dict(facts)) + "\n" == shown
