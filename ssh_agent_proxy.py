@@ -22,9 +22,6 @@ The file reads from top to bottom; each section uses only what stands above it:
     HTTP            requests read strictly, answers, the server
     Service         the log, signals
     Commands        serve, token, shim, main()
-
-A signature's way is a straight line: HTTP reads, Policy allows, Payload names it, SSHSIG says what
-is to be signed, Upstream asks, SSHSIG checks and armors, one line is logged, HTTP answers.
 """
 
 import sys
@@ -484,14 +481,14 @@ _FORMATS = {
     rf"(?P<parents>(?:parent {_OID}\n)*)"
     rf"author (?P<author>{_WHO}) {_WHEN}\n"
     rf"committer (?P<committer>{_WHO}) {_WHEN}\n"
-    r"(?:encoding [!-~]+\n)?"
+    r"(?:encoding (?P<encoding>[!-~]+)\n)?"
     r"(?:(?!(?:tree|parent|author|committer|encoding) )[^\n ]+ [^\n]*\n(?: [^\n]*\n)*)*"
-    r"\n+(?P<subject>[^\n]*)",
+    r"\n(?:\s*\n)?(?P<subject>[^\n]*)",
     "tag": rf"object (?P<object>{_OID})\n"
     r"type (?P<type>commit|tree|blob|tag)\n"
     rf"tag (?!-)(?P<tag>{_REF})\n"
     rf"tagger (?P<tagger>{_WHO}) {_WHEN}\n"
-    r"\n+(?P<subject>[^\n]*)",
+    r"\n(?:\s*\n)?(?P<subject>[^\n]*)",
     "push": r"certificate version 0\.1\n"
     rf"pusher (?P<pusher>SHA256:[A-Za-z0-9+/]{{43}})  ?{_WHEN}\n"  # newer gits leave one blank out
     r"(?:pushee (?P<pushee>[^\n]+)\n)?"
@@ -509,11 +506,8 @@ _PATTERNS = [
 
 
 class Payload(NamedTuple):
-    """What is to be signed: its kind, and what it says by git's own names, as the client wrote it.
-
-    Of a commit's parents and a push's refs that is their number; subject is the message's first
-    line, or the first ref that is pushed.
-    """
+    """What is to be signed: its kind, and what it says by git's own names, as the client wrote it:
+    of parents and refs their number; subject is the message's first line, or the first ref."""
 
     kind: str  # of KINDS
     size: int
@@ -538,15 +532,15 @@ class Payload(NamedTuple):
 
 
 def parse_payload(data: bytes, size: Optional[int] = None, nul: bool = False) -> Payload:
-    """DATA: the first KEPT bytes of a payload of SIZE; NUL: is there one anywhere?
-
-    Git puts none in, and shows nothing of what stands behind it.
-    """
+    """DATA: the first KEPT bytes of a payload of SIZE; NUL: is there one anywhere? (Git writes none
+    and shows nothing behind it.)"""
     size = len(data) if size is None else size
     for kind, pattern in _PATTERNS:
         match = pattern.match(data)
-        if not match or nul or b"\0" in data or (kind == "push" and size > len(data)):
+        if not match or nul or b"\0" in data:
             continue
+        if size > len(data) and (kind == "push" or not match["subject"].strip()):
+            continue  # nobody has seen what git will show
         fields = {
             name: value[:1000].decode("utf-8", "surrogateescape")
             for name, value in match.groupdict().items()
@@ -684,7 +678,7 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         try:
             self.socket = socket.socket(socket.AF_UNIX)
         except OSError as e:  # no file descriptors, say
-            raise AgentUnreachable(f"no way to the {upstream}: {e.strerror}") from e
+            raise AgentUnreachable(f"no way to {self.what}: {e.strerror}") from e
         try:
             if upstream.command:
                 self._spawn()
@@ -712,6 +706,7 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         self.socket.close()
         try:
             self.socket, theirs = socket.socketpair()
+            self.socket.setblocking(False)
             with theirs, self.commands.lock:
                 self._check_end()
                 self.process = subprocess.Popen(
@@ -749,9 +744,12 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
 
     def ask(self, request: bytes) -> bytes:
         """Sends REQUEST and returns the reply, both without the length that leads them."""
-        self.socket.settimeout(max(0, self.deadline - time.monotonic()))
+        data = string(request)
         with contextlib.suppress(OSError):  # it hung up, or takes nothing: reading tells which
-            self.socket.sendall(string(request))
+            data = data[self.socket.send(data) :]
+            if data:  # more than it takes at once, which no key makes
+                self.socket.settimeout(max(0, self.deadline - time.monotonic()))
+                self.socket.sendall(data)
         reply = b""
         expected = 4
         while len(reply) < expected:
@@ -1098,10 +1096,8 @@ def check_payload(payload: Payload, allowed: Sequence[str]) -> None:
 
 
 def consent_prompt(payload: Payload, facts: dict[str, str]) -> str:
-    """What the person is asked, each fact in one line of its own, what we know ourselves first.
-
-    Only these lines begin with •: a screen may wrap a text such that it looks like another line.
-    """
+    """What the person is asked, one fact a line, what we know ourselves first. Only these lines
+    begin with •: a screen may wrap a text such that it looks like another line."""
     what = f"this {payload.kind}"
     if payload.kind == "other":
         what = f"something that is no git commit, tag or push ({count(payload.size, 'byte')})"
@@ -1143,6 +1139,9 @@ class Consent:
                     why = f"exit status {status}" if status else repr(printable(answer, 40))
                     raise AgentRefused(f"the prompt was declined, or could not be shown ({why})")
                 self.agreed[what] = time.monotonic() + self.hold
+            except ClientGone:
+                time.sleep(1)  # or a click that is on its way would hit the next prompt
+                raise
             finally:
                 self.lock.release()
         except AgentError as e:
@@ -1246,12 +1245,8 @@ def harden(platform: str) -> list[Step]:
 
 MAX_FILE = 64 * 1024
 
-SHIMS_OWN = ("URL", "PUBKEY_URL", "TOKEN", "CURL")
-
 Env = Mapping[str, str]
 _T = TypeVar("_T")
-
-# What reads a setting's value: a ConfigError's text is the reason, the caller puts the name before.
 
 
 def parse_namespaces(value: str, env: Env) -> tuple[str, ...]:
@@ -1396,6 +1391,9 @@ class File(NamedTuple):
                     if found.st_uid != os.geteuid() or found.st_mode & 0o077:
                         raise ConfigError("it must be yours and closed to all others (chmod 600)")
                 data = f.read(MAX_FILE + 1)
+            if private and data[-1:] != b"\n" and 0 <= time.time() - found.st_mtime < 1:
+                time.sleep(0.1)  # someone may be writing it: half a token, or half a leash
+                return self.read(parse, private)
             if len(data) > MAX_FILE:
                 raise ConfigError(f"larger than {MAX_FILE >> 10} KiB")
             return parse(data.decode("utf-8", "replace"))
@@ -1411,7 +1409,8 @@ def parse_file(value: str, env: Env) -> Optional[File]:
 
 
 class Option(NamedTuple):
-    """A setting: its variable without SSH_AGENT_PROXY_, a row of --help, and how it is read."""
+    """A setting: its variable without SSH_AGENT_PROXY_, a row of --help, and how it is read (a
+    ConfigError says why it can't be; the caller puts the name before)."""
 
     variable: str
     default: str
@@ -1519,7 +1518,8 @@ class Config(NamedTuple):
                 raise ConfigError(f"{name}: {e}") from e
             if isinstance(values[option.field], File):
                 values[option.field] = values[option.field]._replace(setting=name)
-        known = {prefix + name for name in (*[o.variable for o in OPTIONS], *SHIMS_OWN)}
+        shims_own = ("URL", "PUBKEY_URL", "CURL", *(("TOKEN",) if values["token_file"] else ()))
+        known = {prefix + name for name in (*[o.variable for o in OPTIONS], *shims_own)}
         config = cls(
             command=tuple(given.command),
             level=logging.DEBUG if given.verbose else AUDIT if given.quiet else logging.INFO,
@@ -1624,10 +1624,10 @@ def parse_field(line: bytes) -> tuple[str, str]:
         return match.group(1).decode().lower(), match.group(2).strip(b" \t").decode("latin-1")
     if line[:1] in (b" ", b"\t"):
         raise RequestError(400, "a header line begins with a blank: folded headers are refused")
-    name, colon, _ = line.partition(b":")
-    if colon and name.rstrip(b" \t") != name:
+    name = re.split(rb"[: \t]", line)[0]  # no more of it is told: the value may be secret
+    if line[len(name) :].lstrip(b" \t").startswith(b":") and line[len(name)] != ord(":"):
         raise RequestError(400, f"a blank before the colon of header {printable(name, 60)!r}")
-    raise RequestError(400, f"a malformed header line: {printable(line, 60)!r}")
+    raise RequestError(400, f"a malformed header line: {printable(name, 60)!r}")
 
 
 def parse_framing(fields: Mapping[str, str], minor: int) -> tuple[Optional[int], bool]:
@@ -1810,8 +1810,8 @@ def peer_fields(sock: socket.socket, address: Any) -> dict[str, str]:
     return {"peer": "unix", "pid": f"{pid}", "uid": f"{uid}"}
 
 
-# What the log shows of a payload, and how much: a line has an end.
-NOTED = dict.fromkeys(("subject", "author", "committer", "tagger", "pusher"), 100)
+# What the log shows of a payload, and how much of each.
+NOTED = dict.fromkeys(("subject", "author", "committer", "encoding", "tagger", "pusher"), 100)
 
 
 class Handler:
@@ -1943,6 +1943,10 @@ class Handler:
         if self.proxy.consent:
             key_name = wanted.name or "the first that the agent lists"
             self.ask_person(self.proxy.consent, payload, namespace, key_name)
+        admitted = self.token
+        self.check_token(head.fields.get("authorization"))
+        if self.token != admitted:
+            raise RequestError(403, "the line of this token was changed meanwhile: try again")
         data = signed_data(namespace, hash_algorithm, digest)
         with self.proxy.agents.exchange(self.request) as exchange:
             key, signature = request_signature(exchange, wanted, data)
@@ -2016,17 +2020,13 @@ class Handler:
         line = " ".join([f"{n}={quoted(v, NOTED.get(n, 1000))}" for n, v in noted.items()])
         LOG.log(logging.INFO if noted["outcome"] == "served" else AUDIT, "%s", line)
 
-        head = [
-            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
-            f"Server: {PROGRAM}/{VERSION}",
-            time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT", time.gmtime()),
-            f"Content-Type: {answer.content_type}",
-            f"Content-Length: {len(body)}",
-            "Connection: close",
-            *[f"{name}: {value}" for name, value in answer.fields],
-            "\r\n",
-        ]
-        data = "\r\n".join(head).encode() + (b"" if self.command == "HEAD" else body)
+        when = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+        head = (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+                f"Server: {PROGRAM}/{VERSION}\r\nDate: {when}\r\n"
+                f"Content-Type: {answer.content_type}\r\nContent-Length: {len(body)}\r\n"
+                "Connection: close\r\n")  # fmt: skip
+        head += "".join([f"{name}: {value}\r\n" for name, value in answer.fields]) + "\r\n"
+        data = head.encode() + (b"" if self.command == "HEAD" else body)
         with contextlib.suppress(OSError):  # it went away: the log has what it would have got
             self.request.settimeout(ANSWER_SECONDS)
             self.request.sendall(data)
@@ -2278,6 +2278,7 @@ class StderrHandler(logging.Handler):
         self.setFormatter(logging.Formatter(layout, "%Y-%m-%dT%H:%M:%S%z"))
         self.lost = 0
         self.cut = b""  # what ends the last line, where a terminal took only part of it
+        self.stalled = False  # nobody reads: even a signature's line was waited for in vain
         self.fd = 2
         with contextlib.suppress(OSError, AttributeError):
             # A terminal that nobody reads takes part of a line and then waits; opened for us alone
@@ -2290,9 +2291,13 @@ class StderrHandler(logging.Handler):
             line = f"({self.lost} lines before this one could not be written) {line}"
         data = self.cut + line.encode("utf-8", "backslashreplace")[: self.MAX_LINE - 2] + b"\n"
         written = 0
+        # (Whoever floods the log with refusals must not push a signature out of it.)
+        signed = record.levelno == AUDIT and record.getMessage().startswith("outcome=signed ")
+        patience = 0.5 if signed and not self.stalled else 0
         with contextlib.suppress(OSError):  # closed: there is nobody to tell
-            if os.name != "posix" or select.select([], [self.fd], [], 0)[1]:
+            if os.name != "posix" or select.select([], [self.fd], [], patience)[1]:
                 written = os.write(self.fd, data)
+        self.stalled = not written and (self.stalled or signed)
         if written:
             self.cut = b"\n" if written < len(data) else b""
             self.lost = 0
@@ -2328,14 +2333,12 @@ COMMANDS = {
 
 def raise_file_limit() -> None:
     """Room for every place's connection and agent: macOS starts with 256 file descriptors."""
-    if os.name != "posix":
-        return
-    import resource
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 8 * PLACES if hard == resource.RLIM_INFINITY else min(8 * PLACES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 8 * PLACES if hard == resource.RLIM_INFINITY else min(8 * PLACES, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 

@@ -517,9 +517,14 @@ def test_a_variable_that_looks_like_ours_is_known_to_be_none() -> None:
     )
 
 
-@pytest.mark.parametrize("variable", ["URL", "PUBKEY_URL", "TOKEN", "CURL"])
+@pytest.mark.parametrize("variable", ["URL", "PUBKEY_URL", "CURL"])
 def test_the_shims_variables_are_not_unknown(variable: str) -> None:
     assert config(**{variable: "x"}).unknown == ()
+
+
+def test_the_shims_token_alone_protects_nothing_and_is_warned_about() -> None:
+    assert config(TOKEN="x").unknown == ("SSH_AGENT_PROXY_TOKEN",)
+    assert config(TOKEN="x", TOKEN_FILE="/tokens").unknown == ()
 
 
 def test_a_variable_that_looks_like_ours_is_warned_about(

@@ -510,6 +510,21 @@ def test_a_client_that_goes_away_takes_its_prompt_along_and_the_next_is_asked(
     proxy.wait_log(r"outcome=gone .*subject=first")
 
 
+def test_a_click_on_its_way_to_a_prompt_that_goes_hits_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses: List[float] = []
+    consent = sap.Consent(sap.Upstream("", ("sleep",)), 10, 0, sap.Commands())
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(sap.time, "sleep", pauses.append)
+        with pytest.raises(sap.ClientGone):
+            consent.obtain("60", ("someone",), ours)
+    assert pauses == [1]
+    assert not consent.lock.locked()
+    ours.close()
+
 def test_a_client_that_goes_away_ends_an_askpass_that_ignores_it(
     askpass: Askpass, confirming: Callable[..., Proxy]
 ) -> None:

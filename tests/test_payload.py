@@ -16,7 +16,7 @@ import sys
 import tarfile
 from email.message import EmailMessage
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import pytest
 from conftest import (
@@ -612,6 +612,7 @@ def commit_by_git(lab: Lab, name: str, payload: bytes) -> Dict[str, bytes]:
         "committer": committer,
         "tree": tree,
         "parents": str(len(parents.split())).encode(),
+        **({"encoding": named[1]} if named else {}),
     }
 
 
@@ -1045,11 +1046,16 @@ def test_what_is_not_quite_gits_is_other(
     assert parsed.object_id(BEGIN) == ""
 
 
-STILL: List[Tuple[str, str, bytes, Any, Dict[str, str]]] = [
+STILL: List[Tuple[str, str, bytes, Any, Dict[str, Optional[str]]]] = [
     # kind, name, pattern, what it becomes, what its fields are then
     ("commit", "no parent", rb"(?:^parent .*\n)+", b"", {"parents": "0"}),
     ("commit", "three parents", rb"^(parent .*\n)", rb"\1\1", {"parents": "3"}),
-    ("commit", "no encoding", rb"^encoding .*\n", b"", {}),
+    ("commit", "no encoding", rb"^encoding .*\n", b"", {"encoding": None}),
+    ("commit", "lines of blanks before the subject", rb"\n\n.*", b"\n\n \n\t\r\n\v\f\n\n Real",
+     {"subject": " Real"}),
+    ("commit", "a line of blanks for a message", rb"\n\n[\s\S]*", b"\n\n \n", {"subject": ""}),
+    ("tag", "lines of blanks before the subject", rb"\n\n.*", b"\n\n \n\r\nReal",
+     {"subject": "Real"}),
     ("commit", "no further headers", rb"^x-note (?:.*\n)*?\n", b"\n", {}),
     ("commit", "a header's empty value", rb"^change-id .*", b"change-id ", {}),
     ("commit", "a header twice", rb"^(change-id .*\n)", rb"\1\1", {}),
@@ -1088,14 +1094,15 @@ def test_what_git_could_have_written_is_still_recognised(
     of: str,
     pattern: bytes,
     to: Any,
-    fields: Dict[str, str],
+    fields: Dict[str, Optional[str]],
     id_format: str,
     good: Good,
 ) -> None:
     before = good(of, id_format)
     after = parse(changed(before, pattern, to))
     assert after.kind == of
-    assert after.fields == {**parse(before).fields, **fields}
+    expected = {**parse(before).fields, **fields}
+    assert after.fields == {n: value for n, value in expected.items() if value is not None}
 
 
 @of_each_format
@@ -1421,15 +1428,39 @@ def test_256_kib_of_a_payload_are_kept() -> None:
     assert sap.KEPT == 256 * 1024
 
 
-def test_a_commit_is_known_by_a_head_that_just_fits() -> None:
-    payload = commit_with_head(sap.KEPT)
+def test_a_commit_is_known_by_a_head_and_the_beginning_of_its_subject() -> None:
+    payload = commit_with_head(sap.KEPT - 1)
     assert parse(payload).kind == "commit"
     assert parse(payload).size == len(payload)
 
 
-def test_a_head_that_does_not_fit_is_other() -> None:
-    payload = commit_with_head(sap.KEPT + 1)
+@pytest.mark.parametrize("head", [sap.KEPT, sap.KEPT + 1], ids=["the subject", "the head's end"])
+def test_what_does_not_fit_is_other(head: int) -> None:
+    payload = commit_with_head(head)
     assert parse(payload) == sap.Payload("other", len(payload), {}, payload[: sap.KEPT])
+
+
+@pytest.mark.parametrize("blank", [b"\n", b" \n", b"\t\r\v\f\n", b" "], ids=repr)
+@pytest.mark.parametrize("head", rows([("commit", COMMIT), ("tag", TAG + TAGGER)]))
+def test_a_subject_that_nobody_could_see_makes_other(head: bytes, blank: bytes) -> None:
+    # Git skips what is blank, and shows the line behind it.
+    filling = blank * (sap.KEPT // len(blank) + 1)
+    assert kind(head + b"\n" + filling + b"\nHidden\n") == "other"
+    fits = parse(head + b"\n" + filling[: 1000 * len(blank)] + b"\nShown\n" + b"x" * MIB)
+    assert fits.fields["subject"] == "Shown"
+
+
+def test_the_subject_is_the_one_that_git_shows(home: Path) -> None:
+    env = clean_env(home)
+    run(["git", "init", "-q", home / "r"], env=env)
+    for blank in (b"", b"\n", b" \n", b"\t\n\r\n \n", b"\n\n\f\n\v\n"):
+        payload = re.sub(rb"(?m)^tree .*", b"tree 4b825dc642cb6eb9a060e54bf8d69288fbee4904", COMMIT)
+        payload = re.sub(rb"(?m)^parent .*\n", b"", payload) + b"\n" + blank + b"Real\n\nBody\n"
+        made = run(["git", "hash-object", "-t", "commit", "-w", "--stdin"], env=env,
+                   cwd=home / "r", input=payload)  # fmt: skip
+        shown = run(["git", "log", "-1", "--format=%s", made.stdout.decode().strip()], env=env,
+                    cwd=home / "r")  # fmt: skip
+        assert parse(payload).fields["subject"] == shown.stdout.decode().strip() == "Real"
 
 
 @pytest.mark.parametrize("of, head", rows([
@@ -1734,7 +1765,7 @@ def test_exactly_256_kib_of_a_payload_are_looked_at(
     size: int, chunked: bool, door: Callable[..., Door]
 ) -> None:
     here = door("--payloads", "commit")
-    for head, status in ((sap.KEPT, 200), (sap.KEPT + 1, 403)):
+    for head, status in ((sap.KEPT - 1, 200), (sap.KEPT, 403)):
         payload = commit_with_head(head)
         pieces = split(payload, itertools.repeat(size))
         assert here.sign(pieces, chunked, len(payload)).status == status

@@ -15,9 +15,10 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Iterator, List
+from typing import Any, Callable, Iterator, List
 
 import pytest
 from conftest import (
@@ -35,7 +36,8 @@ from conftest import (
     wait_for,
 )
 
-from ssh_agent_proxy import SSH_AGENTC_SIGN_REQUEST, StderrHandler
+import ssh_agent_proxy
+from ssh_agent_proxy import AUDIT, SSH_AGENTC_SIGN_REQUEST, StderrHandler
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 
@@ -442,6 +444,60 @@ def test_a_file_gets_whole_lines(run_with: Callable[..., Running], short: Path) 
     lines = file.read_text().splitlines()
     assert all(re.fullmatch(LINE, line) for line in lines)
     assert sum("outcome=signed" in line for line in lines) == 80
+
+
+def record(text: str) -> logging.LogRecord:
+    return logging.LogRecord("x", AUDIT, "", 0, text, None, None)
+
+
+def fill(handler: StderrHandler) -> None:
+    """Until a line is lost: a flood of refusals, say."""
+    while not handler.lost:
+        handler.emit(record("outcome=refused " + "x" * 1000))
+
+
+def test_a_flood_of_refusals_pushes_no_signature_out_of_the_log() -> None:
+    reader, writer = os.pipe()
+    handler = StderrHandler()
+    handler.fd = writer
+    fill(handler)
+    slow = threading.Timer(0.1, os.read, [reader, 65536])
+    slow.start()
+    handler.emit(record("outcome=signed status=200"))
+    slow.join()
+    assert handler.lost == 0
+    assert os.read(reader, 65536).endswith(b" outcome=signed status=200\n")
+    os.close(reader)
+    os.close(writer)
+
+
+def test_where_nobody_reads_a_signature_waits_once_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader, writer = os.pipe()
+    handler = StderrHandler()
+    handler.fd = writer
+    fill(handler)
+    waits = []
+
+    def no_select(r: Any, w: Any, x: Any, seconds: float) -> Any:
+        waits.append(seconds)
+        return select.select(r, w, x, 0)
+
+    only = types.SimpleNamespace(select=no_select)
+    monkeypatch.setattr(ssh_agent_proxy, "select", only)
+    for text in ("outcome=signed 1", "outcome=signed 2", "outcome=refused 3", "outcome=signed 4"):
+        handler.emit(record(text))
+    assert waits[0] > 0
+    assert waits[1:] == [0, 0, 0]
+    os.read(reader, 65536)
+    handler.emit(record("outcome=refused 5"))  # somebody reads again
+    fill(handler)
+    waits.clear()
+    handler.emit(record("outcome=signed 6"))
+    assert waits[0] > 0
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_line_that_a_terminal_took_in_part_is_counted_and_ended() -> None:

@@ -827,6 +827,60 @@ def test_a_leash_that_is_changed_counts_from_the_next_request(door: Door, keys: 
         assert fields["key"] == fingerprint(keys, name)
 
 
+@pytest.mark.parametrize(("later", "status"), rows([
+    ("deleted", f"{SECOND} jar\n", 401),
+    ("on a shorter leash", f"{TOKEN} box payloads=tag\n", 403),
+    ("unchanged", f"# but for this comment\n{TOKEN} box\n", 200),
+]))  # fmt: skip
+def test_a_token_counts_until_the_request_is_whole(later: str, status: int, door: Door) -> None:
+    # Who holds the body back must not outlast the line.
+    request = post(COMMIT, bearer())
+    with socket.create_connection(("127.0.0.1", door.port), 10) as s:
+        s.sendall(b"POST /sign HTTP/1.1\r\n" + HOST + f"{bearer()}\r\nExpect: 100-continue\r\n"
+                  f"Content-Length: {len(COMMIT)}\r\n\r\n".encode())  # fmt: skip
+        assert s.recv(100).startswith(b"HTTP/1.1 100 ")  # the token has been looked at
+        door.write(later)
+        s.sendall(COMMIT)
+        assert the_one_answer(read_all(s)).status == status
+    if status != 200:
+        assert door.ask(request)[0].status == status
+
+
+def test_a_line_that_is_being_written_is_waited_for(door: Door) -> None:
+    for _ in range(3):
+        door.path.write_text("")
+        with door.path.open("a") as f, socket.create_connection(("127.0.0.1", door.port), 10) as s:
+            f.write(f"{TOKEN} box")  # its leash is yet to come
+            f.flush()
+            s.sendall(post(b"anything", bearer()))
+            s.settimeout(0.05)
+            with pytest.raises(socket.timeout):
+                s.recv(1)
+            f.write(" payloads=commit\n")
+            f.flush()
+            s.settimeout(10)
+            assert refused(the_one_answer(read_all(s)), 403)
+
+
+def test_a_last_line_without_an_end_counts_all_the_same(door: Door) -> None:
+    door.write(f"{TOKEN} box")
+    assert door.status(TOKEN) == 200
+    os.utime(door.path, (2**32, 2**32))  # a time that is yet to come is no reason to wait
+    assert door.status(TOKEN) == 200
+
+
+@pytest.mark.parametrize("line", rows([
+    ("with a control character", bearer(SHOWN) + "\x7f"), ("without its colon", f"Bearer {SHOWN}"),
+    ("with another separator", f"Authorization; {SHOWN}"),
+    ("behind a blank", f"Authorization : Bearer {SHOWN}"),
+]))  # fmt: skip
+def test_of_a_malformed_header_the_value_is_not_told(line: str, door: Door) -> None:
+    received, fields = door.raw(post(COMMIT, line))
+    refused(the_one_answer(received), 400)
+    assert SHOWN.encode() not in received
+    assert SHOWN not in str(fields)
+
+
 def replace_by_fifo(path: Path) -> None:
     os.mkfifo(path, 0o600)
 
