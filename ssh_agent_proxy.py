@@ -2307,6 +2307,7 @@ class StderrHandler(logging.Handler):
 def start_log(level: int) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # never shown
     logging.addLevelName(AUDIT, "AUDIT")
+    logging._srcfile = None  # nor where a line comes from
     LOG.propagate = False
     LOG.setLevel(level)
     LOG.handlers[:] = [StderrHandler()]

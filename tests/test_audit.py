@@ -1101,6 +1101,14 @@ def blocks(language: str) -> List[str]:
 # The fields of every line that the tests above have seen.
 KNOWN = [f"outcome status peer pid uid ms method path token {row[-1]}".split() for row in OUTCOMES]
 KNOWN.append(f"pid uid token {NO_ANSWER}".split())
+KNOWN.append(["encoding"])
+
+
+def test_a_commits_encoding_is_told_for_git_shows_its_text_by_it(proxy: Proxy) -> None:
+    who = "A <a@b> 1700000000 +0000"
+    payload = f"tree {40 * 'a'}\nauthor {who}\ncommitter {who}\nencoding UTF-7\n\n+AGE-\n"
+    assert http(proxy.port, "POST", "/sign", payload.encode()).status == 200
+    assert proxy.wait_log(r"kind=commit .* encoding=UTF-7 subject=\+AGE-$")
 
 
 def test_the_table_names_each_field() -> None:
