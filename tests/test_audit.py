@@ -28,6 +28,7 @@ from conftest import (
     Agent,
     Answer,
     Keys,
+    Proxy,
     clean_env,
     http,
     message,
