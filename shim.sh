@@ -964,10 +964,13 @@ post() {
 # A key that was fetched, and that the proxy will not sign with any more, is replaced; once.
 try_rotated() {
     refusal=$problem
-    if [ -n "$wanted" ]; then
+    case $wanted:$source in
+    :* | *:*/.git_signing_key_tmp*) ;; # the latter is git's own, made for this signature
+    *)
         show "$source"
         refusal="$refusal (asked for the key in $shown)"
-    fi
+        ;;
+    esac
     if [ -n "$rotates" ] && [ -z "$once" ] && fetch_key && [ "$found" != "$wanted" ]; then
         adopt_key
         post "$1"

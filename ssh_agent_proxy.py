@@ -1019,7 +1019,7 @@ def parse_kinds(text: str) -> tuple[str, ...]:
         return KINDS
     kinds = tuple(map(str.strip, text.split(",")))
     if not set(kinds) <= set(KINDS[:-1]):
-        raise ConfigError(f"neither any nor of {', '.join(KINDS[:-1])}, separated by commas")
+        raise ConfigError(f"payloads are any, or of {', '.join(KINDS[:-1])}, separated by commas")
     return kinds
 
 
@@ -1389,7 +1389,7 @@ class File(NamedTuple):
                     raise ConfigError("not a regular file")
                 if private and hasattr(os, "geteuid"):
                     if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-                        raise ConfigError("it must be yours and closed to all others (chmod 600)")
+                        raise ConfigError("it must be yours (chown), and only yours (chmod 600)")
                 data = f.read(MAX_FILE + 1)
             if private and data[-1:] != b"\n" and 0 <= time.time() - found.st_mtime < 1:
                 time.sleep(0.1)  # someone may be writing it: half a token, or half a leash
@@ -1937,8 +1937,7 @@ class Handler:
         if head.length and head.length > MAX_BODY:
             raise RequestError(413, "more than 1 GiB to sign")
         digest, payload = self.read_body(head, hash_algorithm)
-        leash = self.token.payloads if self.token else ()
-        check_payload(payload, leash or self.proxy.config.payloads)
+        check_payload(payload, (self.token and self.token.payloads) or self.proxy.config.payloads)
         self.keep_place()
         if self.proxy.consent:
             key_name = wanted.name or "the first that the agent lists"
@@ -1963,7 +1962,9 @@ class Handler:
         if self.token:
             who = self.token.digest.hex()
             names.append(f"token {self.token.name}")
-        facts = {"asked by": ", ".join(names), "key": key, "namespace": namespace}
+        holds = f"for {consent.hold:g} s, and every {payload.kind}" if consent.hold else ""
+        facts = {"asked by": ", ".join(names), "key": key, "namespace": namespace,
+                 "a yes holds": holds}  # fmt: skip
         consent.obtain(consent_prompt(payload, facts), (who, payload.kind, namespace, key),
                        self.request)  # fmt: skip
 
@@ -2472,8 +2473,7 @@ def run(env: Env, argv: Sequence[str]) -> int:
         return output(read_shim())
     if words[0] == "token" and len(words) == 2:
         return add_token(config, words[1])
-    known = ", ".join(COMMANDS)
-    raise ConfigError(f"{printable(' '.join(words))!r} is none of the commands: {known}")
+    raise ConfigError(f"{printable(' '.join(words))!r} is none of serve, token NAME and shim")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -791,6 +791,8 @@ def test_a_rebase_of_thirty_commits_asks_once_and_a_tag_within_once_more(
     repository.git("verify-tag", "middle")
     prompts = [asked.prompt.split("\n")[0] for asked in askpass.asked()]
     assert prompts == ["Sign this commit?", "Sign this tag?"]
+    holds = [asked.facts["a yes holds"] for asked in askpass.asked()]
+    assert holds == ["for 600 s, and every commit", "for 600 s, and every tag"]
 
 
 @pytest.fixture
@@ -1063,7 +1065,7 @@ def test_the_prompt_names_a_unix_peer(
 
 LABELS = {
     "subject", "author", "committer", "tree", "parents", "tag", "tagger", "object", "type",
-    "refs", "pusher", "pushee", "namespace", "key", "asked by",
+    "refs", "pusher", "pushee", "namespace", "key", "asked by", "a yes holds", "encoding",
 }  # fmt: skip
 
 # Unicode's Default_Ignorable_Code_Point, and blanks that are letters or symbols to it.

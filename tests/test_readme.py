@@ -215,7 +215,8 @@ def test_the_socket_shown_signs_for_its_owner(home: Path, host: Dict[str, str]) 
 def test_the_token_shown_is_needed_and_enough(home: Path, host: Dict[str, str]) -> None:
     (script,) = blocks(section("### A token for each container"), "sh")
     adding, serve = script.splitlines()
-    token = run(["sh", "-eu", "-c", adding], env=host).stdout.decode().strip()
+    run(["sh", "-eu", "-c", adding], env=host, cwd=home)
+    token = (home / "dev.token").read_text().strip()
     with serving(serve, home, host) as address:
         assert sign(address, home).endswith(b"401")
         assert sign(address, home, "-H", f"Authorization: Bearer {token}").endswith(b"200")
@@ -252,5 +253,5 @@ def test_the_prompt_shown_is_such_a_prompt() -> None:
         "author A U Thor <author@example.com> 1 +0000\n"
         "committer C O Mitter <committer@example.com> 1 +0000\n\nAdd a leash\n".encode()
     )
-    facts = re.findall("^• (asked by|key|namespace): (.+)$", shown, re.M)
+    facts = re.findall("^• (asked by|key|namespace|a yes holds): (.+)$", shown, re.M)
     assert ssh_agent_proxy.consent_prompt(payload, dict(facts)) + "\n" == shown

@@ -795,6 +795,19 @@ def test_a_key_that_the_user_chose_is_never_replaced(
     assert "answered 404: " in line
     assert "(asked for the key in ./k.pub)" in line
     assert (shim.folder / "k.pub").read_text() == f"# mine\n{keys.line('ed25519')}\n"
+
+
+def test_a_file_that_git_made_for_this_signature_is_not_named(
+    shim: Shim, keys: Keys, rotating: Tuple[Agent, str]
+) -> None:
+    agent, url = rotating
+    shim.file()
+    shim.key(".git_signing_key_tmpAbCdEf", keys.line("ed25519"))
+    rotate(agent, keys)
+    key = "./.git_signing_key_tmpAbCdEf"
+    line = said(shim.sign("-f", key, "m", env={"SSH_AGENT_PROXY_URL": url}))
+    assert "answered 404: " in line
+    assert "git_signing_key" not in line
     assert not (shim.folder / "m.sig").exists()
 
 
