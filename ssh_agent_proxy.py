@@ -1315,7 +1315,7 @@ def parse_addresses(value: str, env: Env) -> tuple[Union[Address, UnixAddress], 
         unix = re.fullmatch(r"unix:([^?]*)(?:\?mode=(0?[0-7]{3}))?", part)
         match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]+)):([0-9]{1,5})", part)
         path = expand(unix[1], env) if unix else ""
-        if unix and path.startswith("/"):
+        if unix and path.startswith("/") and hasattr(socket, "AF_UNIX"):
             addresses.append(UnixAddress(path, int(unix[2] or "600", 8)))
         elif match and int(match[3]) <= 65535:
             addresses.append(Address(match[1] or match[2], int(match[3])))

@@ -532,3 +532,9 @@ def test_a_variable_that_looks_like_ours_is_warned_about(
 ) -> None:
     proxy = start_proxy(upstream=agent.sock, env={"SSH_AGENT_PROXY_ADRESS": "x"})
     proxy.wait_log(r"WARNING .*SSH_AGENT_PROXY_ADRESS")
+
+
+def test_without_unix_sockets_there_is_no_address_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(p.socket, "AF_UNIX")
+    with pytest.raises(p.ConfigError, match="unix:/run/proxy"):
+        config(ADDR="unix:/run/proxy")
