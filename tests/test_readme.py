@@ -83,7 +83,7 @@ def test_every_message_explained_is_one_that_is_said() -> None:
     messages = first_cells(section("## When something fails"))
     assert len(messages) > 10
     for message in messages:
-        for fragment in message.strip("`").split("…"):
+        for fragment in re.split("…|`, `", message.strip("`")):
             assert fragment.strip() in said, f"nobody says {fragment!r}"
 
 
