@@ -1124,6 +1124,7 @@ class Consent:
         """Returns if the person agrees, as OpenSSH's own askpass is understood; else 403."""
         deadline = time.monotonic() + self.timeout
         queue = Watch("the person, with another prompt,", deadline, client)
+        pause = 0
         try:
             while not self.lock.acquire(timeout=0.1):
                 queue.wait(0)
@@ -1133,6 +1134,7 @@ class Consent:
                     return
                 words = (*self.askpass.command, os.fsdecode(prompt.encode()))
                 program = self.askpass._replace(command=words)
+                pause = 1
                 with Exchange(program, deadline, client, self.commands) as exchange:
                     status, answer = exchange.result(1024)
                 if status or re.split(b"[\r\n]", answer)[0].lower() not in (b"", b"yes"):
@@ -1140,7 +1142,7 @@ class Consent:
                     raise AgentRefused(f"the prompt was declined, or could not be shown ({why})")
                 self.agreed[what] = time.monotonic() + self.hold
             except ClientGone:
-                time.sleep(1)  # or a click that is on its way would hit the next prompt
+                time.sleep(pause)  # or a click on its way to this prompt would hit the next
                 raise
             finally:
                 self.lock.release()
@@ -1903,8 +1905,7 @@ class Handler:
     def answer(self, head: Head) -> Answer:
         """Decides in the order of what costs least."""
         self.command = head.method
-        # (Not the query: what stands there might be secret.)
-        self.noted = {"method": head.method, "path": head.path.partition("?")[0]}
+        self.noted = {"method": head.method, "path": head.path.partition("?")[0]}  # no secret
         for host in head.hosts:
             check_host(host, self.proxy.config.allowed_hosts)
         check_browser(head.fields)
@@ -1940,8 +1941,7 @@ class Handler:
         check_payload(payload, (self.token and self.token.payloads) or self.proxy.config.payloads)
         self.keep_place()
         if self.proxy.consent:
-            key_name = wanted.name or "the first that the agent lists"
-            self.ask_person(self.proxy.consent, payload, namespace, key_name)
+            self.ask_person(self.proxy.consent, payload, namespace, wanted.name)
         admitted = self.token
         self.check_token(head.fields.get("authorization"))
         if self.token != admitted:
@@ -1963,10 +1963,10 @@ class Handler:
             who = self.token.digest.hex()
             names.append(f"token {self.token.name}")
         holds = f"for {consent.hold:g} s, and every {payload.kind}" if consent.hold else ""
-        facts = {"asked by": ", ".join(names), "key": key, "namespace": namespace,
-                 "a yes holds": holds}  # fmt: skip
-        consent.obtain(consent_prompt(payload, facts), (who, payload.kind, namespace, key),
-                       self.request)  # fmt: skip
+        facts = {"asked by": ", ".join(names), "key": key or "the first that the agent lists",
+                 "namespace": namespace, "a yes holds": holds}  # fmt: skip
+        what = (who, payload.kind, namespace, key)
+        consent.obtain(consent_prompt(payload, facts), what, self.request)
 
     def answer_publickey(self, head: Head) -> Answer:
         wanted = self.choices(head)[2]
@@ -2267,7 +2267,7 @@ DRAIN_SECONDS = 10
 
 
 class StderrHandler(logging.Handler):
-    """The log on stderr, which never waits: a line that would have to is dropped, and counted."""
+    """The log on stderr: what would have to wait is dropped and counted, but see emit()."""
 
     # What a pipe takes whole or not at all, and without waiting where it says that it can be
     # written to (pipe(7), PIPE_BUF).
@@ -2292,7 +2292,7 @@ class StderrHandler(logging.Handler):
             line = f"({self.lost} lines before this one could not be written) {line}"
         data = self.cut + line.encode("utf-8", "backslashreplace")[: self.MAX_LINE - 2] + b"\n"
         written = 0
-        # (Whoever floods the log with refusals must not push a signature out of it.)
+        # Whoever floods the log with refusals must not push a signature out of it.
         signed = record.levelno == AUDIT and record.getMessage().startswith("outcome=signed ")
         patience = 0.5 if signed and not self.stalled else 0
         with contextlib.suppress(OSError):  # closed: there is nobody to tell
