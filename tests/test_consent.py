@@ -15,6 +15,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import types
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -510,18 +513,31 @@ def test_a_client_that_goes_away_takes_its_prompt_along_and_the_next_is_asked(
     proxy.wait_log(r"outcome=gone .*subject=first")
 
 
+@pytest.mark.parametrize(("shown", "pause"), [(True, 1), (False, 0)])
 def test_a_click_on_its_way_to_a_prompt_that_goes_hits_no_other(
-    monkeypatch: pytest.MonkeyPatch,
+    shown: bool, pause: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: List[float] = []
     consent = sap.Consent(sap.Upstream("", ("sleep",)), 10, 0, sap.Commands())
     ours, theirs = socket.socketpair()
-    theirs.close()
+
+    def leave() -> None:
+        if shown:
+            wait_for(lambda: consent.commands, message="the askpass")
+        theirs.close()
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    if not shown:
+        thread.join()
     with monkeypatch.context() as patch:
-        patch.setattr(sap.time, "sleep", pauses.append)
+        patch.setattr(sap, "time", types.SimpleNamespace(
+            sleep=pauses.append, monotonic=time.monotonic
+        ))  # fmt: skip
         with pytest.raises(sap.ClientGone):
             consent.obtain("60", ("someone",), ours)
-    assert pauses == [1]
+    thread.join()
+    assert pauses == [pause]
     assert not consent.lock.locked()
     ours.close()
 
