@@ -1101,8 +1101,8 @@ def consent_prompt(payload: Payload, facts: dict[str, str]) -> str:
     what = f"this {payload.kind}"
     if payload.kind == "other":
         what = f"something that is no git commit, tag or push ({count(payload.size, 'byte')})"
-    shown = {n: " ".join(v.replace("•", "·").split()) for n, v in (facts | payload.fields).items()}
-    lines = [f"• {name}: {printable(text, 80)}" for name, text in shown.items() if text]
+    told = {n: " ".join(v.replace("•", "-").split()) for n, v in (facts | payload.fields).items()}
+    lines = [f"• {name}: {printable(text, 80)}" for name, text in told.items() if text]
     return "\n".join([f"Sign {what}?", "", *lines])
 
 
