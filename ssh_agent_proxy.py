@@ -532,8 +532,8 @@ class Payload(NamedTuple):
 
 
 def parse_payload(data: bytes, size: Optional[int] = None, nul: bool = False) -> Payload:
-    """DATA: the first KEPT bytes of a payload of SIZE; NUL: is there one anywhere? (Git writes none
-    and shows nothing behind it.)"""
+    """DATA: the first KEPT bytes of a payload of SIZE; NUL: is there one anywhere? (Git refuses one
+    in a commit; in a tag it shows nothing of what stands behind it.)"""
     size = len(data) if size is None else size
     for kind, pattern in _PATTERNS:
         match = pattern.match(data)
