@@ -20,8 +20,8 @@ The file reads from top to bottom; each section uses only what stands above it:
     Hardening       what the process gives up
     Config          settings, from the environment and the command line
     HTTP            requests read strictly, answers, the server
-    Service         the log, signals
-    Commands        serve, token, shim, main()
+    Service         the log, the service manager, signals
+    Commands        serve, check, token, shim, main()
 """
 
 import sys
@@ -603,6 +603,8 @@ def _why(path: str, e: OSError) -> str:
     """Why nobody could be reached at a Unix socket, for a person."""
     if e.errno == errno.ENOENT:
         return "no such socket (is the agent running?)"
+    if e.errno == errno.EACCES:
+        return "permission denied (it, or its folder, is another user's)"
     if e.errno in (errno.ECONNREFUSED, errno.ENOTSOCK):
         with contextlib.suppress(OSError):
             if not stat.S_ISSOCK(os.stat(path).st_mode):
@@ -850,7 +852,8 @@ def choose(listed: Sequence[Listed], wanted: Wanted) -> Listed:
             return Listed(candidate.key, wanted.comment or candidate.comment)
     others = f"the agent does not hold it, but {count(len(listed), 'other')}"
     if wanted.pinned:
-        raise NoUsableKey(f"the pinned key {wanted.name} is missing: {others}")
+        raise NoUsableKey(f"the pinned key {wanted.name} is missing: {others}; add it there, or "
+                          f"change {wanted.pinned}")  # fmt: skip
     raise KeyNotHeld(f"no key {wanted.name}: {others}; add it there, or sign with another")
 
 
@@ -870,16 +873,26 @@ def request_signature(exchange: Exchange, wanted: Wanted, data: bytes) -> tuple[
     return key, signature
 
 
+def request_block(exchange: Exchange, wanted: Wanted, namespace: str, hash_algorithm: str,
+                  digest: bytes) -> tuple[PublicKey, bytes]:  # fmt: skip
+    """The key that signed, and the armored SSHSIG block."""
+    data = signed_data(namespace, hash_algorithm, digest)
+    key, signature = request_signature(exchange, wanted, data)
+    return key, armor(sshsig(key.blob, namespace, hash_algorithm, signature))
+
+
 class Agents:
     """The agent that was set, or the first well-known one that answers.
 
     Nothing that an agent says is kept. TIMEOUT, in seconds, bounds the whole exchange of a request.
     """
 
-    def __init__(self, upstream: Optional[Upstream], places: Sequence[str], timeout: float) -> None:
+    def __init__(self, upstream: Optional[Upstream], places: Sequence[str], timeout: float,
+                 tell: Callable[[str], None] = lambda state: None) -> None:  # fmt: skip
         self.upstream = upstream
         self.places = places  # the well-known sockets
         self.timeout = timeout
+        self.tell = tell  # the service manager
         self.last: Optional[Upstream] = None  # the agent in use, as the log last named it
         self.commands = Commands()
 
@@ -891,6 +904,7 @@ class Agents:
                 if exchange.upstream != self.last:
                     self.last = exchange.upstream
                     LOG.info("using the %s", exchange.upstream)
+                    self.tell(f"using the {exchange.upstream}")
                 yield exchange
         except (AgentUnreachable, NoUsableKey) as e:
             raise type(e)(f"{e}{self.hint()}") from e
@@ -1162,6 +1176,15 @@ class Step(NamedTuple):
     expected: bool = False  # not to be had on this system at all: no warning at each start
 
 
+def process_facts(pid: str) -> dict[str, str]:
+    """What Linux says of a process: /proc/PID/status, and the soft limits of /proc/PID/limits."""
+    with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as f:
+        facts = {name: value.strip() for name, _, value in (line.partition(":") for line in f)}
+    with open(f"/proc/{pid}/limits", encoding="ascii") as f:
+        facts.update({line[:26].rstrip(): line[26:].split()[0] for line in f})
+    return facts
+
+
 def _no_core() -> Step:
     import resource
 
@@ -1187,9 +1210,8 @@ def _lock_memory(libc: Any, flags: int) -> Step:
         return Step(name, False, f"mlockall: {os.strerror(error)}", expected=error == errno.ENOSYS)
     if not os.path.exists("/proc/self/status"):
         return Step(name, True, "mlockall")
-    with open("/proc/self/status", encoding="ascii", errors="replace") as f:
-        locked = next((line.split()[1] for line in f if line.startswith("VmLck:")), "0")
-    return Step(name, locked != "0", f"VmLck {locked} kB")
+    locked = process_facts("self").get("VmLck", "0 kB")
+    return Step(name, locked != "0 kB", f"VmLck {locked}")
 
 
 def _harden_linux() -> list[Step]:
@@ -1241,6 +1263,69 @@ def harden(platform: str) -> list[Step]:
     """Takes from this process what it doesn't need. To be called before any secret is read."""
     systems = {"linux": _harden_linux, "darwin": _harden_macos}
     return systems[platform]() if platform in systems else []
+
+
+def _is_refused(attempt: Callable[[], object]) -> bool:
+    try:
+        attempt()
+    except OSError as e:
+        return e.errno == errno.EACCES
+    return False
+
+
+def confine(folders: Sequence[str]) -> Step:
+    """Landlock (Linux, landlock(7)), for this thread and those that it starts from now on.
+
+    No file is written, made or removed any more, but for what is removed in FOLDERS and below; no
+    program started, no TCP port bound or connected to, no process outside signalled. Reading, what
+    is open already and connecting to sockets in the file system go on.
+    """
+    import ctypes
+
+    # The same numbers on every architecture of today.
+    CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
+    CREATE_RULESET_VERSION, RULE_PATH_BENEATH = 1, 1
+    # LANDLOCK_ACCESS_FS_*, by the ABI that brought them: all but READ_FILE and READ_DIR.
+    RIGHTS = {1: 0x1FF3, 2: 0x2000, 3: 0x4000, 5: 0x8000}
+    REMOVE_FILE, BIND_CONNECT_TCP, SCOPE_SOCKET_SIGNAL = 0x20, 3, 3
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.argtypes = [ctypes.c_long, *4 * [ctypes.c_void_p]]  # each an int or bytes
+    libc.syscall.restype = ctypes.c_long
+
+    def call(number: int, *words: Union[int, bytes, None]) -> int:
+        result = int(libc.syscall(number, *words, *(4 - len(words)) * [None]))
+        if result < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return result
+
+    name = "Landlock"
+    try:
+        abi = call(CREATE_RULESET, None, 0, CREATE_RULESET_VERSION)
+        rights = sum(bits for since, bits in RIGHTS.items() if since <= abi)
+        net, scoped = BIND_CONNECT_TCP * (abi >= 4), SCOPE_SOCKET_SIGNAL * (abi >= 6)
+        # struct landlock_ruleset_attr: an older kernel takes a longer one that ends in zeros.
+        ruleset = call(CREATE_RULESET, struct.pack("=QQQ", rights, net, scoped), 24, 0)
+        for folder in folders:
+            beneath = os.open(folder, os.O_PATH)
+            # struct landlock_path_beneath_attr
+            call(ADD_RULE, ruleset, RULE_PATH_BENEATH, struct.pack("=Qi", REMOVE_FILE, beneath))
+            os.close(beneath)
+        call(RESTRICT_SELF, ruleset, 0)
+        os.close(ruleset)
+    except OSError as e:
+        why = {errno.ENOSYS: "this kernel has none", errno.EOPNOTSUPP: "not enabled at boot"}
+        return Step(name, False, why.get(e.errno or 0, f"forbidden here: {e.strerror}"))
+    refused = [_is_refused(lambda: os.close(os.open(os.devnull, os.O_WRONLY)))]
+    covered = ["no file written", "no program started"]
+    if net:
+        with socket.socket() as probe:
+            refused.append(_is_refused(lambda: probe.bind(("127.0.0.1", 0))))
+        covered.append("no TCP port opened")
+    if scoped:
+        covered.append("no signal outside")
+    if not all(refused):
+        return Step(name, False, "asked for, and yet not everything was refused")
+    return Step(name, True, f"ABI {abi}: {', '.join(covered)}")
 
 
 # -------------------------------------------------------------------------------------- Config
@@ -1479,6 +1564,7 @@ def argument_parser(commands: Mapping[str, str]) -> Parser:
     loudness.add_argument("-v", "--verbose", action="store_true", help="debug lines in the log")
     loudness.add_argument("-q", "--quiet", action="store_true", help="warnings and audit lines")
     parser.add_argument("--console", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--sign", action="store_true", help="with check: make a test signature")
     for option in OPTIONS:
         default = f" ({option.default})" if option.default else ""
         parser.add_argument(option.flag, metavar=option.metavar, help=option.help + default)
@@ -1490,6 +1576,9 @@ class Config(NamedTuple):
 
     command: tuple[str, ...]
     level: int
+    sign: bool  # with check
+    journal_stream: str  # systemd's: what stderr is connected to
+    notify_socket: str  # and where to tell it how we are
     sockets: tuple[str, ...]  # the well-known ones
     unknown: tuple[str, ...]  # variables that look like ours
     addr: tuple[Union[Address, UnixAddress], ...]
@@ -1525,6 +1614,9 @@ class Config(NamedTuple):
         config = cls(
             command=tuple(given.command),
             level=logging.DEBUG if given.verbose else AUDIT if given.quiet else logging.INFO,
+            sign=given.sign,
+            journal_stream=env.get("JOURNAL_STREAM", ""),
+            notify_socket=env.get("NOTIFY_SOCKET", ""),
             sockets=well_known_sockets(sys.platform, home_directory(env),
                                        env.get("XDG_RUNTIME_DIR", "")),
             unknown=tuple(sorted(n for n in env if n.startswith(prefix) and n not in known)),
@@ -1946,10 +2038,8 @@ class Handler:
         self.check_token(head.fields.get("authorization"))
         if self.token != admitted:
             raise RequestError(403, "the line of this token was changed meanwhile: try again")
-        data = signed_data(namespace, hash_algorithm, digest)
         with self.proxy.agents.exchange(self.request) as exchange:
-            key, signature = request_signature(exchange, wanted, data)
-        block = armor(sshsig(key.blob, namespace, hash_algorithm, signature))
+            key, block = request_block(exchange, wanted, namespace, hash_algorithm, digest)
         self.noted["key"] = key.fingerprint
         if finished := payload.object_id(block):
             self.noted["id"] = finished
@@ -2265,17 +2355,25 @@ class Server:
 
 DRAIN_SECONDS = 10
 
+# sd-daemon(3): what the journal takes as a line's priority.
+PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, AUDIT: 5, logging.WARNING: 4, logging.ERROR: 3}
+
 
 class StderrHandler(logging.Handler):
-    """The log on stderr: what would have to wait is dropped and counted, but see emit()."""
+    """The log on stderr: what would have to wait is dropped and counted, but see emit().
+
+    JOURNAL_STREAM is stderr's device and inode where that leads to the journal, else anything.
+    """
 
     # What a pipe takes whole or not at all, and without waiting where it says that it can be
     # written to (pipe(7), PIPE_BUF).
     MAX_LINE = 4096
 
-    def __init__(self) -> None:
+    def __init__(self, journal_stream: str) -> None:
         super().__init__()
-        layout = "%(asctime)s %(levelname)s %(message)s"
+        found = os.fstat(2)
+        self.journal = journal_stream == f"{found.st_dev}:{found.st_ino}"
+        layout = "%(message)s" if self.journal else "%(asctime)s %(levelname)s %(message)s"
         self.setFormatter(logging.Formatter(layout, "%Y-%m-%dT%H:%M:%S%z"))
         self.lost = 0
         self.cut = b""  # what ends the last line, where a terminal took only part of it
@@ -2290,6 +2388,8 @@ class StderrHandler(logging.Handler):
         line = self.format(record)
         if self.lost:
             line = f"({self.lost} lines before this one could not be written) {line}"
+        if self.journal:
+            line = f"<{PRIORITIES[record.levelno]}>{line}"
         data = self.cut + line.encode("utf-8", "backslashreplace")[: self.MAX_LINE - 2] + b"\n"
         written = 0
         # Whoever floods the log with refusals must not push a signature out of it.
@@ -2305,13 +2405,33 @@ class StderrHandler(logging.Handler):
         self.lost += written < len(data)
 
 
-def start_log(level: int) -> None:
+def start_log(level: int, journal_stream: str) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # never shown
     logging.addLevelName(AUDIT, "AUDIT")
     logging._srcfile = None  # nor where a line comes from
     LOG.propagate = False
     LOG.setLevel(level)
-    LOG.handlers[:] = [StderrHandler()]
+    LOG.handlers[:] = [StderrHandler(journal_stream)]
+
+
+def notifier(path: str) -> Callable[[str], None]:
+    """How to tell the service manager our state (sd_notify(3)); PATH is its NOTIFY_SOCKET or ""."""
+    if not path:
+        return lambda state: None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.setblocking(False)
+    try:
+        # An abstract one can't be reached any more under Landlock, unless by a socket that was
+        # connected before.
+        sock.connect("\0" + path[1:] if path.startswith("@") else path)
+    except OSError as e:
+        LOG.warning("the service manager can't be told: NOTIFY_SOCKET %s: %s", quoted(path), e)
+
+    def tell(state: str) -> None:
+        with contextlib.suppress(OSError):  # nothing that signing would have to wait for
+            sock.send(state.encode())
+
+    return tell
 
 
 def catch_signals() -> socket.socket:
@@ -2328,6 +2448,7 @@ def catch_signals() -> socket.socket:
 
 COMMANDS = {
     "serve": "run the proxy in the foreground (also without a command)",
+    "check": "what would sign, where, how well guarded, and what is wrong",
     "token NAME": "add a fresh token of that name to the token file, and print it",
     "shim": "print shim.sh, the container's side",
 }
@@ -2344,76 +2465,6 @@ def raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def warn_of_weak_settings(config: Config, listeners: Sequence[Listener]) -> None:
-    for name in config.unknown:
-        LOG.warning("%s is set, but is no setting of this program", printable(name))
-    for listener in listeners:
-        where = listener.socket.getsockname()
-        local = isinstance(where, str) or ipaddress.ip_address(where[0]).is_loopback
-        if not local and not config.token_file:
-            LOG.warning("%s is not a loopback address: whoever reaches it can have anything signed "
-                        "(SSH_AGENT_PROXY_TOKEN_FILE asks for a token)", listener.name)  # fmt: skip
-
-
-def report_agent(config: Config, agents: Agents) -> None:
-    """What the log says at the start of the keys, or of why there are none yet."""
-    try:
-        wanted = config.pinned()
-        with agents.exchange() as exchange:
-            listed = list_keys(exchange)
-            key = choose(listed, wanted).key
-    except ProxyError as e:
-        LOG.warning("/sign can't work yet: %s", e)
-        return
-    LOG.info("signing with %s%s", key.name, "" if wanted.pinned else " unless another is named")
-    if len(listed) > 1 and not wanted.pinned:
-        LOG.warning("the agent holds %d keys and none is pinned: SSH_AGENT_PROXY_PUBKEY pins one",
-                    len(listed))  # fmt: skip
-
-
-def serve(config: Config) -> int:
-    """Runs until SIGTERM or SIGINT, then finishes what is in flight, within DRAIN_SECONDS."""
-    steps = harden(sys.platform)
-    config.tokens()  # a file that can't be used is a setting that is wrong
-    for step in steps:
-        level = logging.DEBUG if step.in_force or step.expected else logging.WARNING
-        state = "in force" if step.in_force else "not in force"
-        LOG.log(level, "%s: %s (%s)", step.name, state, step.state)
-    raise_file_limit()
-    signals = catch_signals()
-    agents = Agents(config.upstream, config.sockets, config.timeout)
-    listeners: list[Listener] = []
-    try:
-        for address in config.addr:
-            listeners += listen(address)
-    except ProxyError:
-        for listener in listeners:
-            listener.close()
-        raise
-    server = Server(config, agents, listeners)
-    threading.stack_size(256 * 1024)
-    for listener in listeners:
-        server.start_thread(listener)
-    names = ", ".join(f'"{name}"' for name in config.namespace)
-    for listener in server.listeners:
-        LOG.info("listening on %s (namespace %s)", listener.name, names)
-    warn_of_weak_settings(config, server.listeners)
-    # An agent that hangs must hold up neither requests nor a signal.
-    threading.Thread(target=report_agent, args=(config, agents), daemon=True).start()
-
-    signals.recv(1)
-    LOG.info("stopping")
-    server.stop()
-    end = time.monotonic() + DRAIN_SECONDS
-    while (server.places or server.lingering) and time.monotonic() < end:
-        if select.select([signals], [], [], 0.02)[0]:
-            break  # a second signal: at once
-    agents.commands.end()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # Python would be killed by one on its way out
-    return 0
-
-
 def output(data: bytes) -> int:
     """Writes DATA, and what argparse has left, to standard output; ProxyError where it can't be."""
     if sys.stdout is None:
@@ -2425,6 +2476,231 @@ def output(data: bytes) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try again, and complain
         raise ProxyError(f"cannot write to standard output: {e.strerror}") from e
     return 0
+
+
+# What serve logs at its start and check prints: a level of logging, and a line.
+Finding = tuple[int, str]
+MARKS = {10: "ok", 20: "ok", 30: "warn", 40: "FAIL"}
+WAYS_OUT: dict[type[ProxyError], str] = {
+    AgentUnreachable: "; SSH_AGENT_PROXY_UPSTREAM (else SSH_AUTH_SOCK) says where it is",
+    NoUsableKey: "; ssh-add adds one, SSH_AGENT_PROXY_UPSTREAM chooses another agent",
+}
+
+
+def weak_settings(config: Config) -> Iterator[Finding]:
+    """What is set and may not be meant."""
+    for name in config.unknown:
+        yield logging.WARNING, f"{printable(name)} is set, but is no setting of this program"
+    for address in config.addr:
+        if isinstance(address, UnixAddress) or config.token_file:
+            continue
+        with contextlib.suppress(OSError, UnicodeError):  # no such name, which listen() tells
+            found = {where[0] for *_, where in socket.getaddrinfo(*address)}
+            if not all(ipaddress.ip_address(host).is_loopback for host in found):
+                yield logging.WARNING, (
+                    f"{address} is not a loopback address: whoever reaches it can have anything "
+                    "signed (SSH_AGENT_PROXY_TOKEN_FILE asks for a token)"
+                )
+
+
+def agent_findings(config: Config, agents: Agents) -> Iterator[Finding]:
+    """Which agent and which key: or why there is none, which may be mended any time."""
+    try:
+        wanted = config.pinned()
+        with agents.exchange() as exchange:
+            listed = list_keys(exchange)
+            key = choose(listed, wanted).key
+    except ProxyError as e:
+        way_out = "" if "SSH_AGENT_PROXY_" in str(e) else WAYS_OUT.get(type(e), "")
+        yield logging.ERROR, f"/sign can't work yet: {e}{way_out}"
+        return
+    for found, comment in listed:
+        text = f"the {exchange.upstream} holds {found.type} {found.name} {printable(comment)}"
+        yield logging.DEBUG, text.rstrip()
+    why = f", pinned by {wanted.pinned}" if wanted.pinned else " unless another is named"
+    yield logging.INFO, f"signing with {key.name}{why}"
+    if len(listed) > 1 and not wanted.pinned:
+        yield logging.WARNING, (f"the agent holds {len(listed)} keys and none is pinned: "
+                                "SSH_AGENT_PROXY_PUBKEY pins one")  # fmt: skip
+
+
+def hardening_findings(config: Config, steps: list[Step]) -> Iterator[Finding]:
+    """Those STEPS, and now Landlock, which is the last."""
+    runs = "UPSTREAM" if config.upstream and config.upstream.command else "CONFIRM"
+    if sys.platform == "linux" and (runs == "UPSTREAM" or config.confirm):
+        why = f"SSH_AGENT_PROXY_{runs} runs a program"
+        steps.append(Step("Landlock", False, why, expected=True))
+    elif sys.platform == "linux":
+        sockets = [a.path for a in config.addr if isinstance(a, UnixAddress)]
+        steps.append(confine([os.path.dirname(path) for path in sockets]))
+    for step in steps:
+        state = "in force" if step.in_force else "not in force"
+        level = logging.INFO if step.in_force or step.expected else logging.WARNING
+        yield level, f"{step.name}: {state} ({step.state})"
+
+
+def serve(config: Config) -> int:
+    """Runs until SIGTERM or SIGINT, then finishes what is in flight, within DRAIN_SECONDS."""
+    steps = harden(sys.platform)
+    config.tokens()  # a file that can't be used is a setting that is wrong
+    raise_file_limit()
+    signals = catch_signals()
+    tell = notifier(config.notify_socket)
+    listeners: list[Listener] = []
+    try:
+        for address in config.addr:
+            listeners += listen(address)
+    except ProxyError:
+        for listener in listeners:
+            listener.close()
+        raise
+    where = f"STATUS=listening on {', '.join(listener.name for listener in listeners)}"
+    agents = Agents(config.upstream, config.sockets, config.timeout,
+                    lambda state: tell(f"{where}, {state}"))  # fmt: skip
+    server = Server(config, agents, listeners)
+    for finding in (*hardening_findings(config, steps), *weak_settings(config)):
+        LOG.log(*finding)
+    threading.stack_size(256 * 1024)
+    for listener in listeners:
+        server.start_thread(listener)
+    tell(f"READY=1\n{where}")
+    names = ", ".join(f'"{name}"' for name in config.namespace)
+    for listener in listeners:
+        LOG.info("listening on %s (namespace %s)", listener.name, names)
+
+    def report_agent() -> None:
+        for level, text in agent_findings(config, agents):
+            LOG.log(min(level, logging.WARNING), "%s", text)
+            if level == logging.ERROR:
+                agents.tell(text)
+
+    # An agent that hangs must hold up neither requests nor a signal.
+    threading.Thread(target=report_agent, daemon=True).start()
+
+    signals.recv(1)
+    LOG.info("stopping")
+    tell("STOPPING=1")
+    server.stop()
+    end = time.monotonic() + DRAIN_SECONDS
+    while (server.places or server.lingering) and time.monotonic() < end:
+        if select.select([signals], [], [], 0.02)[0]:
+            break  # a second signal: at once
+    agents.commands.end()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # Python would be killed by one on its way out
+    return 0
+
+
+def who_listens(address: Union[Address, UnixAddress]) -> str:
+    """The Server field of what answers there, or ""."""
+    with contextlib.suppress(OSError):
+        if isinstance(address, UnixAddress):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(2)
+            sock.connect(address.path)
+        else:
+            sock = socket.create_connection(address, 2)
+        with sock:
+            sock.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            found = re.search(rb"\r\nServer: ([^\r\n]*)\r\n", sock.recv(4096))
+            return printable(found[1]) if found else ""
+    return ""
+
+
+def address_findings(config: Config) -> Iterator[Finding]:
+    """Whether the proxy could listen there now, or does already."""
+    for address in config.addr:
+        try:
+            for listener in listen(address):
+                where = listener.socket.getsockname()
+                listener.close()
+                yield logging.INFO, f"{listener.name} is free to listen on"
+                if isinstance(address, Address):
+                    with socket.socket(listener.socket.family) as probe:
+                        probe.bind((where[0], 0, *where[2:]))  # without IP_FREEBIND
+        except OSError:
+            yield logging.WARNING, (f"{address} is no address of this machine now: it is served "
+                                    "once it is one")  # fmt: skip
+        except ProxyError as e:
+            server = who_listens(address)
+            if server.startswith(f"{PROGRAM}/"):
+                yield logging.INFO, f"{server} listens on {address} already"
+            else:
+                yield logging.ERROR, str(e)
+
+
+def token_findings(config: Config) -> Iterator[Finding]:
+    try:
+        tokens = config.tokens()
+    except ConfigError as e:
+        yield logging.ERROR, str(e)
+    else:
+        yield logging.INFO, f"{count(len(tokens), 'token')} may ask" if tokens else "anyone may ask"
+
+
+def service_findings() -> Iterator[Finding]:
+    """What the system says of the user service, where it runs."""
+    import subprocess
+
+    argv = ("systemctl", "--user", "show", "--property=MainPID", "--value", PROGRAM)
+    try:
+        done = subprocess.run(argv, capture_output=True, timeout=5, check=False)
+        pid = done.stdout.decode("ascii", "replace").strip()
+        facts = process_facts(pid) if re.fullmatch("[1-9][0-9]*", pid) else {}
+    except (OSError, subprocess.SubprocessError):
+        return
+    names = ("NoNewPrivs", "VmLck", "Max core file size", "Max locked memory")
+    if facts:
+        state = ", ".join(f"{name} {facts.get(name, 'unknown')}" for name in names)
+        yield logging.INFO, f"the user service runs as PID {pid}: {state}"
+
+
+def sign_findings(config: Config, agents: Agents) -> Iterator[Finding]:
+    """A test signature, made as for a container, and verified by ssh-keygen."""
+    import subprocess
+    import tempfile
+
+    payload, namespace = b"a test signature\n", config.namespace[0]
+    digest = hashlib.new(HASHES[0], payload).digest()
+    try:
+        with agents.exchange() as exchange:
+            _, block = request_block(exchange, config.pinned(), namespace, HASHES[0], digest)
+        with tempfile.NamedTemporaryFile(suffix=".sig") as f:
+            f.write(block)
+            f.flush()
+            argv = ("ssh-keygen", "-Y", "check-novalidate", "-n", namespace, "-s", f.name)
+            done = subprocess.run(argv, input=payload, capture_output=True, timeout=10, check=False)
+        said = printable((done.stdout or done.stderr).strip())
+        yield logging.ERROR if done.returncode else logging.INFO, f"test signature: {said}"
+    except ProxyError as e:
+        yield logging.ERROR, f"no test signature: {e}"
+    except (OSError, subprocess.SubprocessError) as e:
+        yield logging.WARNING, f"test signature: made, and not verified: {printable(str(e))}"
+
+
+def check(config: Config) -> int:
+    """Prints all there is to know, a line each; 0 where /sign would work, else 1."""
+    steps = harden(sys.platform)
+    agents = Agents(config.upstream, config.sockets, config.timeout)
+    if config.level > logging.DEBUG:
+        LOG.setLevel(logging.WARNING)  # what it has to say is said here
+    failed = False
+
+    def show(findings: Iterator[Finding]) -> None:
+        nonlocal failed
+        for level, text in findings:
+            failed = failed or level == logging.ERROR
+            output(f"{MARKS[level]:<5} {text}\n".encode())
+
+    show(agent_findings(config, agents))
+    if config.sign and not failed:
+        show(sign_findings(config, agents))
+    show(address_findings(config))
+    show(token_findings(config))
+    show(weak_settings(config))
+    show(service_findings())
+    show(hardening_findings(config, steps))  # the last: nothing can be tried after it
+    return int(failed)
 
 
 def add_token(config: Config, name: str) -> int:
@@ -2465,15 +2741,24 @@ def run(env: Env, argv: Sequence[str]) -> int:
     except SystemExit as e:  # --help, --version
         output(b"")
         return int(e.code or 0)
-    start_log(config.level)
+    except ConfigError as e:
+        if "check" not in argv:
+            raise
+        output(f"{MARKS[40]:<5} {e}\n".encode())
+        return 2
+    start_log(config.level, config.journal_stream)
     words = config.command or ("serve",)
+    if config.sign and words != ("check",):
+        raise ConfigError("--sign: check alone makes a test signature")
     if words == ("serve",):
         return serve(config)
+    if words == ("check",):
+        return check(config)
     if words == ("shim",):
         return output(read_shim())
     if words[0] == "token" and len(words) == 2:
         return add_token(config, words[1])
-    raise ConfigError(f"{printable(' '.join(words))!r} is none of serve, token NAME and shim")
+    raise ConfigError(f"{printable(' '.join(words))!r} is none of {', '.join(COMMANDS)}")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -458,7 +458,7 @@ def fill(handler: StderrHandler) -> None:
 
 def test_a_flood_of_refusals_pushes_no_signature_out_of_the_log() -> None:
     reader, writer = os.pipe()
-    handler = StderrHandler()
+    handler = StderrHandler("")
     handler.fd = writer
     fill(handler)
     slow = threading.Timer(0.1, os.read, [reader, 65536])
@@ -475,7 +475,7 @@ def test_where_nobody_reads_a_signature_waits_once_and_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reader, writer = os.pipe()
-    handler = StderrHandler()
+    handler = StderrHandler("")
     handler.fd = writer
     fill(handler)
     waits = []
@@ -505,7 +505,7 @@ def test_a_line_that_a_terminal_took_in_part_is_counted_and_ended() -> None:
     try:
         os.set_blocking(slave, False)
         os.set_blocking(master, False)
-        handler = StderrHandler()
+        handler = StderrHandler("")
         handler.fd = slave
 
         def say(text: str) -> None:
