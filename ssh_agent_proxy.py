@@ -2512,11 +2512,13 @@ def agent_findings(config: Config, agents: Agents) -> Iterator[Finding]:
 
 def hardening_findings(config: Config, steps: list[Step]) -> Iterator[Finding]:
     """Those STEPS, and now Landlock, which is the last."""
-    programs = {"UPSTREAM": config.upstream and config.upstream.command, "CONFIRM": config.confirm}
-    run = [f"SSH_AGENT_PROXY_{name} runs a program" for name, program in programs.items() if program]
+    runs = "CONFIRM" if config.confirm else ""
+    if config.upstream and config.upstream.command:
+        runs = "UPSTREAM"
     if sys.platform == "linux":
         folders = [os.path.dirname(a.path) for a in config.addr if isinstance(a, UnixAddress)]
-        steps.append(Step("Landlock", False, run[0]) if run else confine(folders))
+        why = f"SSH_AGENT_PROXY_{runs} runs a program"
+        steps.append(Step("Landlock", False, why) if runs else confine(folders))
     for step in steps:
         state = "in force" if step.in_force else "not in force"
         level = logging.INFO if step.in_force or step.expected else logging.WARNING
