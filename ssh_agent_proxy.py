@@ -2544,7 +2544,7 @@ def serve(config: Config) -> int:
     agents = Agents(config.upstream, config.sockets, config.timeout,
                     lambda state: tell(f"{where}, {state}"))  # fmt: skip
     server = Server(config, agents, listeners)
-    for finding in (*hardening_findings(config, steps), *weak_settings(config)):
+    for finding in (*weak_settings(config), *hardening_findings(config, steps)):
         LOG.log(*finding)
     threading.stack_size(256 * 1024)
     for listener in listeners:
@@ -2629,7 +2629,9 @@ def service_findings() -> Iterator[Finding]:
     names = ("NoNewPrivs", "VmLck", "Max core file size", "Max locked memory")
     if facts:
         state = ", ".join(f"{name} {facts.get(name, 'unknown')}" for name in names)
-        yield logging.INFO, f"the user service runs as PID {pid}: {state}"
+        weak = facts.get("NoNewPrivs") != "1" or facts.get("VmLck") == "0 kB"
+        level = logging.WARNING if weak else logging.INFO
+        yield level, f"the user service runs as PID {pid}: {state}"
 
 
 def sign_findings(config: Config, agents: Agents) -> Iterator[Finding]:
