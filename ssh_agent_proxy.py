@@ -276,22 +276,16 @@ def parse_sign_response(reply: bytes) -> Optional[bytes]:
 
 # -------------------------------------------------------------------------------------- SSHSIG
 
-_KEY_TYPES = (
-    "ssh-ed25519", "ssh-rsa", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521",
-    "sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com",
-)  # fmt: skip
-# A key's type and the signature algorithm that belongs to it.
-ALGORITHMS = {t: "rsa-sha2-512" if t == "ssh-rsa" else t for t in _KEY_TYPES}
+# The types of keys and their bits, as ssh-keygen -l shows them; an RSA key has its own.
+_BITS = {
+    "ssh-ed25519": 256, "sk-ssh-ed25519@openssh.com": 256, "ssh-rsa": 0,
+    "ecdsa-sha2-nistp256": 256, "sk-ecdsa-sha2-nistp256@openssh.com": 256,
+    "ecdsa-sha2-nistp384": 384, "ecdsa-sha2-nistp521": 521,
+}  # fmt: skip
 # PROTOCOL.certkeys: a certificate's type and that of the key in it.
-CERTIFICATES = {t.partition("@")[0] + "-cert-v01@openssh.com": t for t in _KEY_TYPES}
-
-# RFC 5656: the bits of a coordinate, and at most of r and s.
-CURVES = {"nistp256": 256, "nistp384": 384, "nistp521": 521}
+_CERTIFICATES = {t.partition("@")[0] + "-cert-v01@openssh.com": t for t in _BITS}
 
 HASHES = ("sha512", "sha256")  # the first is what ssh-keygen takes unasked
-
-# What OpenSSH makes and verifies; smaller keys it refuses.
-MIN_RSA_BITS, MAX_RSA_BITS = 1024, 16384
 
 
 class PublicKey(NamedTuple):
@@ -301,7 +295,7 @@ class PublicKey(NamedTuple):
     blob: bytes  # as it stands in an authorized_keys line and in SSHSIG
     plain_type: str  # a certificate's key's; else the same as above
     plain_blob: bytes
-    bits: int  # as ssh-keygen -l shows them
+    bits: int
 
     @property
     def fingerprint(self) -> str:
@@ -326,22 +320,21 @@ class PublicKey(NamedTuple):
 
 def _key_fields(r: Reader, plain_type: str) -> int:
     """Reads what stands between a key's type and its end; returns PublicKey.bits."""
+    bits = _BITS[plain_type]
     if "ed25519" in plain_type:
-        size, bits = len(r.string()), 256
+        size = len(r.string())
         if size != 32:
             raise WireError(f"{r.what}: an Ed25519 key of {size} bytes")
     elif plain_type == "ssh-rsa":
         e, bits = r.mpint(), r.mpint().bit_length()
-        if not MIN_RSA_BITS <= bits <= MAX_RSA_BITS or e < 3:
+        if not 1024 <= bits <= 16384 or e < 3:  # what OpenSSH makes and verifies
             raise WireError(f"{r.what}: an RSA key of {bits} bits")
-    else:
-        curve = r.string().decode("ascii", "backslashreplace")
-        if curve not in CURVES or f"ecdsa-sha2-{curve}" not in plain_type:
+    else:  # RFC 5656
+        curve, point = r.string(), r.string()
+        if curve != b"nistp%d" % bits:
             raise WireError(f"{r.what}: curve {printable(curve, 20)!r} in a {plain_type} key")
-        bits = CURVES[curve]
-        point = r.string()
         if len(point) != 1 + 2 * ((bits + 7) // 8) or point[0] != 4:
-            raise WireError(f"{r.what}: not an uncompressed point of {curve}")
+            raise WireError(f"{r.what}: not an uncompressed point of nistp{bits}")
     if plain_type.startswith("sk-"):
         r.string()  # application
     return bits
@@ -351,8 +344,8 @@ def parse_public_key(blob: bytes) -> PublicKey:
     """A key blob or certificate (RFC 4253 section 6.6, RFC 5656, 8709, PROTOCOL.certkeys, .u2f)."""
     with Reader(blob, "public key") as r:
         key_type = r.string().decode("ascii", "backslashreplace")
-        plain_type = CERTIFICATES.get(key_type, key_type)
-        if plain_type not in ALGORITHMS:
+        plain_type = _CERTIFICATES.get(key_type, key_type)
+        if plain_type not in _BITS:
             raise WireError(f"public key: SSHSIG can't use type {printable(key_type, 60)!r}")
         certificate = key_type != plain_type
         if certificate:
@@ -392,7 +385,7 @@ def parse_key_line(line: str) -> Listed:
         raise WireError("a private key, where the public one (the .pub file) belongs")
     if words and words[0].startswith(("SHA256:", "MD5:")):
         raise WireError("a fingerprint, where the whole line of the public key belongs")
-    if len(words) < 2 or not (words[0] in ALGORITHMS or words[0] in CERTIFICATES):
+    if len(words) < 2 or _CERTIFICATES.get(words[0], words[0]) not in _BITS:
         raise WireError("not a public key: neither of the form 'ssh-ed25519 AAAA…', nor "
                         "of another type that can be used for SSHSIG")  # fmt: skip
     try:
@@ -443,9 +436,9 @@ def check_signature(key: PublicKey, signature: bytes) -> None:
     "SSH U2F Signatures". Whether it is the right one, whoever verifies it finds out.
     """
     what = "the agent's signature"
+    expected = "rsa-sha2-512" if key.plain_type == "ssh-rsa" else key.plain_type
     with Reader(signature, what) as r:
         algorithm = r.string().decode("ascii", "backslashreplace")
-        expected = ALGORITHMS[key.plain_type]
         if algorithm != expected:
             raise WireError(f"{what} is of algorithm {printable(algorithm, 60)!r}, "
                             f"but a {key.type} key's is {expected!r}")  # fmt: skip
