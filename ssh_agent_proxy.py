@@ -199,9 +199,6 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
     def uint32(self) -> int:
         return int.from_bytes(self.take(4), "big")
 
-    def uint64(self) -> int:
-        return int.from_bytes(self.take(8), "big")
-
     def string(self) -> bytes:
         return self.take(self.uint32())
 
@@ -354,17 +351,12 @@ def parse_public_key(blob: bytes) -> PublicKey:
         bits = _key_fields(r, plain_type)
         plain_blob = string(plain_type.encode()) + blob[start : r.at]
         if certificate:
-            r.uint64()  # serial
-            r.uint32()  # type: user or host
+            r.take(8 + 4)  # serial, type
             r.string()  # key id
             r.string()  # valid principals
-            r.uint64()  # valid after
-            r.uint64()  # valid before
-            r.string()  # critical options
-            r.string()  # extensions
-            r.string()  # reserved
-            r.string()  # signature key
-            r.string()  # signature
+            r.take(8 + 8)  # valid after, valid before
+            for _ in ("critical options", "extensions", "reserved", "signature key", "signature"):
+                r.string()
     return PublicKey(key_type, blob, plain_type, plain_blob, bits)
 
 
