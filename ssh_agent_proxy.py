@@ -205,11 +205,10 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
     def mpint(self) -> int:
         """A positive mpint in its one right encoding, which is all that keys and signatures use."""
         value = self.string()
-        if not value or value[0] >= 0x80:
-            raise WireError(f"{self.what}: an mpint that is not positive")
-        if value[0] == 0 and (len(value) == 1 or value[1] < 0x80):
-            raise WireError(f"{self.what}: an mpint with a needless leading zero")
-        return int.from_bytes(value, "big")
+        number = int.from_bytes(value, "big", signed=True)
+        if number <= 0 or len(value) != number.bit_length() // 8 + 1:
+            raise WireError(f"{self.what}: an mpint not positive, or with a needless leading zero")
+        return number
 
 
 # ------------------------------------------------------------------------------ Agent protocol

@@ -40,19 +40,18 @@ MPINTS = [
     ("the least of two bytes that needs no zero", "00000002 0100", 0x100),
 ]
 
-NOT_POSITIVE = "thing: an mpint that is not positive"
-PADDED = "thing: an mpint with a needless leading zero"
+WRONG = "thing: an mpint not positive, or with a needless leading zero"
 
 NO_MPINTS = [
-    ("the zero of the specification", "00000000", NOT_POSITIVE),
-    ("the -1234 of the specification", "00000002 edcc", NOT_POSITIVE),
-    ("the -deadbeef of the specification", "00000005 ff21524111", NOT_POSITIVE),
-    ("minus one", "00000001 ff", NOT_POSITIVE),
-    ("the least negative one of one byte", "00000001 80", NOT_POSITIVE),
-    ("zero as a byte", "00000001 00", PADDED),
-    ("zero as two bytes", "00000002 0000", PADDED),
-    ("a zero before a byte that needs none", "00000002 007f", PADDED),
-    ("two zeros before a byte that needs one", "00000003 000080", PADDED),
+    ("the zero of the specification", "00000000", WRONG),
+    ("the -1234 of the specification", "00000002 edcc", WRONG),
+    ("the -deadbeef of the specification", "00000005 ff21524111", WRONG),
+    ("minus one", "00000001 ff", WRONG),
+    ("the least negative one of one byte", "00000001 80", WRONG),
+    ("zero as a byte", "00000001 00", WRONG),
+    ("zero as two bytes", "00000002 0000", WRONG),
+    ("a zero before a byte that needs none", "00000002 007f", WRONG),
+    ("two zeros before a byte that needs one", "00000003 000080", WRONG),
     ("a length and nothing behind it", "00000001", "thing: 1 bytes expected, 0 there"),
 ]
 
