@@ -225,13 +225,6 @@ SSH_AGENT_RSA_SHA2_512 = 4
 MAX_AGENT_MESSAGE = 256 * 1024
 
 
-class Identity(NamedTuple):
-    """A key as the agent lists it; both fields are whatever the agent says."""
-
-    key_blob: bytes
-    comment: bytes
-
-
 def request_identities() -> bytes:
     """SSH_AGENTC_REQUEST_IDENTITIES (RFC 9987)."""
     return byte(SSH_AGENTC_REQUEST_IDENTITIES)
@@ -247,16 +240,14 @@ def sign_request(key_blob: bytes, data: bytes, flags: int) -> bytes:
     )  # fmt: skip
 
 
-def parse_identities_answer(reply: bytes) -> Optional[list[Identity]]:
-    """SSH_AGENT_IDENTITIES_ANSWER (RFC 9987); None where the agent says SSH_AGENT_FAILURE."""
+def parse_identities_answer(reply: bytes) -> Optional[list[tuple[bytes, bytes]]]:
+    """SSH_AGENT_IDENTITIES_ANSWER (RFC 9987), keys and comments; None for SSH_AGENT_FAILURE."""
     if reply == byte(SSH_AGENT_FAILURE):
         return None
     with Reader(reply, "identities answer") as r:
-        kind = r.byte()
-        if kind != SSH_AGENT_IDENTITIES_ANSWER:
-            raise WireError(f"identities answer: message type {kind}")
-        nkeys = r.uint32()
-        return [Identity(r.string(), r.string()) for _ in range(nkeys)]
+        if r.byte() != SSH_AGENT_IDENTITIES_ANSWER:
+            raise WireError(f"{r.what}: message type {reply[0]}")
+        return [(r.string(), r.string()) for _ in range(r.uint32())]
 
 
 def parse_sign_response(reply: bytes) -> Optional[bytes]:
@@ -264,9 +255,8 @@ def parse_sign_response(reply: bytes) -> Optional[bytes]:
     if reply == byte(SSH_AGENT_FAILURE):
         return None
     with Reader(reply, "sign response") as r:
-        kind = r.byte()
-        if kind != SSH_AGENT_SIGN_RESPONSE:
-            raise WireError(f"sign response: message type {kind}")
+        if r.byte() != SSH_AGENT_SIGN_RESPONSE:
+            raise WireError(f"{r.what}: message type {reply[0]}")
         return r.string()
 
 
