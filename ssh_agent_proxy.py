@@ -901,24 +901,17 @@ class Agents:
 # Names that nobody but this machine's owner gives: a browser led here by DNS carries others.
 OWN_SUFFIXES = (".localhost", ".internal")
 
-_HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
-_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:]*)(:[0-9]{0,5})?")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\.?")
+_AUTHORITY = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|({_HOST_NAME.pattern}|))(?::[0-9]{{0,5}})?")
 
 
 def parse_authority(value: str) -> str:
-    """The host in a Host header or an absolute target, in lower case; RequestError 400, or 421."""
-    match = _AUTHORITY.fullmatch(value)
-    if not match:
-        raise RequestError(400, f"Host {printable(value)!r} is malformed")
-    host = match.group(1).lower()
-    if host.startswith("["):
-        try:
-            return str(ipaddress.IPv6Address(host[1:-1]))
-        except ValueError as e:
-            raise RequestError(400, f"Host {printable(value)!r} is malformed") from e
-    if host and not _HOST_NAME.fullmatch(host):
-        raise RequestError(400, f"Host {printable(value)!r} is malformed")
-    return host[:-1] if host.endswith(".") else host
+    """The host in a Host header or an absolute target, in lower case; RequestError 400."""
+    with contextlib.suppress(ValueError):  # no address between the brackets
+        if match := _AUTHORITY.fullmatch(value):
+            v6, name = match.groups()
+            return str(ipaddress.IPv6Address(v6)) if v6 else name.rstrip(".").lower()
+    raise RequestError(400, f"Host {printable(value)!r} is malformed")
 
 
 def check_host(host: str, allowed: Sequence[str]) -> None:
