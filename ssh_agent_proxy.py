@@ -899,7 +899,7 @@ class Agents:
 # -------------------------------------------------------------------------------------- Policy
 
 # Names that nobody but this machine's owner gives: a browser led here by DNS carries others.
-OWN_SUFFIXES = (".localhost", ".internal")
+_OWN_HOSTS = ("127.0.0.1", "localhost", ".localhost", ".internal")
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\.?")
 _AUTHORITY = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|({_HOST_NAME.pattern}|))(?::[0-9]{{0,5}})?")
@@ -920,16 +920,13 @@ def check_host(host: str, allowed: Sequence[str]) -> None:
 
     Names that anyone on the network can claim (single labels, .local) are not ours, our own aside.
     """
-    if host in ("127.0.0.1", "localhost") or host.endswith(OWN_SUFFIXES):
+    own = socket.gethostname().lower().rstrip(".")
+    bare = own.partition(".")[0]
+    ours = (*_OWN_HOSTS, *allowed, *((own, bare, f"{bare}.local") if bare else ()))
+    if any(host == name or (name[0] == "." and host.endswith(name)) for name in ours):
         return
     with contextlib.suppress(ValueError):  # a name
         ipaddress.ip_address(host)
-        return
-    own = socket.gethostname().lower().rstrip(".")
-    bare = own.partition(".")[0]
-    if bare and host in (own, bare, bare + ".local"):
-        return
-    if any(host == a or (a[0] == "." and host.endswith(a)) for a in allowed):
         return
     raise RequestError(421, f"Host {printable(host)!r} is not a name of this proxy: use localhost, "
                             "or list it in SSH_AGENT_PROXY_ALLOWED_HOSTS")  # fmt: skip
