@@ -494,15 +494,13 @@ class Payload(NamedTuple):
         named = self.fields.get("tree") or self.fields.get("object")
         if not named or self.size > len(self.data):
             return ""
-        sha256 = len(named) == 64
+        sha, header = ("sha1", b"gpgsig") if len(named) == 40 else ("sha256", b"gpgsig-sha256")
+        signed = self.data + block
         if self.kind == "commit":
-            head, blank, message = self.data.partition(b"\n\n")
-            name = b"\ngpgsig-sha256 " if sha256 else b"\ngpgsig "
-            signed = head + name + block.rstrip().replace(b"\n", b"\n ") + blank + message
-        else:
-            signed = self.data + block
-        whole = b"%s %d\0" % (self.kind.encode(), len(signed)) + signed
-        return hashlib.new("sha256" if sha256 else "sha1", whole, usedforsecurity=False).hexdigest()
+            lines = block.rstrip().replace(b"\n", b"\n ")
+            signed = self.data.replace(b"\n\n", b"\n%b %b\n\n" % (header, lines), 1)
+        whole = b"%b %d\0%b" % (self.kind.encode(), len(signed), signed)
+        return hashlib.new(sha, whole, usedforsecurity=False).hexdigest()
 
 
 def parse_payload(data: bytes, size: Optional[int] = None, nul: bool = False) -> Payload:
