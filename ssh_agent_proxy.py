@@ -966,13 +966,12 @@ def choose_key(named: Optional[str], pin: Wanted) -> Wanted:
             wanted = Wanted(parse_key_line(named).key)
         except WireError as e:
             raise RequestError(400, f"SSHSIG-Key: {e}") from e
-    if not pin.pinned:
-        return wanted
-    fingerprint = wanted.key.fingerprint if wanted.key else wanted.fingerprint
-    if not (wanted.fits(pin.key) if pin.key else fingerprint == pin.fingerprint):
+    key = pin.key or wanted.key
+    same = pin.fingerprint in ("", wanted.fingerprint)
+    if not (pin.fits(key) and wanted.fits(key) if key else same):
         raise RequestError(403, f"this proxy signs with {pin.name} only, not with {wanted.name}: "
                                 f"use that key, or change {pin.pinned}")  # fmt: skip
-    return pin if pin.key or not wanted.key else wanted._replace(pinned=pin.pinned)
+    return Wanted(key, wanted.fingerprint, pin.pinned, pin.comment)
 
 
 def parse_kinds(text: str) -> tuple[str, ...]:
@@ -994,8 +993,6 @@ class Token(NamedTuple):
     payloads: tuple[str, ...] = ()  # empty: as set for all
 
 
-# RFC 6750 section 2.1 (b64token).
-_B64TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 _TOKEN_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -1005,7 +1002,7 @@ def parse_token(line: str, number: int) -> Token:
     token, *words = re.split(r"[ \t]+", line.strip(" \t\r"))
     name = words.pop(0) if words and "=" not in words[0] else ""
     options = dict(word.partition("=")[::2] for word in words if "=" in word)
-    if not _B64TOKEN.fullmatch(token):
+    if not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):  # RFC 6750's b64token
         raise ConfigError("its first word is no bearer token")
     if len(options) < len(words):
         raise ConfigError("an option stands twice, or a word without = behind the name")
