@@ -1083,7 +1083,6 @@ class Consent:
         """Returns if the person agrees, as OpenSSH's own askpass is understood; else 403."""
         deadline = time.monotonic() + self.timeout
         queue = Watch("the person, with another prompt,", deadline, client)
-        pause = 0
         try:
             while not self.lock.acquire(timeout=0.1):
                 queue.wait(0)
@@ -1093,16 +1092,16 @@ class Consent:
                     return
                 words = (*self.askpass.command, os.fsdecode(prompt.encode()))
                 program = self.askpass._replace(command=words)
-                pause = 1
-                with Exchange(program, deadline, client, self.commands) as exchange:
-                    status, answer = exchange.result(1024)
+                try:
+                    with Exchange(program, deadline, client, self.commands) as exchange:
+                        status, answer = exchange.result(1024)
+                except ClientGone:
+                    time.sleep(1)  # or a click on its way to this prompt would hit the next
+                    raise
                 if status or re.split(b"[\r\n]", answer)[0].lower() not in (b"", b"yes"):
                     why = f"exit status {status}" if status else repr(printable(answer, 40))
                     raise AgentRefused(f"the prompt was declined, or could not be shown ({why})")
                 self.agreed[what] = time.monotonic() + self.hold
-            except ClientGone:
-                time.sleep(pause)  # or a click on its way to this prompt would hit the next
-                raise
             finally:
                 self.lock.release()
         except AgentError as e:

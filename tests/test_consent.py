@@ -513,9 +513,9 @@ def test_a_client_that_goes_away_takes_its_prompt_along_and_the_next_is_asked(
     proxy.wait_log(r"outcome=gone .*subject=first")
 
 
-@pytest.mark.parametrize(("shown", "pause"), [(True, 1), (False, 0)])
+@pytest.mark.parametrize(("shown", "expected"), [(True, [1]), (False, [])])
 def test_a_click_on_its_way_to_a_prompt_that_goes_hits_no_other(
-    shown: bool, pause: int, monkeypatch: pytest.MonkeyPatch
+    shown: bool, expected: List[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: List[float] = []
     consent = sap.Consent(sap.Upstream("", ("sleep",)), 10, 0, sap.Commands())
@@ -537,7 +537,7 @@ def test_a_click_on_its_way_to_a_prompt_that_goes_hits_no_other(
         with pytest.raises(sap.ClientGone):
             consent.obtain("60", ("someone",), ours)
     thread.join()
-    assert pauses == [pause]
+    assert pauses == expected
     assert not consent.lock.locked()
     ours.close()
 
