@@ -361,22 +361,20 @@ def parse_key_line(line: str) -> Listed:
 
     What is not one may be a private key: the errors never quote it.
     """
-    words = line.split(None, 2)
+    key_type, encoded, comment = (*line.split(None, 2), "", "", "")[:3]
     if "PRIVATE KEY" in line:
         raise WireError("a private key, where the public one (the .pub file) belongs")
-    if words and words[0].startswith(("SHA256:", "MD5:")):
+    if key_type.startswith(("SHA256:", "MD5:")):
         raise WireError("a fingerprint, where the whole line of the public key belongs")
-    if len(words) < 2 or _CERTIFICATES.get(words[0], words[0]) not in _BITS:
-        raise WireError("not a public key: neither of the form 'ssh-ed25519 AAAA…', nor "
-                        "of another type that can be used for SSHSIG")  # fmt: skip
+    if _CERTIFICATES.get(key_type, key_type) not in _BITS or not encoded:
+        raise WireError("not a public key like 'ssh-ed25519 AAAA…', of a type SSHSIG can use")
     try:
-        blob = base64.b64decode(words[1].encode("ascii"), validate=True)
+        key = parse_public_key(base64.b64decode(encoded, validate=True))
     except ValueError as e:
-        raise WireError(f"the base64 after {words[0]!r} is damaged") from e
-    key = parse_public_key(blob)
-    if key.type != words[0]:
-        raise WireError(f"a line of type {words[0]!r} with a key of type {key.type!r} in it")
-    return Listed(key, words[2].strip() if len(words) == 3 else "")
+        raise WireError(f"the base64 after {key_type!r} is damaged") from e
+    if key.type != key_type:
+        raise WireError(f"a line of type {key_type!r} with a key of type {key.type!r} in it")
+    return Listed(key, comment.strip())
 
 
 def signed_data(namespace: str, hash_algorithm: str, digest: bytes) -> bytes:
