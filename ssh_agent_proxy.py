@@ -419,8 +419,7 @@ def check_signature(key: PublicKey, signature: bytes) -> None:
     with Reader(signature, what) as r:
         algorithm = r.string().decode("ascii", "backslashreplace")
         if algorithm != expected:
-            raise WireError(f"{what} is of algorithm {printable(algorithm, 60)!r}, "
-                            f"but a {key.type} key's is {expected!r}")  # fmt: skip
+            raise WireError(f"{what} is of algorithm {printable(algorithm, 60)!r}, not {expected}")
         blob = r.string()
         if key.plain_type.startswith("sk-"):
             r.byte()  # flags
