@@ -120,11 +120,8 @@ _UNSEEN = frozenset(map(chr, (
 
 
 def printable(text: Union[str, bytes], limit: int = 200, special: str = "") -> str:
-    """Foreign text for a log, a prompt or an error: one line, of at most LIMIT characters.
-
-    Control, bidi, zero-width and other invisible characters become escapes as in Python's source,
-    SPECIAL ones are led by a backslash.
-    """
+    """Foreign text for a log, a prompt or an error: one line, of at most LIMIT characters. Control,
+    bidi and invisible ones become escapes of Python's, SPECIAL ones are led by a backslash."""
     if isinstance(text, bytes):
         text = text[: 4 * limit].decode("utf-8", "backslashreplace")
     text = text[: limit + 1]
@@ -171,10 +168,8 @@ def string(value: bytes) -> bytes:
 
 
 class Reader(contextlib.AbstractContextManager["Reader"]):
-    """Reads RFC 4251 section 5's data types off DATA; leaving it proves that nothing is left over.
-
-    Every error is a WireError that begins with WHAT.
-    """
+    """Reads RFC 4251 section 5's data types off DATA, which is WHAT; WireError where they are not
+    there, and at the end where anything is left over."""
 
     def __init__(self, data: bytes, what: str) -> None:
         self.data = data
@@ -357,10 +352,7 @@ class Listed(NamedTuple):
 
 
 def parse_key_line(line: str) -> Listed:
-    """An authorized_keys line without options: the key and the comment.
-
-    What is not one may be a private key: the errors never quote it.
-    """
+    """An authorized_keys line without options; no WireError quotes it: it may be a private key."""
     key_type, encoded, comment = (*line.split(None, 2), "", "", "")[:3]
     if "PRIVATE KEY" in line:
         raise WireError("a private key, where the public one (the .pub file) belongs")
@@ -409,11 +401,9 @@ def armor(blob: bytes) -> bytes:
 
 
 def check_signature(key: PublicKey, signature: bytes) -> None:
-    """Is this agent's answer a signature of the kind that belongs to KEY? WireError if not.
-
-    The forms: RFC 8709 section 6, RFC 8332 section 3, RFC 5656 section 3.1.2, PROTOCOL.u2f
-    "SSH U2F Signatures". Whether it is the right one, whoever verifies it finds out.
-    """
+    """WireError unless the agent's SIGNATURE has the form that belongs to KEY (RFC 8709 section 6,
+    RFC 8332 section 3, RFC 5656 section 3.1.2, PROTOCOL.u2f "SSH U2F Signatures"). Whether it is
+    the right one, whoever verifies it finds out."""
     what = "the agent's signature"
     expected = "rsa-sha2-512" if key.plain_type == "ssh-rsa" else key.plain_type
     with Reader(signature, what) as r:
@@ -893,7 +883,7 @@ class Agents:
 
 # -------------------------------------------------------------------------------------- Policy
 
-# Names that nobody but this machine's owner gives: a browser led here by DNS carries others.
+# What nobody on the network can claim, unlike single labels and .local (but this machine's own).
 _OWN_HOSTS = ("127.0.0.1", "localhost", ".localhost", ".internal")
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\.?")
@@ -911,10 +901,7 @@ def parse_authority(value: str) -> str:
 
 def check_host(host: str, allowed: Sequence[str]) -> None:
     """Is HOST a name of ours? Otherwise a page may have made its own name resolve to this machine
-    (DNS rebinding), and reads our answers as if they were its own: 421.
-
-    Names that anyone on the network can claim (single labels, .local) are not ours, our own aside.
-    """
+    (DNS rebinding), and reads our answers as if they were its own: 421."""
     own = socket.gethostname().lower().rstrip(".")
     bare = own.partition(".")[0]
     ours = (*_OWN_HOSTS, *allowed, *((own, bare, f"{bare}.local") if bare else ()))
@@ -1063,10 +1050,8 @@ def consent_prompt(payload: Payload, facts: dict[str, str]) -> str:
 
 
 class Consent:
-    """Asks a person before each signature, one at a time, through an askpass program.
-
-    A yes holds HOLD seconds for the same client, kind, namespace and key.
-    """
+    """Asks a person before each signature, one at a time, through an askpass program. A yes holds
+    HOLD seconds for the same client, kind, namespace and key."""
 
     def __init__(self, askpass: Upstream, timeout: float, hold: float, commands: Commands) -> None:
         self.askpass = askpass
