@@ -1008,11 +1008,10 @@ def parse_tokens(text: str) -> list[Token]:
         if line.strip(" \t\r") and not line.startswith("#"):
             try:
                 token = parse_token(line, number)
-                if token.digest in tokens:
+                if tokens.setdefault(token.digest, token) is not token:
                     raise ConfigError("the same token as before")
             except ConfigError as e:
                 raise ConfigError(f"line {number}: {e}") from e
-            tokens[token.digest] = token
     if not tokens:
         raise ConfigError(f"no token in it: `{PROGRAM} token NAME` adds one")
     return list(tokens.values())
