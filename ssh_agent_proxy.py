@@ -1052,17 +1052,16 @@ class Consent:
     """Asks a person before each signature, one at a time, through an askpass program. A yes holds
     HOLD seconds for the same client, kind, namespace and key."""
 
-    def __init__(self, askpass: Upstream, timeout: float, hold: float, commands: Commands) -> None:
+    def __init__(self, askpass: Upstream, hold: float, agents: Agents) -> None:
         self.askpass = askpass
-        self.timeout = timeout
         self.hold = hold
-        self.commands = commands
+        self.agents = agents  # whose timeout counts for a person too
         self.lock = threading.Lock()
         self.agreed: dict[tuple[str, ...], float] = {}  # and until when
 
     def obtain(self, prompt: str, what: tuple[str, ...], client: socket.socket) -> None:
         """Returns if the person agrees, as OpenSSH's own askpass is understood; else 403."""
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + self.agents.timeout
         queue = Watch("the person, with another prompt,", deadline, client)
         try:
             while not self.lock.acquire(timeout=0.1):
@@ -1074,7 +1073,7 @@ class Consent:
                 words = (*self.askpass.command, os.fsdecode(prompt.encode()))
                 program = self.askpass._replace(command=words)
                 try:
-                    with Exchange(program, deadline, client, self.commands) as exchange:
+                    with Exchange(program, deadline, client, self.agents.commands) as exchange:
                         status, answer = exchange.result(1024)
                 except ClientGone:
                     time.sleep(1)  # or a click on its way to this prompt would hit the next
@@ -2088,9 +2087,7 @@ class Server:
         self.config = config
         self.agents = agents
         self.listeners = listeners
-        self.consent = config.confirm and Consent(
-            config.confirm, config.timeout, config.confirm_for, agents.commands
-        )
+        self.consent = config.confirm and Consent(config.confirm, config.confirm_for, agents)
         self.lock = threading.RLock()
         self.threads = dict.fromkeys(listeners, 0)
         self.free = dict.fromkeys(listeners, 0)  # those waiting in accept

@@ -518,12 +518,13 @@ def test_a_click_on_its_way_to_a_prompt_that_goes_hits_no_other(
     shown: bool, expected: List[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: List[float] = []
-    consent = sap.Consent(sap.Upstream("", ("sleep",)), 10, 0, sap.Commands())
+    agents = sap.Agents(None, (), 10)
+    consent = sap.Consent(sap.Upstream("", ("sleep",)), 0, agents)
     ours, theirs = socket.socketpair()
 
     def leave() -> None:
         if shown:
-            wait_for(lambda: consent.commands, message="the askpass")
+            wait_for(lambda: agents.commands, message="the askpass")
         theirs.close()
 
     thread = threading.Thread(target=leave)
