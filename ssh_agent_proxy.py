@@ -188,9 +188,6 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
         self.at += size
         return taken
 
-    def byte(self) -> int:
-        return self.take(1)[0]
-
     def uint32(self) -> int:
         return int.from_bytes(self.take(4), "big")
 
@@ -240,7 +237,7 @@ def parse_identities_answer(reply: bytes) -> Optional[list[tuple[bytes, bytes]]]
     if reply == byte(SSH_AGENT_FAILURE):
         return None
     with Reader(reply, "identities answer") as r:
-        if r.byte() != SSH_AGENT_IDENTITIES_ANSWER:
+        if r.take(1) != byte(SSH_AGENT_IDENTITIES_ANSWER):
             raise WireError(f"{r.what}: message type {reply[0]}")
         return [(r.string(), r.string()) for _ in range(r.uint32())]
 
@@ -250,7 +247,7 @@ def parse_sign_response(reply: bytes) -> Optional[bytes]:
     if reply == byte(SSH_AGENT_FAILURE):
         return None
     with Reader(reply, "sign response") as r:
-        if r.byte() != SSH_AGENT_SIGN_RESPONSE:
+        if r.take(1) != byte(SSH_AGENT_SIGN_RESPONSE):
             raise WireError(f"{r.what}: message type {reply[0]}")
         return r.string()
 
@@ -412,7 +409,7 @@ def check_signature(key: PublicKey, signature: bytes) -> None:
             raise WireError(f"{what} is of algorithm {printable(algorithm, 60)!r}, not {expected}")
         blob = r.string()
         if key.plain_type.startswith("sk-"):
-            r.byte()  # flags
+            r.take(1)  # flags
             r.uint32()  # counter
     if "ed25519" in algorithm:
         if len(blob) != 64:
