@@ -296,28 +296,6 @@ class PublicKey(NamedTuple):
         return f"{self.type} {base64.b64encode(self.blob).decode()}"
 
 
-def _key_fields(r: Reader, plain_type: str) -> int:
-    """Reads what stands between a key's type and its end; returns PublicKey.bits."""
-    bits = _BITS[plain_type]
-    if "ed25519" in plain_type:
-        size = len(r.string())
-        if size != 32:
-            raise WireError(f"{r.what}: an Ed25519 key of {size} bytes")
-    elif plain_type == "ssh-rsa":
-        e, bits = r.mpint(), r.mpint().bit_length()
-        if not 1024 <= bits <= 16384 or e < 3:  # what OpenSSH makes and verifies
-            raise WireError(f"{r.what}: an RSA key of {bits} bits")
-    else:  # RFC 5656
-        curve, point = r.string(), r.string()
-        if curve != b"nistp%d" % bits:
-            raise WireError(f"{r.what}: curve {printable(curve, 20)!r} in a {plain_type} key")
-        if len(point) != 1 + 2 * ((bits + 7) // 8) or point[0] != 4:
-            raise WireError(f"{r.what}: not an uncompressed point of nistp{bits}")
-    if plain_type.startswith("sk-"):
-        r.string()  # application
-    return bits
-
-
 def parse_public_key(blob: bytes) -> PublicKey:
     """A key blob or certificate (RFC 4253 section 6.6, RFC 5656, 8709, PROTOCOL.certkeys, .u2f)."""
     with Reader(blob, "public key") as r:
@@ -328,8 +306,23 @@ def parse_public_key(blob: bytes) -> PublicKey:
         certificate = key_type != plain_type
         if certificate:
             r.string()  # nonce
-        start = r.at
-        bits = _key_fields(r, plain_type)
+        start, bits = r.at, _BITS[plain_type]
+        if "ed25519" in plain_type:
+            size = len(r.string())
+            if size != 32:
+                raise WireError(f"public key: an Ed25519 key of {size} bytes")
+        elif plain_type == "ssh-rsa":
+            e, bits = r.mpint(), r.mpint().bit_length()
+            if not 1024 <= bits <= 16384 or e < 3:  # what OpenSSH makes and verifies
+                raise WireError(f"public key: an RSA key of {bits} bits")
+        else:  # RFC 5656
+            curve, point = r.string(), r.string()
+            if curve != b"nistp%d" % bits:
+                raise WireError(f"public key: {plain_type} with curve {printable(curve, 20)!r}")
+            if len(point) != 1 + 2 * ((bits + 7) // 8) or point[0] != 4:
+                raise WireError(f"public key: not an uncompressed point of nistp{bits}")
+        if plain_type.startswith("sk-"):
+            r.string()  # application
         plain_blob = string(plain_type.encode()) + blob[start : r.at]
         if certificate:
             r.take(8 + 4)  # serial, type
