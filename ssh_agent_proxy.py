@@ -120,11 +120,8 @@ _UNSEEN = frozenset(map(chr, (
 
 
 def printable(text: Union[str, bytes], limit: int = 200, special: str = "") -> str:
-    """Foreign text for a log, a prompt or an error: one line, of at most LIMIT characters.
-
-    Control, bidi, zero-width and other invisible characters become escapes as in Python's source,
-    SPECIAL ones are led by a backslash.
-    """
+    """Foreign text for a log, a prompt or an error: one line, of at most LIMIT characters. Control,
+    bidi and invisible ones become escapes of Python's, SPECIAL ones are led by a backslash."""
     if isinstance(text, bytes):
         text = text[: 4 * limit].decode("utf-8", "backslashreplace")
     text = text[: limit + 1]
@@ -171,10 +168,8 @@ def string(value: bytes) -> bytes:
 
 
 class Reader(contextlib.AbstractContextManager["Reader"]):
-    """Reads RFC 4251 section 5's data types off DATA; leaving it proves that nothing is left over.
-
-    Every error is a WireError that begins with WHAT.
-    """
+    """Reads RFC 4251 section 5's data types off DATA, which is WHAT; WireError where they are not
+    there, and at the end where anything is left over."""
 
     def __init__(self, data: bytes, what: str) -> None:
         self.data = data
@@ -193,14 +188,8 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
         self.at += size
         return taken
 
-    def byte(self) -> int:
-        return self.take(1)[0]
-
     def uint32(self) -> int:
         return int.from_bytes(self.take(4), "big")
-
-    def uint64(self) -> int:
-        return int.from_bytes(self.take(8), "big")
 
     def string(self) -> bytes:
         return self.take(self.uint32())
@@ -208,11 +197,10 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
     def mpint(self) -> int:
         """A positive mpint in its one right encoding, which is all that keys and signatures use."""
         value = self.string()
-        if not value or value[0] >= 0x80:
-            raise WireError(f"{self.what}: an mpint that is not positive")
-        if value[0] == 0 and (len(value) == 1 or value[1] < 0x80):
-            raise WireError(f"{self.what}: an mpint with a needless leading zero")
-        return int.from_bytes(value, "big")
+        number = int.from_bytes(value, "big", signed=True)
+        if number <= 0 or len(value) != number.bit_length() // 8 + 1:
+            raise WireError(f"{self.what}: an mpint not positive, or with a needless leading zero")
+        return number
 
 
 # ------------------------------------------------------------------------------ Agent protocol
@@ -227,13 +215,6 @@ SSH_AGENT_RSA_SHA2_512 = 4
 
 # What OpenSSH's own client takes at most.
 MAX_AGENT_MESSAGE = 256 * 1024
-
-
-class Identity(NamedTuple):
-    """A key as the agent lists it; both fields are whatever the agent says."""
-
-    key_blob: bytes
-    comment: bytes
 
 
 def request_identities() -> bytes:
@@ -251,16 +232,14 @@ def sign_request(key_blob: bytes, data: bytes, flags: int) -> bytes:
     )  # fmt: skip
 
 
-def parse_identities_answer(reply: bytes) -> Optional[list[Identity]]:
-    """SSH_AGENT_IDENTITIES_ANSWER (RFC 9987); None where the agent says SSH_AGENT_FAILURE."""
+def parse_identities_answer(reply: bytes) -> Optional[list[tuple[bytes, bytes]]]:
+    """SSH_AGENT_IDENTITIES_ANSWER (RFC 9987), keys and comments; None for SSH_AGENT_FAILURE."""
     if reply == byte(SSH_AGENT_FAILURE):
         return None
     with Reader(reply, "identities answer") as r:
-        kind = r.byte()
-        if kind != SSH_AGENT_IDENTITIES_ANSWER:
-            raise WireError(f"identities answer: message type {kind}")
-        nkeys = r.uint32()
-        return [Identity(r.string(), r.string()) for _ in range(nkeys)]
+        if r.take(1) != byte(SSH_AGENT_IDENTITIES_ANSWER):
+            raise WireError(f"{r.what}: message type {reply[0]}")
+        return [(r.string(), r.string()) for _ in range(r.uint32())]
 
 
 def parse_sign_response(reply: bytes) -> Optional[bytes]:
@@ -268,30 +247,23 @@ def parse_sign_response(reply: bytes) -> Optional[bytes]:
     if reply == byte(SSH_AGENT_FAILURE):
         return None
     with Reader(reply, "sign response") as r:
-        kind = r.byte()
-        if kind != SSH_AGENT_SIGN_RESPONSE:
-            raise WireError(f"sign response: message type {kind}")
+        if r.take(1) != byte(SSH_AGENT_SIGN_RESPONSE):
+            raise WireError(f"{r.what}: message type {reply[0]}")
         return r.string()
 
 
 # -------------------------------------------------------------------------------------- SSHSIG
 
-_KEY_TYPES = (
-    "ssh-ed25519", "ssh-rsa", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521",
-    "sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com",
-)  # fmt: skip
-# A key's type and the signature algorithm that belongs to it.
-ALGORITHMS = {t: "rsa-sha2-512" if t == "ssh-rsa" else t for t in _KEY_TYPES}
+# The types of keys and their bits, as ssh-keygen -l shows them; an RSA key has its own.
+_BITS = {
+    "ssh-ed25519": 256, "sk-ssh-ed25519@openssh.com": 256, "ssh-rsa": 0,
+    "ecdsa-sha2-nistp256": 256, "sk-ecdsa-sha2-nistp256@openssh.com": 256,
+    "ecdsa-sha2-nistp384": 384, "ecdsa-sha2-nistp521": 521,
+}  # fmt: skip
 # PROTOCOL.certkeys: a certificate's type and that of the key in it.
-CERTIFICATES = {t.partition("@")[0] + "-cert-v01@openssh.com": t for t in _KEY_TYPES}
-
-# RFC 5656: the bits of a coordinate, and at most of r and s.
-CURVES = {"nistp256": 256, "nistp384": 384, "nistp521": 521}
+_CERTIFICATES = {t.partition("@")[0] + "-cert-v01@openssh.com": t for t in _BITS}
 
 HASHES = ("sha512", "sha256")  # the first is what ssh-keygen takes unasked
-
-# What OpenSSH makes and verifies; smaller keys it refuses.
-MIN_RSA_BITS, MAX_RSA_BITS = 1024, 16384
 
 
 class PublicKey(NamedTuple):
@@ -301,7 +273,7 @@ class PublicKey(NamedTuple):
     blob: bytes  # as it stands in an authorized_keys line and in SSHSIG
     plain_type: str  # a certificate's key's; else the same as above
     plain_blob: bytes
-    bits: int  # as ssh-keygen -l shows them
+    bits: int
 
     @property
     def fingerprint(self) -> str:
@@ -324,54 +296,41 @@ class PublicKey(NamedTuple):
         return f"{self.type} {base64.b64encode(self.blob).decode()}"
 
 
-def _key_fields(r: Reader, plain_type: str) -> int:
-    """Reads what stands between a key's type and its end; returns PublicKey.bits."""
-    if "ed25519" in plain_type:
-        size, bits = len(r.string()), 256
-        if size != 32:
-            raise WireError(f"{r.what}: an Ed25519 key of {size} bytes")
-    elif plain_type == "ssh-rsa":
-        e, bits = r.mpint(), r.mpint().bit_length()
-        if not MIN_RSA_BITS <= bits <= MAX_RSA_BITS or e < 3:
-            raise WireError(f"{r.what}: an RSA key of {bits} bits")
-    else:
-        curve = r.string().decode("ascii", "backslashreplace")
-        if curve not in CURVES or f"ecdsa-sha2-{curve}" not in plain_type:
-            raise WireError(f"{r.what}: curve {printable(curve, 20)!r} in a {plain_type} key")
-        bits = CURVES[curve]
-        point = r.string()
-        if len(point) != 1 + 2 * ((bits + 7) // 8) or point[0] != 4:
-            raise WireError(f"{r.what}: not an uncompressed point of {curve}")
-    if plain_type.startswith("sk-"):
-        r.string()  # application
-    return bits
-
-
 def parse_public_key(blob: bytes) -> PublicKey:
     """A key blob or certificate (RFC 4253 section 6.6, RFC 5656, 8709, PROTOCOL.certkeys, .u2f)."""
     with Reader(blob, "public key") as r:
         key_type = r.string().decode("ascii", "backslashreplace")
-        plain_type = CERTIFICATES.get(key_type, key_type)
-        if plain_type not in ALGORITHMS:
+        plain_type = _CERTIFICATES.get(key_type, key_type)
+        if plain_type not in _BITS:
             raise WireError(f"public key: SSHSIG can't use type {printable(key_type, 60)!r}")
         certificate = key_type != plain_type
         if certificate:
             r.string()  # nonce
-        start = r.at
-        bits = _key_fields(r, plain_type)
+        start, bits = r.at, _BITS[plain_type]
+        if "ed25519" in plain_type:
+            size = len(r.string())
+            if size != 32:
+                raise WireError(f"public key: an Ed25519 key of {size} bytes")
+        elif plain_type == "ssh-rsa":
+            e, bits = r.mpint(), r.mpint().bit_length()
+            if not 1024 <= bits <= 16384 or e < 3:  # what OpenSSH makes and verifies
+                raise WireError(f"public key: an RSA key of {bits} bits")
+        else:  # RFC 5656
+            curve, point = r.string(), r.string()
+            if curve != b"nistp%d" % bits:
+                raise WireError(f"public key: {plain_type} with curve {printable(curve, 20)!r}")
+            if len(point) != 1 + 2 * ((bits + 7) // 8) or point[0] != 4:
+                raise WireError(f"public key: not an uncompressed point of nistp{bits}")
+        if plain_type.startswith("sk-"):
+            r.string()  # application
         plain_blob = string(plain_type.encode()) + blob[start : r.at]
         if certificate:
-            r.uint64()  # serial
-            r.uint32()  # type: user or host
+            r.take(8 + 4)  # serial, type
             r.string()  # key id
             r.string()  # valid principals
-            r.uint64()  # valid after
-            r.uint64()  # valid before
-            r.string()  # critical options
-            r.string()  # extensions
-            r.string()  # reserved
-            r.string()  # signature key
-            r.string()  # signature
+            r.take(8 + 8)  # valid after, valid before
+            for _ in ("critical options", "extensions", "reserved", "signature key", "signature"):
+                r.string()
     return PublicKey(key_type, blob, plain_type, plain_blob, bits)
 
 
@@ -383,26 +342,21 @@ class Listed(NamedTuple):
 
 
 def parse_key_line(line: str) -> Listed:
-    """An authorized_keys line without options: the key and the comment.
-
-    What is not one may be a private key: the errors never quote it.
-    """
-    words = line.split(None, 2)
+    """An authorized_keys line without options; no WireError quotes it: it may be a private key."""
+    key_type, encoded, comment = (*line.split(None, 2), "", "", "")[:3]
     if "PRIVATE KEY" in line:
         raise WireError("a private key, where the public one (the .pub file) belongs")
-    if words and words[0].startswith(("SHA256:", "MD5:")):
+    if key_type.startswith(("SHA256:", "MD5:")):
         raise WireError("a fingerprint, where the whole line of the public key belongs")
-    if len(words) < 2 or not (words[0] in ALGORITHMS or words[0] in CERTIFICATES):
-        raise WireError("not a public key: neither of the form 'ssh-ed25519 AAAA…', nor "
-                        "of another type that can be used for SSHSIG")  # fmt: skip
+    if _CERTIFICATES.get(key_type, key_type) not in _BITS or not encoded:
+        raise WireError("not a public key like 'ssh-ed25519 AAAA…', of a type SSHSIG can use")
     try:
-        blob = base64.b64decode(words[1].encode("ascii"), validate=True)
+        key = parse_public_key(base64.b64decode(encoded, validate=True))
     except ValueError as e:
-        raise WireError(f"the base64 after {words[0]!r} is damaged") from e
-    key = parse_public_key(blob)
-    if key.type != words[0]:
-        raise WireError(f"a line of type {words[0]!r} with a key of type {key.type!r} in it")
-    return Listed(key, words[2].strip() if len(words) == 3 else "")
+        raise WireError(f"the base64 after {key_type!r} is damaged") from e
+    if key.type != key_type:
+        raise WireError(f"a line of type {key_type!r} with a key of type {key.type!r} in it")
+    return Listed(key, comment.strip())
 
 
 def signed_data(namespace: str, hash_algorithm: str, digest: bytes) -> bytes:
@@ -437,21 +391,18 @@ def armor(blob: bytes) -> bytes:
 
 
 def check_signature(key: PublicKey, signature: bytes) -> None:
-    """Is this agent's answer a signature of the kind that belongs to KEY? WireError if not.
-
-    The forms: RFC 8709 section 6, RFC 8332 section 3, RFC 5656 section 3.1.2, PROTOCOL.u2f
-    "SSH U2F Signatures". Whether it is the right one, whoever verifies it finds out.
-    """
+    """WireError unless the agent's SIGNATURE has the form that belongs to KEY (RFC 8709 section 6,
+    RFC 8332 section 3, RFC 5656 section 3.1.2, PROTOCOL.u2f "SSH U2F Signatures"). Whether it is
+    the right one, whoever verifies it finds out."""
     what = "the agent's signature"
+    expected = "rsa-sha2-512" if key.plain_type == "ssh-rsa" else key.plain_type
     with Reader(signature, what) as r:
         algorithm = r.string().decode("ascii", "backslashreplace")
-        expected = ALGORITHMS[key.plain_type]
         if algorithm != expected:
-            raise WireError(f"{what} is of algorithm {printable(algorithm, 60)!r}, "
-                            f"but a {key.type} key's is {expected!r}")  # fmt: skip
+            raise WireError(f"{what} is of algorithm {printable(algorithm, 60)!r}, not {expected}")
         blob = r.string()
         if key.plain_type.startswith("sk-"):
-            r.byte()  # flags
+            r.take(1)  # flags
             r.uint32()  # counter
     if "ed25519" in algorithm:
         if len(blob) != 64:
@@ -520,15 +471,13 @@ class Payload(NamedTuple):
         named = self.fields.get("tree") or self.fields.get("object")
         if not named or self.size > len(self.data):
             return ""
-        sha256 = len(named) == 64
+        sha, header = ("sha1", b"gpgsig") if len(named) == 40 else ("sha256", b"gpgsig-sha256")
+        signed = self.data + block
         if self.kind == "commit":
-            head, blank, message = self.data.partition(b"\n\n")
-            name = b"\ngpgsig-sha256 " if sha256 else b"\ngpgsig "
-            signed = head + name + block.rstrip().replace(b"\n", b"\n ") + blank + message
-        else:
-            signed = self.data + block
-        whole = b"%s %d\0" % (self.kind.encode(), len(signed)) + signed
-        return hashlib.new("sha256" if sha256 else "sha1", whole, usedforsecurity=False).hexdigest()
+            lines = block.rstrip().replace(b"\n", b"\n ")
+            signed = self.data.replace(b"\n\n", b"\n%b %b\n\n" % (header, lines), 1)
+        whole = b"%b %d\0%b" % (self.kind.encode(), len(signed), signed)
+        return hashlib.new(sha, whole, usedforsecurity=False).hexdigest()
 
 
 def parse_payload(data: bytes, size: Optional[int] = None, nul: bool = False) -> Payload:
@@ -938,45 +887,32 @@ class Agents:
 
 # -------------------------------------------------------------------------------------- Policy
 
-# Names that nobody but this machine's owner gives: a browser led here by DNS carries others.
-OWN_SUFFIXES = (".localhost", ".internal")
+# What nobody on the network can claim, unlike single labels and .local (but this machine's own).
+_OWN_HOSTS = ("127.0.0.1", "localhost", ".localhost", ".internal")
 
-_HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
-_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:]*)(:[0-9]{0,5})?")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\.?")
+_AUTHORITY = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|({_HOST_NAME.pattern}|))(?::[0-9]{{0,5}})?")
 
 
 def parse_authority(value: str) -> str:
-    """The host in a Host header or an absolute target, in lower case; RequestError 400, or 421."""
-    match = _AUTHORITY.fullmatch(value)
-    if not match:
-        raise RequestError(400, f"Host {printable(value)!r} is malformed")
-    host = match.group(1).lower()
-    if host.startswith("["):
-        try:
-            return str(ipaddress.IPv6Address(host[1:-1]))
-        except ValueError as e:
-            raise RequestError(400, f"Host {printable(value)!r} is malformed") from e
-    if host and not _HOST_NAME.fullmatch(host):
-        raise RequestError(400, f"Host {printable(value)!r} is malformed")
-    return host[:-1] if host.endswith(".") else host
+    """The host in a Host header or an absolute target, in lower case; RequestError 400."""
+    with contextlib.suppress(ValueError):  # no address between the brackets
+        if match := _AUTHORITY.fullmatch(value):
+            v6, name = match.groups()
+            return str(ipaddress.IPv6Address(v6)) if v6 else name.rstrip(".").lower()
+    raise RequestError(400, f"Host {printable(value)!r} is malformed")
 
 
 def check_host(host: str, allowed: Sequence[str]) -> None:
     """Is HOST a name of ours? Otherwise a page may have made its own name resolve to this machine
-    (DNS rebinding), and reads our answers as if they were its own: 421.
-
-    Names that anyone on the network can claim (single labels, .local) are not ours, our own aside.
-    """
-    if host in ("127.0.0.1", "localhost") or host.endswith(OWN_SUFFIXES):
+    (DNS rebinding), and reads our answers as if they were its own: 421."""
+    own = socket.gethostname().lower().rstrip(".")
+    bare = own.partition(".")[0]
+    ours = (*_OWN_HOSTS, *allowed, *((own, bare, f"{bare}.local") if bare else ()))
+    if any(host == name or (name[0] == "." and host.endswith(name)) for name in ours):
         return
     with contextlib.suppress(ValueError):  # a name
         ipaddress.ip_address(host)
-        return
-    own = socket.gethostname().lower().rstrip(".")
-    bare = own.partition(".")[0]
-    if bare and host in (own, bare, bare + ".local"):
-        return
-    if any(host == a or (a[0] == "." and host.endswith(a)) for a in allowed):
         return
     raise RequestError(421, f"Host {printable(host)!r} is not a name of this proxy: use localhost, "
                             "or list it in SSH_AGENT_PROXY_ALLOWED_HOSTS")  # fmt: skip
@@ -1018,13 +954,12 @@ def choose_key(named: Optional[str], pin: Wanted) -> Wanted:
             wanted = Wanted(parse_key_line(named).key)
         except WireError as e:
             raise RequestError(400, f"SSHSIG-Key: {e}") from e
-    if not pin.pinned:
-        return wanted
-    fingerprint = wanted.key.fingerprint if wanted.key else wanted.fingerprint
-    if not (wanted.fits(pin.key) if pin.key else fingerprint == pin.fingerprint):
+    key = pin.key or wanted.key
+    same = pin.fingerprint in ("", wanted.fingerprint)
+    if not (pin.fits(key) and wanted.fits(key) if key else same):
         raise RequestError(403, f"this proxy signs with {pin.name} only, not with {wanted.name}: "
                                 f"use that key, or change {pin.pinned}")  # fmt: skip
-    return pin if pin.key or not wanted.key else wanted._replace(pinned=pin.pinned)
+    return Wanted(key, wanted.fingerprint, pin.pinned, pin.comment)
 
 
 def parse_kinds(text: str) -> tuple[str, ...]:
@@ -1046,8 +981,6 @@ class Token(NamedTuple):
     payloads: tuple[str, ...] = ()  # empty: as set for all
 
 
-# RFC 6750 section 2.1 (b64token).
-_B64TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 _TOKEN_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -1057,7 +990,7 @@ def parse_token(line: str, number: int) -> Token:
     token, *words = re.split(r"[ \t]+", line.strip(" \t\r"))
     name = words.pop(0) if words and "=" not in words[0] else ""
     options = dict(word.partition("=")[::2] for word in words if "=" in word)
-    if not _B64TOKEN.fullmatch(token):
+    if not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):  # RFC 6750's b64token
         raise ConfigError("its first word is no bearer token")
     if len(options) < len(words):
         raise ConfigError("an option stands twice, or a word without = behind the name")
@@ -1079,11 +1012,10 @@ def parse_tokens(text: str) -> list[Token]:
         if line.strip(" \t\r") and not line.startswith("#"):
             try:
                 token = parse_token(line, number)
-                if token.digest in tokens:
+                if tokens.setdefault(token.digest, token) is not token:
                     raise ConfigError("the same token as before")
             except ConfigError as e:
                 raise ConfigError(f"line {number}: {e}") from e
-            tokens[token.digest] = token
     if not tokens:
         raise ConfigError(f"no token in it: `{PROGRAM} token NAME` adds one")
     return list(tokens.values())
@@ -1121,24 +1053,20 @@ def consent_prompt(payload: Payload, facts: dict[str, str]) -> str:
 
 
 class Consent:
-    """Asks a person before each signature, one at a time, through an askpass program.
+    """Asks a person before each signature, one at a time, through an askpass program. A yes holds
+    HOLD seconds for the same client, kind, namespace and key."""
 
-    A yes holds HOLD seconds for the same client, kind, namespace and key.
-    """
-
-    def __init__(self, askpass: Upstream, timeout: float, hold: float, commands: Commands) -> None:
+    def __init__(self, askpass: Upstream, hold: float, agents: Agents) -> None:
         self.askpass = askpass
-        self.timeout = timeout
         self.hold = hold
-        self.commands = commands
+        self.agents = agents  # whose timeout counts for a person too
         self.lock = threading.Lock()
         self.agreed: dict[tuple[str, ...], float] = {}  # and until when
 
     def obtain(self, prompt: str, what: tuple[str, ...], client: socket.socket) -> None:
         """Returns if the person agrees, as OpenSSH's own askpass is understood; else 403."""
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + self.agents.timeout
         queue = Watch("the person, with another prompt,", deadline, client)
-        pause = 0
         try:
             while not self.lock.acquire(timeout=0.1):
                 queue.wait(0)
@@ -1148,16 +1076,16 @@ class Consent:
                     return
                 words = (*self.askpass.command, os.fsdecode(prompt.encode()))
                 program = self.askpass._replace(command=words)
-                pause = 1
-                with Exchange(program, deadline, client, self.commands) as exchange:
-                    status, answer = exchange.result(1024)
+                try:
+                    with Exchange(program, deadline, client, self.agents.commands) as exchange:
+                        status, answer = exchange.result(1024)
+                except ClientGone:
+                    time.sleep(1)  # or a click on its way to this prompt would hit the next
+                    raise
                 if status or re.split(b"[\r\n]", answer)[0].lower() not in (b"", b"yes"):
                     why = f"exit status {status}" if status else repr(printable(answer, 40))
                     raise AgentRefused(f"the prompt was declined, or could not be shown ({why})")
                 self.agreed[what] = time.monotonic() + self.hold
-            except ClientGone:
-                time.sleep(pause)  # or a click on its way to this prompt would hit the next
-                raise
             finally:
                 self.lock.release()
         except AgentError as e:
@@ -2225,9 +2153,7 @@ class Server:
         self.config = config
         self.agents = agents
         self.listeners = listeners
-        self.consent = config.confirm and Consent(
-            config.confirm, config.timeout, config.confirm_for, agents.commands
-        )
+        self.consent = config.confirm and Consent(config.confirm, config.confirm_for, agents)
         self.lock = threading.RLock()
         self.threads = dict.fromkeys(listeners, 0)
         self.free = dict.fromkeys(listeners, 0)  # those waiting in accept

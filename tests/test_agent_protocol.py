@@ -27,11 +27,11 @@ REQUESTS = [
     ("a signature of nothing", sap.sign_request(b"", b"", 0), "0d 00000000 00000000 00000000"),
 ]
 
-A = sap.Identity(b"A", b"a")
-B = sap.Identity(b"BB", b"")
+A = (b"A", b"a")
+B = (b"BB", b"")
 
 # None: the agent says FAILURE.
-LISTS: List[Tuple[str, str, Optional[List[sap.Identity]]]] = [
+LISTS: List[Tuple[str, str, Optional[List[Tuple[bytes, bytes]]]]] = [
     ("no keys", "0c 00000000", []),
     ("one key", "0c 00000001 00000001 41 00000001 61", [A]),
     ("a key without a comment", "0c 00000001 00000002 4242 00000000", [B]),
@@ -39,9 +39,9 @@ LISTS: List[Tuple[str, str, Optional[List[sap.Identity]]]] = [
      [B, A]),
     ("a key twice", "0c 00000002 00000001 41 00000001 61 00000001 41 00000001 61", [A, A]),
     ("a comment that is no text", "0c 00000001 00000001 41 00000002 ff0a",
-     [sap.Identity(b"A", b"\xff\n")]),
+     [(b"A", b"\xff\n")]),
     ("an empty key blob, which is for others to refuse", "0c 00000001 00000000 00000000",
-     [sap.Identity(b"", b"")]),
+     [(b"", b"")]),
     ("a refusal", "05", None),
 ]  # fmt: skip
 
@@ -98,7 +98,7 @@ def test_a_request_is_the_specification_s(request_: bytes, data: str) -> None:
 
 
 @pytest.mark.parametrize("reply, keys", rows(LISTS))
-def test_a_list_is_read(reply: str, keys: Optional[List[sap.Identity]]) -> None:
+def test_a_list_is_read(reply: str, keys: Optional[List[Tuple[bytes, bytes]]]) -> None:
     assert sap.parse_identities_answer(bytes.fromhex(reply)) == keys
 
 
@@ -171,7 +171,7 @@ def test_a_real_agent_s_list_is_that_of_ssh_add(agent: Agent, keys: Keys) -> Non
     listed = sap.parse_identities_answer(ask(agent, sap.request_identities()))
     lines = run(["ssh-add", "-L"], env=agent.env).stdout.splitlines()
     assert listed == [
-        sap.Identity(base64.b64decode(blob), comment)
+        (base64.b64decode(blob), comment)
         for _, blob, comment in (line.split(b" ", 2) for line in lines)
     ]
     assert len(lines) == 3

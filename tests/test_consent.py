@@ -513,17 +513,18 @@ def test_a_client_that_goes_away_takes_its_prompt_along_and_the_next_is_asked(
     proxy.wait_log(r"outcome=gone .*subject=first")
 
 
-@pytest.mark.parametrize(("shown", "pause"), [(True, 1), (False, 0)])
+@pytest.mark.parametrize(("shown", "expected"), [(True, [1]), (False, [])])
 def test_a_click_on_its_way_to_a_prompt_that_goes_hits_no_other(
-    shown: bool, pause: int, monkeypatch: pytest.MonkeyPatch
+    shown: bool, expected: List[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: List[float] = []
-    consent = sap.Consent(sap.Upstream("", ("sleep",)), 10, 0, sap.Commands())
+    agents = sap.Agents(None, (), 10)
+    consent = sap.Consent(sap.Upstream("", ("sleep",)), 0, agents)
     ours, theirs = socket.socketpair()
 
     def leave() -> None:
         if shown:
-            wait_for(lambda: consent.commands, message="the askpass")
+            wait_for(lambda: agents.commands, message="the askpass")
         theirs.close()
 
     thread = threading.Thread(target=leave)
@@ -537,7 +538,7 @@ def test_a_click_on_its_way_to_a_prompt_that_goes_hits_no_other(
         with pytest.raises(sap.ClientGone):
             consent.obtain("60", ("someone",), ours)
     thread.join()
-    assert pauses == [pause]
+    assert pauses == expected
     assert not consent.lock.locked()
     ours.close()
 

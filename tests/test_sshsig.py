@@ -169,7 +169,7 @@ class AuthenticatorAgent:
             keys = b"".join(s(blob) + s(key.kind.encode()) for blob, key in self.listed)
             return b"\x0c" + struct.pack(">I", len(self.listed)) + keys
         with sap.Reader(request, "sign request") as r:
-            assert r.byte() == 13
+            assert r.take(1) == b"\x0d"
             wanted, data = r.string(), r.string()
             self.flags.append(r.uint32())
         for blob, key in self.listed:
