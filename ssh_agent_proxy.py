@@ -1561,7 +1561,7 @@ class Config(NamedTuple):
 
 MAX_HEAD = 16 * 1024
 MAX_FIELDS = 100
-MAX_LINE = 4096  # of a chunked body
+MAX_LINE = 4096  # of a chunk's size
 MAX_BODY = 1 << 30
 HEAD_SECONDS = 10  # from the accept
 GAP_SECONDS = 30  # between two pieces of a body
@@ -1577,12 +1577,9 @@ LINGER_GAP = 2
 
 # RFC 9110 section 5.6.2 (token) and 5.5 (field-value), RFC 3986 (a target without a fragment).
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_REQUEST_LINE = re.compile(
-    rb"(" + _TOKEN + rb") "
-    rb"((?:[A-Za-z0-9\-._~!$&'()*+,;=:@/?\[\]]|%[0-9A-Fa-f]{2})+) "
-    rb"HTTP/([0-9])\.([0-9])"
-)
-_FIELD = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
+_TARGET = rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/?\[\]]|%[0-9A-Fa-f]{2})+"
+_REQUEST_LINE = re.compile(rb"(%b) (%b) HTTP/([0-9])\.([0-9])" % (_TOKEN, _TARGET))
+_FIELD = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 # Fields of which a second one would leave open which of them counts.
@@ -1619,38 +1616,38 @@ def read_line(stream: BinaryIO, limit: int, what: str) -> bytes:
     raise RequestError(400, f"the request ended inside {what}")
 
 
-def parse_field(line: bytes) -> tuple[str, str]:
-    """A field line (RFC 9112 section 5): its name in lower case, and its value."""
-    match = _FIELD.fullmatch(line)
-    if match:
-        return match.group(1).decode().lower(), match.group(2).strip(b" \t").decode("latin-1")
-    if line[:1] in (b" ", b"\t"):
-        raise RequestError(400, "a header line begins with a blank: folded headers are refused")
-    name = re.split(rb"[: \t]", line)[0]  # no more of it is told: the value may be secret
-    if line[len(name) :].lstrip(b" \t").startswith(b":") and line[len(name)] != ord(":"):
-        raise RequestError(400, f"a blank before the colon of header {printable(name, 60)!r}")
-    raise RequestError(400, f"a malformed header line: {printable(name, 60)!r}")
+def read_fields(stream: BinaryIO, left: int, what: str) -> Iterator[tuple[str, str]]:
+    """Field lines (RFC 9112 section 5) up to the empty line, LEFT bytes at most: names in lower
+    case, and values."""
+    for _ in range(MAX_FIELDS + 1):
+        line = read_line(stream, left, what)
+        if not line:
+            return
+        left -= len(line) + 2
+        match = _FIELD.fullmatch(line)
+        if not match:
+            name = re.split(rb"[: \t]", line)[0]  # no more of it is told: the value may be secret
+            raise RequestError(400, f"the header line of {printable(name, 60)!r} is malformed, "
+                                    "folded, or has a blank before its colon")  # fmt: skip
+        yield match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
+    raise RequestError(431, f"more than {MAX_FIELDS} fields in {what}")
 
 
-def parse_framing(fields: Mapping[str, str], minor: int) -> tuple[Optional[int], bool]:
+def parse_framing(fields: Mapping[str, str], minor: str) -> tuple[Optional[int], bool]:
     """RFC 9112 section 6: Content-Length if any, and whether the body is chunked."""
     coding = fields.get("transfer-encoding")
     length = fields.get("content-length")
     if coding is not None:
-        if length is not None:
-            raise RequestError(400, "both Content-Length and Transfer-Encoding")
-        if minor == 0:
-            raise RequestError(400, "Transfer-Encoding in HTTP/1.0")
-        if coding.lower() != "chunked":
-            raise RequestError(400, f"Transfer-Encoding {printable(coding, 60)!r}: not chunked")
+        if length is not None or minor == "0" or coding.lower() != "chunked":
+            raise RequestError(400, f"Transfer-Encoding {printable(coding, 60)!r}: there is only "
+                                    "chunked, in HTTP/1.1, without Content-Length")  # fmt: skip
         return None, True
     if length is None:
         return None, False
     if not re.fullmatch("[0-9]+", length):
         raise RequestError(400, f"Content-Length {printable(length, 60)!r} is no number")
-    length = length.lstrip("0") or "0"
-    # Python refuses to read numbers of thousands of digits.
-    return int(length) if len(length) < 19 else MAX_BODY + 1, False
+    # Python refuses to read numbers of thousands of digits; 19 are too many bytes already.
+    return int(length.lstrip("0")[:19] or "0"), False
 
 
 def read_head(stream: BinaryIO) -> Head:
@@ -1660,7 +1657,6 @@ def read_head(stream: BinaryIO) -> Head:
     """
     what = "the request's head"
     first = read_line(stream, MAX_HEAD, what)
-    left = MAX_HEAD - len(first) - 2
     match = _REQUEST_LINE.fullmatch(first)
     if not match:
         raise RequestError(400, f"a malformed request line: {printable(first, 60)!r}")
@@ -1668,16 +1664,10 @@ def read_head(stream: BinaryIO) -> Head:
     if (major, minor) not in (("1", "1"), ("1", "0")):
         raise RequestError(400, f"HTTP/{major}.{minor} is not spoken here: use HTTP/1.1")
     fields: dict[str, str] = {}
-    number = 0
-    while line := read_line(stream, left, what):
-        left -= len(line) + 2
-        name, value = parse_field(line)
+    for name, value in read_fields(stream, MAX_HEAD - len(first) - 2, what):
         if name in fields and name in _SINGLE:
             raise RequestError(400, f"header {name!r} stands twice")
         fields[name] = value
-        number += 1
-        if number > MAX_FIELDS:
-            raise RequestError(431, f"more than {MAX_FIELDS} header fields")
 
     hosts = []
     if "host" in fields:
@@ -1691,7 +1681,7 @@ def read_head(stream: BinaryIO) -> Head:
     elif not target.startswith("/"):
         raise RequestError(400, f"a request target of another form: {printable(target, 60)!r}")
 
-    length, chunked = parse_framing(fields, int(minor))
+    length, chunked = parse_framing(fields, minor)
     if minor == "1" and fields.get("expect", "100-continue").lower() != "100-continue":
         raise RequestError(400, f"Expect {printable(fields['expect'], 60)!r} can't be met")
     return Head(method, target, int(minor), tuple(hosts), fields, length, chunked)
@@ -1708,7 +1698,7 @@ def chunk_sizes(stream: BinaryIO) -> Iterator[int]:
         match = _CHUNK.fullmatch(line)
         if not match:
             raise RequestError(400, f"a malformed chunk size: {printable(line, 60)!r}")
-        size = int(match.group(1), 16)
+        size = int(match[1], 16)
         if not size:
             break
         total += size
@@ -1717,12 +1707,8 @@ def chunk_sizes(stream: BinaryIO) -> Iterator[int]:
         yield size
         if stream.read(2) != b"\r\n":
             raise RequestError(400, "a chunk is not of the size announced")
-    for _ in range(MAX_FIELDS + 1):  # trailers, which mean nothing here, and the empty line
-        line = read_line(stream, MAX_LINE, "a trailer")
-        if not line:
-            return
-        parse_field(line)
-    raise RequestError(431, f"more than {MAX_FIELDS} trailer fields")
+    for _ in read_fields(stream, MAX_HEAD, "the trailer"):
+        pass  # it means nothing here
 
 
 class Answer(NamedTuple):
