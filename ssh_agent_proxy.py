@@ -2042,38 +2042,33 @@ class Listener(NamedTuple):
 
     socket: socket.socket
     name: str
-    inode: tuple[int, int] = (0, 0)  # of a Unix socket's file, with its device
+    file: Optional[os.stat_result] = None  # a Unix socket's
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             # Closing alone leaves threads in accept, and they would take one more each.
             self.socket.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(OSError):
-            if self.inode != (0, 0):
-                path = self.socket.getsockname()
-                found = os.lstat(path)  # before the close: no other file has this number yet
-                if (found.st_dev, found.st_ino) == self.inode:
-                    os.unlink(path)
+            path = self.socket.getsockname()
+            # Before the close: no other file has this number yet.
+            if self.file and os.path.samestat(self.file, os.lstat(path)):
+                os.unlink(path)
         self.socket.close()
 
 
 def clear_stale(path: str) -> None:
-    """Removes the socket of a program that has ended; ConfigError where it is anything else."""
+    """Removes the socket of a program that has ended; OSError where it is anything else."""
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise ConfigError("it is there, and no socket")
+        raise OSError(errno.EEXIST, "it is there, and no socket")
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return os.unlink(path)
-        except OSError:
-            pass  # whoever it is, it lives
-    raise ConfigError("another program listens there")
+        probe.setblocking(False)
+        if probe.connect_ex(path) != errno.ECONNREFUSED:  # whoever it is, it lives
+            raise OSError(errno.EEXIST, "another program listens there")
+    os.unlink(path)
 
 
 def listen_unix(address: UnixAddress) -> Listener:
-    """A Unix socket, which has its mode from its first instant; ProxyError."""
+    """A Unix socket, which has its mode from its first instant; OSError."""
     umask = os.umask(0o777 & ~address.mode)
     try:
         if os.path.lexists(address.path):
@@ -2081,49 +2076,45 @@ def listen_unix(address: UnixAddress) -> Listener:
         sock = socket.socket(socket.AF_UNIX)
         sock.bind(address.path)
         sock.listen(1024)
-        found = os.lstat(address.path)
-        return Listener(sock, str(address), (found.st_dev, found.st_ino))
-    except (OSError, ConfigError) as e:
-        why = e.strerror or str(e) if isinstance(e, OSError) else e
-        raise ProxyError(f"cannot listen on {address}: {why} (another path is "
-                         "chosen by SSH_AGENT_PROXY_ADDR)") from e  # fmt: skip
+        return Listener(sock, str(address), os.lstat(address.path))
     finally:
         os.umask(umask)
 
 
+def listen_tcp(family: int, where: Any) -> Listener:
+    """A socket at an address of getaddrinfo's; OSError."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    if os.name == "posix":  # on Windows it would let two programs have the same port
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    if sys.platform == "linux":
+        # IP_FREEBIND: an address that comes later (docker0, a VPN) can be listed from the start.
+        sock.setsockopt(socket.IPPROTO_IP, 15, 1)
+    sock.bind(where)
+    sock.listen(1024)
+    return Listener(sock, str(Address(*sock.getsockname()[:2])))
+
+
 def listen(address: Union[Address, UnixAddress]) -> list[Listener]:
     """Listening sockets at ADDRESS, for a name at all it has; ProxyError where there is none."""
-    if isinstance(address, UnixAddress):
-        return [listen_unix(address)]
     listeners: list[Listener] = []
-    error: Optional[OSError] = None
     try:
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        if isinstance(address, UnixAddress):
+            return [listen_unix(address)]
+        for family, _, _, _, where in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            try:
+                listeners.append(listen_tcp(family, where))
+            except OSError as e:
+                if e.errno == errno.EADDRINUSE:
+                    raise OSError(e.errno, f"port {address.port} is in use") from e
+                error = e  # it may be a name's other address, which this system has no use for
+        if not listeners:
+            raise error
     except (OSError, UnicodeError) as e:
-        raise ProxyError(f"cannot listen on {address}: no such name ({e})") from e
-    for family, _, _, _, where in found:
-        v6 = family == socket.AF_INET6
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            if os.name == "posix":  # on Windows it would let two programs have the same port
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if v6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            if sys.platform == "linux":
-                # An address that comes later (docker0, a VPN) can be listed from the start.
-                level, freebind = (socket.IPPROTO_IPV6, 78) if v6 else (socket.IPPROTO_IP, 15)
-                sock.setsockopt(level, freebind, 1)
-            sock.bind(where)
-            sock.listen(1024)
-            listeners.append(Listener(sock, str(Address(*sock.getsockname()[:2]))))
-        except OSError as e:
-            error = e
-    # Else it may be a name's other address, which this system has no use for.
-    if error and (not listeners or error.errno == errno.EADDRINUSE):
-        taken = error.errno == errno.EADDRINUSE
-        why = f"port {address.port} is in use" if taken else error.strerror
-        raise ProxyError(f"cannot listen on {address}: {why} (another is chosen by "
-                         "SSH_AGENT_PROXY_ADDR)") from error  # fmt: skip
+        why = getattr(e, "strerror", None) or e
+        message = f"cannot listen on {address}: {why} (SSH_AGENT_PROXY_ADDR chooses another)"
+        raise ProxyError(message) from e
     return listeners
 
 
