@@ -1724,15 +1724,12 @@ def plain(status: int, text: str, *fields: tuple[str, str]) -> Answer:
 
 BUSY = plain(503, "busy: too many requests at once, try again", ("Retry-After", "1"))
 
-# The one place where kinds of errors become statuses.
+# The one place where kinds of errors become statuses; all others are 503.
 STATUSES: dict[type[ProxyError], int] = {
     WireError: 502,
-    AgentUnreachable: 503,
-    NoUsableKey: 503,
     AgentTimeout: 504,
     AgentRefused: 403,
     KeyNotHeld: 404,
-    ConfigError: 503,
     ClientGone: 400,
 }
 
@@ -1755,22 +1752,19 @@ class Client(io.RawIOBase):
         self.socket = sock
         self.since = time.monotonic()  # when its last byte came
         self.limit = self.since + HEAD_SECONDS
+        self.gap: float = GAP_SECONDS  # 0: what is here now, or nothing; below, not even that
         self.begun = False  # it has sent something
-        # Under the server's lock, for it may give this one's place to another connection:
-        self.reading = True  # it may; once False, the answer is the thread's own to give
-        self.evicted = False  # it did
-        self.told = False  # and has answered in our stead
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         """RequestError 408 where nothing came in time; ClientGone."""
-        left = min(self.limit - time.monotonic(), GAP_SECONDS)
-        if left <= 0 and self.limit:
-            raise RequestError(408, "the request took too long to arrive")
+        left = min(self.limit - time.monotonic(), self.gap)
         try:
-            self.socket.settimeout(max(0, left))
+            if left < 0:
+                raise socket.timeout
+            self.socket.settimeout(left)
             size = self.socket.recv_into(buffer)
         except (socket.timeout, BlockingIOError) as e:
             raise RequestError(408, "the request took too long to arrive") from e
@@ -1779,8 +1773,6 @@ class Client(io.RawIOBase):
         if size:
             self.since = time.monotonic()
             self.begun = True
-        if self.evicted:
-            raise ClientGone("its place was given to another")
         return size
 
 
@@ -1805,7 +1797,7 @@ NOTED = dict.fromkeys(("subject", "author", "committer", "encoding", "tagger", "
 class Handler:
     """One connection: one request, one answer, one line in the log."""
 
-    def __init__(self, connection: socket.socket, address: Any, proxy: "Server") -> None:
+    def __init__(self, connection: socket.socket, proxy: "Server") -> None:
         self.command = ""  # until the head is read
         self.request = connection
         self.proxy = proxy
@@ -1813,47 +1805,54 @@ class Handler:
         self.client = Client(connection)
         self.stream = io.BufferedReader(self.client, BUFFER // 4)
         self.whole = False  # the request is read to its end
-        self.peer = peer_fields(connection, address)
+        # Under the server's lock, for it may give the place to another connection:
+        self.reading = True  # it may; once False, the answer is the thread's own to give
+        self.told = False  # it did, and has answered in our stead
+        self.peer: dict[str, str] = {}
         self.token: Optional[Token] = None
         self.payload: Optional[Payload] = None
         self.noted: dict[str, str] = {}  # for the log
 
-    def handle(self) -> None:
-        if not self.proxy.admit(self):
-            self.client.begun = True  # as far as the gentle close goes
-            self.send(BUSY)
-            return
+    def handle(self, address: Any) -> None:
+        self.peer = peer_fields(self.request, address)
+        answer = BUSY
         try:
-            answer = self.answer(self.read_request())
-        except ProxyError as e:
-            if not self.client.begun:
-                return
-            if isinstance(e, RequestError):
-                answer = plain(e.status, str(e), *e.fields)
+            if self.proxy.admit(self):
+                answer = self.answer(self.read_request())
             else:
-                answer = plain(STATUSES[type(e)], str(e))
+                self.client.begun = True  # it has its answer before it has sent a byte
+        except ProxyError as e:
+            status = e.status if isinstance(e, RequestError) else STATUSES.get(type(e), 503)
+            answer = plain(status, str(e), *getattr(e, "fields", ()))
             if isinstance(e, ClientGone):
                 self.noted["outcome"] = "gone"
         except Exception as e:  # a fault of ours must not take the thread with it
             LOG.error("internal error: %s: %s", type(e).__name__, printable(str(e)))
             LOG.debug("where it happened", exc_info=True)
             answer = plain(500, "internal error: the proxy's log says more")
-        if self.proxy.claim(self):
-            self.send(answer)
-        elif not self.client.told:  # its first bytes came while its place was being given away
-            self.send(BUSY)
+        has_place = self.proxy.claim(self)
+        if self.client.begun:
+            if not self.told:
+                self.send(answer if has_place else BUSY)
+            self.part()
 
     def has_sent(self) -> bool:
         """Are there bytes that we have not read? Then it is not the client that is waited for."""
         return bool(select.select([self.request], [], [], 0)[0])
+
+    def end_silence(self) -> bool:
+        """Ends a connection without a request; what comes this moment is still read."""
+        begun = self.client.begun or self.has_sent()
+        if not begun:
+            with contextlib.suppress(OSError):
+                self.request.shutdown(socket.SHUT_RD)
+        return not begun
 
     def read_request(self) -> Head:
         first = self.stream.peek(5)[:5]
         self.command = "HEAD" if first == b"HEAD " else ""  # for errors too
         if first[:1] == b"\x16":
             raise RequestError(400, "this is TLS: use http://, not https://")
-        if not first:
-            raise ClientGone("a connection without a request")
         head = read_head(self.stream)
         self.client.limit = self.accepted + REQUEST_SECONDS
         self.whole = not head.chunked and not head.length
@@ -1925,7 +1924,8 @@ class Handler:
             raise RequestError(413, "more than 1 GiB to sign")
         digest, payload = self.read_body(head, hash_algorithm)
         check_payload(payload, (self.token and self.token.payloads) or self.proxy.config.payloads)
-        self.keep_place()
+        if not self.proxy.claim(self):
+            return BUSY
         if self.proxy.consent:
             self.ask_person(self.proxy.consent, payload, namespace, wanted.name)
         admitted = self.token
@@ -1956,7 +1956,8 @@ class Handler:
 
     def answer_publickey(self, head: Head) -> Answer:
         wanted = self.choices(head)[2]
-        self.keep_place()
+        if not self.proxy.claim(self):
+            return BUSY
         with self.proxy.agents.exchange(self.request) as exchange:
             listed = choose(list_keys(exchange), wanted)
         self.noted["key"] = listed.key.fingerprint
@@ -1982,24 +1983,14 @@ class Handler:
         pin = config.pinned(self.token)
         return namespace, hash_algorithm, choose_key(fields.get("sshsig-key"), pin)
 
-    def keep_place(self) -> None:
-        """The request is read: from now on it is ours that takes time."""
-        if not self.proxy.claim(self):
-            raise ClientGone("its place was given to another")
-
     def send(self, answer: Answer) -> None:
         """The log's line, and then the answer: no signature leaves that is not on record."""
         status, body = answer.status, answer.body
         outcome = "served" if status < 400 else "refused" if status < 500 else "failed"
+        ms = round(1000 * (time.monotonic() - self.accepted))
+        noted = {"outcome": outcome, "status": f"{status}", **self.peer, "ms": f"{ms}"} | self.noted
         if answer is BUSY:
-            outcome = "busy"
-        noted = {
-            "outcome": outcome,
-            "status": str(status),
-            **self.peer,
-            "ms": str(round(1000 * (time.monotonic() - self.accepted))),
-            **self.noted,
-        }
+            noted["outcome"] = "busy"
         if self.payload:
             noted.update({n: v for n, v in self.payload.fields.items() if n in NOTED})
         if status >= 400:
@@ -2020,21 +2011,18 @@ class Handler:
             # Here, not at the close: a client that reads to the end need not wait for what is left.
             self.request.shutdown(socket.SHUT_WR)
 
-    def close(self) -> None:
-        """Ends the connection such that an answer reaches a client that is still sending: bytes
-        that nobody has read would make the system throw the answer away."""
-        with contextlib.suppress(OSError, ProxyError):
-            if self.whole:
-                self.client.limit = 0  # what is here now, or nothing (408)
-                self.whole = not self.stream.peek(1)
-            if not self.whole and self.client.begun:
-                self.proxy.linger(self)
-                self.request.settimeout(LINGER_GAP)
-                buffer = bytearray(BUFFER // 4)
-                end = time.monotonic() + LINGER_SECONDS
-                while self.request.recv_into(buffer) and time.monotonic() < end:
-                    pass
-        self.proxy.leave(self)
+    def part(self) -> None:
+        """Lets the answer reach a client that is still sending: bytes that nobody has read would
+        make the system throw it away."""
+        self.client.limit = time.monotonic() + LINGER_SECONDS
+        self.client.gap = 0
+        with contextlib.suppress(ProxyError):
+            if self.whole and not self.stream.peek(1):
+                return
+            self.proxy.linger(self)
+            self.client.gap = LINGER_GAP
+            while self.stream.read1(BUFFER // 4):
+                pass
 
 
 class Listener(NamedTuple):
@@ -2150,64 +2138,55 @@ class Server:
             self.free[listener] += 1
 
     def work(self, listener: Listener) -> None:
-        while True:
+        while not self.stopping:
             try:
-                connection, peer = listener.socket.accept()
+                connection, address = listener.socket.accept()
             except OSError as e:
-                if self.stopping:
-                    return
-                if e.errno != errno.ECONNABORTED:
+                if not self.stopping and e.errno != errno.ECONNABORTED:
                     LOG.error("cannot take a connection on %s: %s", listener.name, e.strerror)
                     time.sleep(0.1)  # no file descriptors, say: a tight loop would not help
                 continue
             with self.lock:
                 self.free[listener] -= 1
-                last = not self.free[listener]
-            if last and not self.stopping:
-                self.start_thread(listener)
+                if not self.free[listener]:
+                    self.start_thread(listener)
+            handler = Handler(connection, self)
             try:
                 if not self.stopping:
-                    with contextlib.closing(Handler(connection, peer, self)) as handler:
-                        handler.handle()
+                    handler.handle(address)
             except Exception as e:  # noqa: BLE001  it must not take the thread with it
                 LOG.error("internal error: %s: %s", type(e).__name__, printable(str(e)))
             finally:
-                connection.close()
                 with self.lock:
+                    self.places.discard(handler)
+                    self.lingering.pop(handler, None)
                     self.free[listener] += 1
+                connection.close()
 
     def admit(self, handler: Handler) -> bool:
         """A place for HANDLER's connection, where need be that of the one which has kept us waiting
         longest for its own bytes; False where all requests are read whole."""
         with self.lock:
             if len(self.places) >= PLACES:
-                waiting = [h for h in self.places if h.client.reading]
+                waiting = [h for h in self.places if h.reading]
                 if not waiting:
                     return False
-                waiting.sort(key=lambda h: h.client.since)
-                idle = [h for h in waiting if not h.has_sent()]
-                self._evict((idle or waiting)[0])
+                victim = min(waiting, key=lambda h: (h.has_sent(), h.client.since))
+                # While we hold the lock, its own thread neither answers nor closes.
+                self.places.remove(victim)
+                victim.client.gap = -1
+                if not victim.end_silence():
+                    victim.told = True
+                    victim.send(BUSY)
+                    self.linger(victim)
             self.places.add(handler)
             return True
 
-    def _evict(self, victim: Handler) -> None:
-        """While the lock is held, VICTIM's own thread neither answers nor closes."""
-        self.places.discard(victim)  # whatever becomes of it
-        victim.client.reading = False
-        victim.client.evicted = True
-        with contextlib.suppress(OSError):
-            if not victim.client.begun and not victim.has_sent():
-                victim.request.shutdown(socket.SHUT_RD)
-                return
-            victim.client.begun = victim.client.told = True
-            victim.send(BUSY)
-        self.linger(victim)
-
     def claim(self, handler: Handler) -> bool:
-        """Is the answer HANDLER's to give? From now on its place is safe until it is given."""
+        """Has HANDLER still its place? From now on that is safe: what takes time is ours."""
         with self.lock:
-            handler.client.reading = False
-            return not handler.client.evicted
+            handler.reading = False
+            return handler in self.places
 
     def linger(self, handler: Handler) -> None:
         """HANDLER has answered and gives its place back; it reads on until its client is done."""
@@ -2220,12 +2199,6 @@ class Server:
                 with contextlib.suppress(OSError):
                     oldest.request.shutdown(socket.SHUT_RDWR)
 
-    def leave(self, handler: Handler) -> None:
-        """HANDLER is about to close its connection."""
-        with self.lock:
-            self.places.discard(handler)
-            self.lingering.pop(handler, None)
-
     def stop(self) -> None:
         """No further connections, and an end to those on which no request has begun."""
         self.stopping = True
@@ -2233,9 +2206,7 @@ class Server:
             listener.close()
         with self.lock:
             for handler in self.places:
-                if not handler.client.begun:
-                    with contextlib.suppress(OSError):
-                        handler.request.shutdown(socket.SHUT_RDWR)
+                handler.end_silence()
 
 
 # ------------------------------------------------------------------------------------- Service
