@@ -1575,12 +1575,14 @@ SPARE_THREADS = 16  # beyond those, for each address
 LINGER_SECONDS = 5
 LINGER_GAP = 2
 
-# RFC 9110 section 5.6.2 (token) and 5.5 (field-value), RFC 3986 (a target without a fragment).
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_TARGET = rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/?\[\]]|%[0-9A-Fa-f]{2})+"
-_REQUEST_LINE = re.compile(rb"(%b) (%b) HTTP/([0-9])\.([0-9])" % (_TOKEN, _TARGET))
-_FIELD = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
-_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+# RFC 9110 section 5.6.2 (token) and 5.5 (field-value), RFC 3986 (what a target is made of), and
+# RFC 9112 section 3.2 (a path, also behind http:// and an authority).
+_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_CHAR = r"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@?\[\]]|%[0-9A-Fa-f]{2})"
+_TARGET = rf"(?! )(?:(?i:http)://({_CHAR}*))?(/(?:/|{_CHAR})*)?"
+_REQUEST_LINE = re.compile(rf"({_NAME}) {_TARGET} HTTP/1\.([01])")
+_FIELD = re.compile(rf"({_NAME}):([\t\x20-\x7e\x80-\xff]*)")
+_CHUNK = re.compile(r"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 # Fields of which a second one would leave open which of them counts.
 _SINGLE = frozenset((
@@ -1601,14 +1603,14 @@ class Head(NamedTuple):
     chunked: bool
 
 
-def read_line(stream: BinaryIO, limit: int, what: str) -> bytes:
-    """A line of at most LIMIT bytes off STREAM, without its CR LF.
+def read_line(stream: BinaryIO, limit: int, what: str) -> str:
+    """A line of at most LIMIT bytes off STREAM, a character for each, without its CR LF.
 
     A bare CR or LF is where two readers disagree on what a line is: RequestError 400.
     """
     line = stream.readline(limit)
     if line.endswith(b"\r\n") and line.find(b"\r") == len(line) - 2:
-        return line[:-2]
+        return line[:-2].decode("latin-1")
     if len(line) == limit:
         raise RequestError(431, f"{what} is too large")
     if b"\n" in line or b"\r" in line[:-1]:
@@ -1626,28 +1628,10 @@ def read_fields(stream: BinaryIO, left: int, what: str) -> Iterator[tuple[str, s
         left -= len(line) + 2
         match = _FIELD.fullmatch(line)
         if not match:
-            name = re.split(rb"[: \t]", line)[0]  # no more of it is told: the value may be secret
-            raise RequestError(400, f"the header line of {printable(name, 60)!r} is malformed, "
-                                    "folded, or has a blank before its colon")  # fmt: skip
-        yield match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
+            name = re.split("[: \t]", line)[0]  # no more of it is told: the value may be secret
+            raise RequestError(400, f"a malformed or folded header: {printable(name, 60)!r}")
+        yield match[1].lower(), match[2].strip(" \t")
     raise RequestError(431, f"more than {MAX_FIELDS} fields in {what}")
-
-
-def parse_framing(fields: Mapping[str, str], minor: str) -> tuple[Optional[int], bool]:
-    """RFC 9112 section 6: Content-Length if any, and whether the body is chunked."""
-    coding = fields.get("transfer-encoding")
-    length = fields.get("content-length")
-    if coding is not None:
-        if length is not None or minor == "0" or coding.lower() != "chunked":
-            raise RequestError(400, f"Transfer-Encoding {printable(coding, 60)!r}: there is only "
-                                    "chunked, in HTTP/1.1, without Content-Length")  # fmt: skip
-        return None, True
-    if length is None:
-        return None, False
-    if not re.fullmatch("[0-9]+", length):
-        raise RequestError(400, f"Content-Length {printable(length, 60)!r} is no number")
-    # Python refuses to read numbers of thousands of digits; 19 are too many bytes already.
-    return int(length.lstrip("0")[:19] or "0"), False
 
 
 def read_head(stream: BinaryIO) -> Head:
@@ -1659,32 +1643,29 @@ def read_head(stream: BinaryIO) -> Head:
     first = read_line(stream, MAX_HEAD, what)
     match = _REQUEST_LINE.fullmatch(first)
     if not match:
-        raise RequestError(400, f"a malformed request line: {printable(first, 60)!r}")
-    method, target, major, minor = (part.decode() for part in match.groups())
-    if (major, minor) not in (("1", "1"), ("1", "0")):
-        raise RequestError(400, f"HTTP/{major}.{minor} is not spoken here: use HTTP/1.1")
+        raise RequestError(400, f"no HTTP/1.1 request for a path: {printable(first, 60)!r}")
+    method, authority, path, minor = match.groups()
     fields: dict[str, str] = {}
     for name, value in read_fields(stream, MAX_HEAD - len(first) - 2, what):
         if name in fields and name in _SINGLE:
             raise RequestError(400, f"header {name!r} stands twice")
         fields[name] = value
 
-    hosts = []
-    if "host" in fields:
-        hosts.append(parse_authority(fields["host"]))
-    elif minor == "1":
+    if minor == "1" and "host" not in fields:
         raise RequestError(400, "HTTP/1.1 without a Host header")
-    if target[:7].lower() == "http://":
-        authority, slash, path = target[7:].partition("/")
-        hosts.append(parse_authority(authority))
-        target = slash + path or "/"
-    elif not target.startswith("/"):
-        raise RequestError(400, f"a request target of another form: {printable(target, 60)!r}")
-
-    length, chunked = parse_framing(fields, minor)
+    hosts = [parse_authority(h) for h in (fields.get("host"), authority) if h is not None]
     if minor == "1" and fields.get("expect", "100-continue").lower() != "100-continue":
         raise RequestError(400, f"Expect {printable(fields['expect'], 60)!r} can't be met")
-    return Head(method, target, int(minor), tuple(hosts), fields, length, chunked)
+
+    coding, length = fields.get("transfer-encoding"), fields.get("content-length")
+    if coding is not None and (length is not None or minor == "0" or coding.lower() != "chunked"):
+        raise RequestError(400, f"Transfer-Encoding {printable(coding, 60)!r}: there is only "
+                                "chunked, in HTTP/1.1, without Content-Length")  # fmt: skip
+    if length is not None and not re.fullmatch("[0-9]+", length):
+        raise RequestError(400, f"Content-Length {printable(length, 60)!r} is no number")
+    # Python refuses to read numbers of thousands of digits; 19 are too many bytes already.
+    size = None if length is None else int(length.lstrip("0")[:19] or "0")
+    return Head(method, path or "/", int(minor), tuple(hosts), fields, size, coding is not None)
 
 
 def chunk_sizes(stream: BinaryIO) -> Iterator[int]:
