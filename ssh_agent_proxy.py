@@ -1722,8 +1722,7 @@ def read_shim() -> bytes:
         folder = os.path.dirname(os.path.realpath(__file__))
         return bytes(loader.get_data(os.path.join(folder, "shim.sh")))
     except OSError as e:
-        raise RequestError(404, "no shim.sh beside this copy of the program: copy it too, from "
-                                "where the program came") from e  # fmt: skip
+        raise RequestError(404, "no shim.sh here: copy it too, from where this program came") from e
 
 
 class Client(io.RawIOBase):
@@ -1799,7 +1798,7 @@ class Handler:
         answer = BUSY
         try:
             if self.proxy.admit(self):
-                answer = self.answer(self.read_request())
+                answer = self.answer()
             else:
                 self.client.begun = True  # it has its answer before it has sent a byte
         except ProxyError as e:
@@ -1829,23 +1828,11 @@ class Handler:
                 self.request.shutdown(socket.SHUT_RD)
         return not begun
 
-    def read_request(self) -> Head:
-        first = self.stream.peek(5)[:5]
-        self.command = "HEAD" if first == b"HEAD " else ""  # for errors too
-        if first[:1] == b"\x16":
-            raise RequestError(400, "this is TLS: use http://, not https://")
-        head = read_head(self.stream)
-        self.client.limit = self.accepted + REQUEST_SECONDS
-        self.whole = not head.chunked and not head.length
-        return head
-
     def read_body(self, head: Head, hash_algorithm: str) -> tuple[bytes, Payload]:
         """The digest of the body, hashed as it arrives, and what it is."""
         if head.minor and "expect" in head.fields:
-            try:
+            with contextlib.suppress(OSError):  # it went away: reading will tell
                 self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            except OSError as e:
-                raise ClientGone(f"the connection broke: {e.strerror or e}") from e
         hasher = hashlib.new(hash_algorithm)
         total, nul, kept = 0, False, bytearray()
         for left in chunk_sizes(self.stream) if head.chunked else [head.length or 0]:
@@ -1864,12 +1851,19 @@ class Handler:
             raise RequestError(400, "an empty body: there is nothing to sign")
         self.whole = True
         self.payload = parse_payload(bytes(kept), total, nul)
-        self.noted["kind"] = self.payload.kind
-        self.noted["digest"] = f"{hash_algorithm}:{hasher.hexdigest()}"
+        digest = f"{hash_algorithm}:{hasher.hexdigest()}"
+        self.noted.update(kind=self.payload.kind, digest=digest)
         return hasher.digest(), self.payload
 
-    def answer(self, head: Head) -> Answer:
+    def answer(self) -> Answer:
         """Decides in the order of what costs least."""
+        first = self.stream.peek(5)[:5]
+        self.command = "HEAD" if first == b"HEAD " else ""  # for errors too
+        if first[:1] == b"\x16":
+            raise RequestError(400, "this is TLS: use http://, not https://")
+        head = read_head(self.stream)
+        self.client.limit = self.accepted + REQUEST_SECONDS
+        self.whole = not head.chunked and not head.length
         self.command = head.method
         self.noted = {"method": head.method, "path": head.path.partition("?")[0]}  # no secret
         for host in head.hosts:
@@ -1879,9 +1873,8 @@ class Handler:
             known = ", ".join(self.ROUTES)
             raise RequestError(404, f"no such path: there are {known}, without a query")
         methods, route = self.ROUTES[head.path]
-        if head.method not in methods:
-            allow = ", ".join(methods)
-            raise RequestError(405, f"{head.path} takes {allow}", ("Allow", allow))
+        if head.method not in methods.split(", "):
+            raise RequestError(405, f"{head.path} takes {methods}", ("Allow", methods))
         if head.path not in ("/healthz", "/shim"):
             self.check_token(head.fields.get("authorization"))
         return route(self, head)
@@ -1917,10 +1910,9 @@ class Handler:
         with self.proxy.agents.exchange(self.request) as exchange:
             key, signature = request_signature(exchange, wanted, data)
         block = armor(sshsig(key.blob, namespace, hash_algorithm, signature))
-        self.noted["key"] = key.fingerprint
+        self.noted.update(outcome="signed", key=key.fingerprint)
         if finished := payload.object_id(block):
             self.noted["id"] = finished
-        self.noted["outcome"] = "signed"
         return Answer(200, "application/x-ssh-signature", block)
 
     def ask_person(self, consent: Consent, payload: Payload, namespace: str, key: str) -> None:
@@ -1945,11 +1937,11 @@ class Handler:
         line = f"{listed.key.line} {printable(listed.comment)}".rstrip()
         return plain(200, line, ("Cache-Control", "no-cache"))
 
-    ROUTES: dict[str, tuple[tuple[str, ...], Callable[["Handler", Head], Answer]]] = {
-        "/sign": (("POST",), answer_sign),
-        "/publickey": (("GET", "HEAD"), answer_publickey),
-        "/healthz": (("GET", "HEAD"), lambda *_: plain(200, "ok")),
-        "/shim": (("GET", "HEAD"), lambda *_: Answer(200, "text/x-shellscript", read_shim())),
+    ROUTES: dict[str, tuple[str, Callable[["Handler", Head], Answer]]] = {
+        "/sign": ("POST", answer_sign),
+        "/publickey": ("GET, HEAD", answer_publickey),
+        "/healthz": ("GET, HEAD", lambda *_: plain(200, "ok")),
+        "/shim": ("GET, HEAD", lambda *_: Answer(200, "text/x-shellscript", read_shim())),
     }
 
     def choices(self, head: Head) -> tuple[str, str, Wanted]:
@@ -1959,8 +1951,8 @@ class Handler:
         self.noted["namespace"] = namespace
         hash_algorithm = fields.get("sshsig-hash", HASHES[0])
         if hash_algorithm not in HASHES:
-            raise RequestError(400, f"SSHSIG-Hash {printable(hash_algorithm, 60)!r}: neither "
-                                    f"{' nor '.join(HASHES)}")  # fmt: skip
+            named = printable(hash_algorithm, 60)
+            raise RequestError(400, f"SSHSIG-Hash {named!r}: neither {' nor '.join(HASHES)}")
         pin = config.pinned(self.token)
         return namespace, hash_algorithm, choose_key(fields.get("sshsig-key"), pin)
 
@@ -2025,29 +2017,25 @@ class Listener(NamedTuple):
         self.socket.close()
 
 
-def clear_stale(path: str) -> None:
-    """Removes the socket of a program that has ended; OSError where it is anything else."""
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise OSError(errno.EEXIST, "it is there, and no socket")
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        if probe.connect_ex(path) != errno.ECONNREFUSED:  # whoever it is, it lives
-            raise OSError(errno.EEXIST, "another program listens there")
-    os.unlink(path)
-
-
 def listen_unix(address: UnixAddress) -> Listener:
-    """A Unix socket, which has its mode from its first instant; OSError."""
+    """A Unix socket, which has its mode from its first instant and replaces that of a program that
+    has ended; OSError where anything else has its path."""
+    if os.path.lexists(address.path):
+        if not stat.S_ISSOCK(os.lstat(address.path).st_mode):
+            raise OSError(errno.EEXIST, "it is there, and no socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            if probe.connect_ex(address.path) != errno.ECONNREFUSED:  # whoever it is, it lives
+                raise OSError(errno.EEXIST, "another program listens there")
+        os.unlink(address.path)
+    sock = socket.socket(socket.AF_UNIX)
     umask = os.umask(0o777 & ~address.mode)
     try:
-        if os.path.lexists(address.path):
-            clear_stale(address.path)
-        sock = socket.socket(socket.AF_UNIX)
         sock.bind(address.path)
-        sock.listen(1024)
-        return Listener(sock, str(address), os.lstat(address.path))
     finally:
         os.umask(umask)
+    sock.listen(1024)
+    return Listener(sock, str(address), os.lstat(address.path))
 
 
 def listen_tcp(family: int, where: Any) -> Listener:
@@ -2108,15 +2096,13 @@ class Server:
     def start_thread(self, listener: Listener) -> None:
         with self.lock:
             # Those beyond what can have a place or linger are about to be free.
-            if self.threads[listener] >= PLACES + LINGERERS + SPARE_THREADS:
-                return
-            try:
-                threading.Thread(target=self.work, args=(listener,), daemon=True).start()
-            except RuntimeError as e:  # the system has no more: those that are there go on
-                LOG.warning("cannot start another thread: %s", e)
-                return
-            self.threads[listener] += 1
-            self.free[listener] += 1
+            if self.threads[listener] < PLACES + LINGERERS + SPARE_THREADS:
+                try:
+                    threading.Thread(target=self.work, args=(listener,), daemon=True).start()
+                    self.threads[listener] += 1
+                    self.free[listener] += 1
+                except RuntimeError as e:  # the system has no more: those that are there go on
+                    LOG.warning("cannot start another thread: %s", e)
 
     def work(self, listener: Listener) -> None:
         while not self.stopping:
