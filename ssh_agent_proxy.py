@@ -1567,7 +1567,7 @@ class Config(NamedTuple):
 
 MAX_HEAD = 16 * 1024
 MAX_FIELDS = 100
-MAX_LINE = 4096  # of a chunked body
+MAX_LINE = 4096  # of a chunk's size
 MAX_BODY = 1 << 30
 HEAD_SECONDS = 10  # from the accept
 GAP_SECONDS = 30  # between two pieces of a body
@@ -1581,15 +1581,14 @@ SPARE_THREADS = 16  # beyond those, for each address
 LINGER_SECONDS = 5
 LINGER_GAP = 2
 
-# RFC 9110 section 5.6.2 (token) and 5.5 (field-value), RFC 3986 (a target without a fragment).
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_REQUEST_LINE = re.compile(
-    rb"(" + _TOKEN + rb") "
-    rb"((?:[A-Za-z0-9\-._~!$&'()*+,;=:@/?\[\]]|%[0-9A-Fa-f]{2})+) "
-    rb"HTTP/([0-9])\.([0-9])"
-)
-_FIELD = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
-_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+# RFC 9110 section 5.6.2 (token) and 5.5 (field-value), RFC 3986 (what a target is made of), and
+# RFC 9112 section 3.2 (a path, also behind http:// and an authority).
+_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_CHAR = r"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@?\[\]]|%[0-9A-Fa-f]{2})"
+_TARGET = rf"(?! )(?:(?i:http)://({_CHAR}*))?(/(?:/|{_CHAR})*)?"
+_REQUEST_LINE = re.compile(rf"({_NAME}) {_TARGET} HTTP/1\.([01])")
+_FIELD = re.compile(rf"({_NAME}):([\t\x20-\x7e\x80-\xff]*)")
+_CHUNK = re.compile(r"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 # Fields of which a second one would leave open which of them counts.
 _SINGLE = frozenset((
@@ -1610,14 +1609,14 @@ class Head(NamedTuple):
     chunked: bool
 
 
-def read_line(stream: BinaryIO, limit: int, what: str) -> bytes:
-    """A line of at most LIMIT bytes off STREAM, without its CR LF.
+def read_line(stream: BinaryIO, limit: int, what: str) -> str:
+    """A line of at most LIMIT bytes off STREAM, a character for each, without its CR LF.
 
     A bare CR or LF is where two readers disagree on what a line is: RequestError 400.
     """
     line = stream.readline(limit)
     if line.endswith(b"\r\n") and line.find(b"\r") == len(line) - 2:
-        return line[:-2]
+        return line[:-2].decode("latin-1")
     if len(line) == limit:
         raise RequestError(431, f"{what} is too large")
     if b"\n" in line or b"\r" in line[:-1]:
@@ -1625,38 +1624,20 @@ def read_line(stream: BinaryIO, limit: int, what: str) -> bytes:
     raise RequestError(400, f"the request ended inside {what}")
 
 
-def parse_field(line: bytes) -> tuple[str, str]:
-    """A field line (RFC 9112 section 5): its name in lower case, and its value."""
-    match = _FIELD.fullmatch(line)
-    if match:
-        return match.group(1).decode().lower(), match.group(2).strip(b" \t").decode("latin-1")
-    if line[:1] in (b" ", b"\t"):
-        raise RequestError(400, "a header line begins with a blank: folded headers are refused")
-    name = re.split(rb"[: \t]", line)[0]  # no more of it is told: the value may be secret
-    if line[len(name) :].lstrip(b" \t").startswith(b":") and line[len(name)] != ord(":"):
-        raise RequestError(400, f"a blank before the colon of header {printable(name, 60)!r}")
-    raise RequestError(400, f"a malformed header line: {printable(name, 60)!r}")
-
-
-def parse_framing(fields: Mapping[str, str], minor: int) -> tuple[Optional[int], bool]:
-    """RFC 9112 section 6: Content-Length if any, and whether the body is chunked."""
-    coding = fields.get("transfer-encoding")
-    length = fields.get("content-length")
-    if coding is not None:
-        if length is not None:
-            raise RequestError(400, "both Content-Length and Transfer-Encoding")
-        if minor == 0:
-            raise RequestError(400, "Transfer-Encoding in HTTP/1.0")
-        if coding.lower() != "chunked":
-            raise RequestError(400, f"Transfer-Encoding {printable(coding, 60)!r}: not chunked")
-        return None, True
-    if length is None:
-        return None, False
-    if not re.fullmatch("[0-9]+", length):
-        raise RequestError(400, f"Content-Length {printable(length, 60)!r} is no number")
-    length = length.lstrip("0") or "0"
-    # Python refuses to read numbers of thousands of digits.
-    return int(length) if len(length) < 19 else MAX_BODY + 1, False
+def read_fields(stream: BinaryIO, left: int, what: str) -> Iterator[tuple[str, str]]:
+    """Field lines (RFC 9112 section 5) up to the empty line, LEFT bytes at most: names in lower
+    case, and values."""
+    for _ in range(MAX_FIELDS + 1):
+        line = read_line(stream, left, what)
+        if not line:
+            return
+        left -= len(line) + 2
+        match = _FIELD.fullmatch(line)
+        if not match:
+            name = re.split("[: \t]", line)[0]  # no more of it is told: the value may be secret
+            raise RequestError(400, f"a malformed or folded header: {printable(name, 60)!r}")
+        yield match[1].lower(), match[2].strip(" \t")
+    raise RequestError(431, f"more than {MAX_FIELDS} fields in {what}")
 
 
 def read_head(stream: BinaryIO) -> Head:
@@ -1666,41 +1647,31 @@ def read_head(stream: BinaryIO) -> Head:
     """
     what = "the request's head"
     first = read_line(stream, MAX_HEAD, what)
-    left = MAX_HEAD - len(first) - 2
     match = _REQUEST_LINE.fullmatch(first)
     if not match:
-        raise RequestError(400, f"a malformed request line: {printable(first, 60)!r}")
-    method, target, major, minor = (part.decode() for part in match.groups())
-    if (major, minor) not in (("1", "1"), ("1", "0")):
-        raise RequestError(400, f"HTTP/{major}.{minor} is not spoken here: use HTTP/1.1")
+        raise RequestError(400, f"no HTTP/1.1 request for a path: {printable(first, 60)!r}")
+    method, authority, path, minor = match.groups()
     fields: dict[str, str] = {}
-    number = 0
-    while line := read_line(stream, left, what):
-        left -= len(line) + 2
-        name, value = parse_field(line)
+    for name, value in read_fields(stream, MAX_HEAD - len(first) - 2, what):
         if name in fields and name in _SINGLE:
             raise RequestError(400, f"header {name!r} stands twice")
         fields[name] = value
-        number += 1
-        if number > MAX_FIELDS:
-            raise RequestError(431, f"more than {MAX_FIELDS} header fields")
 
-    hosts = []
-    if "host" in fields:
-        hosts.append(parse_authority(fields["host"]))
-    elif minor == "1":
+    if minor == "1" and "host" not in fields:
         raise RequestError(400, "HTTP/1.1 without a Host header")
-    if target[:7].lower() == "http://":
-        authority, slash, path = target[7:].partition("/")
-        hosts.append(parse_authority(authority))
-        target = slash + path or "/"
-    elif not target.startswith("/"):
-        raise RequestError(400, f"a request target of another form: {printable(target, 60)!r}")
-
-    length, chunked = parse_framing(fields, int(minor))
+    hosts = [parse_authority(h) for h in (fields.get("host"), authority) if h is not None]
     if minor == "1" and fields.get("expect", "100-continue").lower() != "100-continue":
         raise RequestError(400, f"Expect {printable(fields['expect'], 60)!r} can't be met")
-    return Head(method, target, int(minor), tuple(hosts), fields, length, chunked)
+
+    coding, length = fields.get("transfer-encoding"), fields.get("content-length")
+    if coding is not None and (length is not None or minor == "0" or coding.lower() != "chunked"):
+        raise RequestError(400, f"Transfer-Encoding {printable(coding, 60)!r}: there is only "
+                                "chunked, in HTTP/1.1, without Content-Length")  # fmt: skip
+    if length is not None and not re.fullmatch("[0-9]+", length):
+        raise RequestError(400, f"Content-Length {printable(length, 60)!r} is no number")
+    # Python refuses to read numbers of thousands of digits; 19 are too many bytes already.
+    size = None if length is None else int(length.lstrip("0")[:19] or "0")
+    return Head(method, path or "/", int(minor), tuple(hosts), fields, size, coding is not None)
 
 
 def chunk_sizes(stream: BinaryIO) -> Iterator[int]:
@@ -1714,7 +1685,7 @@ def chunk_sizes(stream: BinaryIO) -> Iterator[int]:
         match = _CHUNK.fullmatch(line)
         if not match:
             raise RequestError(400, f"a malformed chunk size: {printable(line, 60)!r}")
-        size = int(match.group(1), 16)
+        size = int(match[1], 16)
         if not size:
             break
         total += size
@@ -1723,12 +1694,8 @@ def chunk_sizes(stream: BinaryIO) -> Iterator[int]:
         yield size
         if stream.read(2) != b"\r\n":
             raise RequestError(400, "a chunk is not of the size announced")
-    for _ in range(MAX_FIELDS + 1):  # trailers, which mean nothing here, and the empty line
-        line = read_line(stream, MAX_LINE, "a trailer")
-        if not line:
-            return
-        parse_field(line)
-    raise RequestError(431, f"more than {MAX_FIELDS} trailer fields")
+    for _ in read_fields(stream, MAX_HEAD, "the trailer"):
+        pass  # it means nothing here
 
 
 class Answer(NamedTuple):
@@ -1744,15 +1711,12 @@ def plain(status: int, text: str, *fields: tuple[str, str]) -> Answer:
 
 BUSY = plain(503, "busy: too many requests at once, try again", ("Retry-After", "1"))
 
-# The one place where kinds of errors become statuses.
+# The one place where kinds of errors become statuses; all others are 503.
 STATUSES: dict[type[ProxyError], int] = {
     WireError: 502,
-    AgentUnreachable: 503,
-    NoUsableKey: 503,
     AgentTimeout: 504,
     AgentRefused: 403,
     KeyNotHeld: 404,
-    ConfigError: 503,
     ClientGone: 400,
 }
 
@@ -1764,8 +1728,7 @@ def read_shim() -> bytes:
         folder = os.path.dirname(os.path.realpath(__file__))
         return bytes(loader.get_data(os.path.join(folder, "shim.sh")))
     except OSError as e:
-        raise RequestError(404, "no shim.sh beside this copy of the program: copy it too, from "
-                                "where the program came") from e  # fmt: skip
+        raise RequestError(404, "no shim.sh here: copy it too, from where this program came") from e
 
 
 class Client(io.RawIOBase):
@@ -1775,22 +1738,19 @@ class Client(io.RawIOBase):
         self.socket = sock
         self.since = time.monotonic()  # when its last byte came
         self.limit = self.since + HEAD_SECONDS
+        self.gap: float = GAP_SECONDS  # 0: what is here now, or nothing; below, not even that
         self.begun = False  # it has sent something
-        # Under the server's lock, for it may give this one's place to another connection:
-        self.reading = True  # it may; once False, the answer is the thread's own to give
-        self.evicted = False  # it did
-        self.told = False  # and has answered in our stead
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         """RequestError 408 where nothing came in time; ClientGone."""
-        left = min(self.limit - time.monotonic(), GAP_SECONDS)
-        if left <= 0 and self.limit:
-            raise RequestError(408, "the request took too long to arrive")
+        left = min(self.limit - time.monotonic(), self.gap)
         try:
-            self.socket.settimeout(max(0, left))
+            if left < 0:
+                raise socket.timeout
+            self.socket.settimeout(left)
             size = self.socket.recv_into(buffer)
         except (socket.timeout, BlockingIOError) as e:
             raise RequestError(408, "the request took too long to arrive") from e
@@ -1799,8 +1759,6 @@ class Client(io.RawIOBase):
         if size:
             self.since = time.monotonic()
             self.begun = True
-        if self.evicted:
-            raise ClientGone("its place was given to another")
         return size
 
 
@@ -1825,7 +1783,7 @@ NOTED = dict.fromkeys(("subject", "author", "committer", "encoding", "tagger", "
 class Handler:
     """One connection: one request, one answer, one line in the log."""
 
-    def __init__(self, connection: socket.socket, address: Any, proxy: "Server") -> None:
+    def __init__(self, connection: socket.socket, proxy: "Server") -> None:
         self.command = ""  # until the head is read
         self.request = connection
         self.proxy = proxy
@@ -1833,59 +1791,54 @@ class Handler:
         self.client = Client(connection)
         self.stream = io.BufferedReader(self.client, BUFFER // 4)
         self.whole = False  # the request is read to its end
-        self.peer = peer_fields(connection, address)
+        # Under the server's lock, for it may give the place to another connection:
+        self.reading = True  # it may; once False, the answer is the thread's own to give
+        self.told = False  # it did, and has answered in our stead
+        self.peer: dict[str, str] = {}
         self.token: Optional[Token] = None
         self.payload: Optional[Payload] = None
         self.noted: dict[str, str] = {}  # for the log
 
-    def handle(self) -> None:
-        if not self.proxy.admit(self):
-            self.client.begun = True  # as far as the gentle close goes
-            self.send(BUSY)
-            return
+    def handle(self, address: Any) -> None:
+        self.peer = peer_fields(self.request, address)
+        answer = BUSY
         try:
-            answer = self.answer(self.read_request())
-        except ProxyError as e:
-            if not self.client.begun:
-                return
-            if isinstance(e, RequestError):
-                answer = plain(e.status, str(e), *e.fields)
+            if self.proxy.admit(self):
+                answer = self.answer()
             else:
-                answer = plain(STATUSES[type(e)], str(e))
+                self.client.begun = True  # it has its answer before it has sent a byte
+        except ProxyError as e:
+            status = e.status if isinstance(e, RequestError) else STATUSES.get(type(e), 503)
+            answer = plain(status, str(e), *getattr(e, "fields", ()))
             if isinstance(e, ClientGone):
                 self.noted["outcome"] = "gone"
         except Exception as e:  # a fault of ours must not take the thread with it
             LOG.error("internal error: %s: %s", type(e).__name__, printable(str(e)))
             LOG.debug("where it happened", exc_info=True)
             answer = plain(500, "internal error: the proxy's log says more")
-        if self.proxy.claim(self):
-            self.send(answer)
-        elif not self.client.told:  # its first bytes came while its place was being given away
-            self.send(BUSY)
+        has_place = self.proxy.claim(self)
+        if self.client.begun:
+            if not self.told:
+                self.send(answer if has_place else BUSY)
+            self.part()
 
     def has_sent(self) -> bool:
         """Are there bytes that we have not read? Then it is not the client that is waited for."""
         return bool(select.select([self.request], [], [], 0)[0])
 
-    def read_request(self) -> Head:
-        first = self.stream.peek(5)[:5]
-        self.command = "HEAD" if first == b"HEAD " else ""  # for errors too
-        if first[:1] == b"\x16":
-            raise RequestError(400, "this is TLS: use http://, not https://")
-        if not first:
-            raise ClientGone("a connection without a request")
-        head = read_head(self.stream)
-        self.client.limit = self.accepted + REQUEST_SECONDS
-        self.whole = not head.chunked and not head.length
-        return head
+    def end_silence(self) -> bool:
+        """Ends a connection without a request; what comes this moment is still read."""
+        begun = self.client.begun or self.has_sent()
+        if not begun:
+            with contextlib.suppress(OSError):
+                self.request.shutdown(socket.SHUT_RD)
+        return not begun
 
     def read_body(self, head: Head, hash_algorithm: str) -> tuple[bytes, Payload]:
         """The digest of the body, hashed as it arrives, and what it is."""
         if head.minor and "expect" in head.fields:
-            try:
+            with contextlib.suppress(OSError):  # it went away: reading will tell
                 self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            except OSError as e:
-                raise ClientGone(f"the connection broke: {e.strerror or e}") from e
         hasher = hashlib.new(hash_algorithm)
         total, nul, kept = 0, False, bytearray()
         for left in chunk_sizes(self.stream) if head.chunked else [head.length or 0]:
@@ -1904,12 +1857,19 @@ class Handler:
             raise RequestError(400, "an empty body: there is nothing to sign")
         self.whole = True
         self.payload = parse_payload(bytes(kept), total, nul)
-        self.noted["kind"] = self.payload.kind
-        self.noted["digest"] = f"{hash_algorithm}:{hasher.hexdigest()}"
+        digest = f"{hash_algorithm}:{hasher.hexdigest()}"
+        self.noted.update(kind=self.payload.kind, digest=digest)
         return hasher.digest(), self.payload
 
-    def answer(self, head: Head) -> Answer:
+    def answer(self) -> Answer:
         """Decides in the order of what costs least."""
+        first = self.stream.peek(5)[:5]
+        self.command = "HEAD" if first == b"HEAD " else ""  # for errors too
+        if first[:1] == b"\x16":
+            raise RequestError(400, "this is TLS: use http://, not https://")
+        head = read_head(self.stream)
+        self.client.limit = self.accepted + REQUEST_SECONDS
+        self.whole = not head.chunked and not head.length
         self.command = head.method
         self.noted = {"method": head.method, "path": head.path.partition("?")[0]}  # no secret
         for host in head.hosts:
@@ -1919,9 +1879,8 @@ class Handler:
             known = ", ".join(self.ROUTES)
             raise RequestError(404, f"no such path: there are {known}, without a query")
         methods, route = self.ROUTES[head.path]
-        if head.method not in methods:
-            allow = ", ".join(methods)
-            raise RequestError(405, f"{head.path} takes {allow}", ("Allow", allow))
+        if head.method not in methods.split(", "):
+            raise RequestError(405, f"{head.path} takes {methods}", ("Allow", methods))
         if head.path not in ("/healthz", "/shim"):
             self.check_token(head.fields.get("authorization"))
         return route(self, head)
@@ -1945,7 +1904,8 @@ class Handler:
             raise RequestError(413, "more than 1 GiB to sign")
         digest, payload = self.read_body(head, hash_algorithm)
         check_payload(payload, (self.token and self.token.payloads) or self.proxy.config.payloads)
-        self.keep_place()
+        if not self.proxy.claim(self):
+            return BUSY
         if self.proxy.consent:
             self.ask_person(self.proxy.consent, payload, namespace, wanted.name)
         admitted = self.token
@@ -1954,10 +1914,9 @@ class Handler:
             raise RequestError(403, "the line of this token was changed meanwhile: try again")
         with self.proxy.agents.exchange(self.request) as exchange:
             key, block = request_block(exchange, wanted, namespace, hash_algorithm, digest)
-        self.noted["key"] = key.fingerprint
+        self.noted.update(outcome="signed", key=key.fingerprint)
         if finished := payload.object_id(block):
             self.noted["id"] = finished
-        self.noted["outcome"] = "signed"
         return Answer(200, "application/x-ssh-signature", block)
 
     def ask_person(self, consent: Consent, payload: Payload, namespace: str, key: str) -> None:
@@ -1974,18 +1933,19 @@ class Handler:
 
     def answer_publickey(self, head: Head) -> Answer:
         wanted = self.choices(head)[2]
-        self.keep_place()
+        if not self.proxy.claim(self):
+            return BUSY
         with self.proxy.agents.exchange(self.request) as exchange:
             listed = choose(list_keys(exchange), wanted)
         self.noted["key"] = listed.key.fingerprint
         line = f"{listed.key.line} {printable(listed.comment)}".rstrip()
         return plain(200, line, ("Cache-Control", "no-cache"))
 
-    ROUTES: dict[str, tuple[tuple[str, ...], Callable[["Handler", Head], Answer]]] = {
-        "/sign": (("POST",), answer_sign),
-        "/publickey": (("GET", "HEAD"), answer_publickey),
-        "/healthz": (("GET", "HEAD"), lambda *_: plain(200, "ok")),
-        "/shim": (("GET", "HEAD"), lambda *_: Answer(200, "text/x-shellscript", read_shim())),
+    ROUTES: dict[str, tuple[str, Callable[["Handler", Head], Answer]]] = {
+        "/sign": ("POST", answer_sign),
+        "/publickey": ("GET, HEAD", answer_publickey),
+        "/healthz": ("GET, HEAD", lambda *_: plain(200, "ok")),
+        "/shim": ("GET, HEAD", lambda *_: Answer(200, "text/x-shellscript", read_shim())),
     }
 
     def choices(self, head: Head) -> tuple[str, str, Wanted]:
@@ -1995,29 +1955,19 @@ class Handler:
         self.noted["namespace"] = namespace
         hash_algorithm = fields.get("sshsig-hash", HASHES[0])
         if hash_algorithm not in HASHES:
-            raise RequestError(400, f"SSHSIG-Hash {printable(hash_algorithm, 60)!r}: neither "
-                                    f"{' nor '.join(HASHES)}")  # fmt: skip
+            named = printable(hash_algorithm, 60)
+            raise RequestError(400, f"SSHSIG-Hash {named!r}: neither {' nor '.join(HASHES)}")
         pin = config.pinned(self.token)
         return namespace, hash_algorithm, choose_key(fields.get("sshsig-key"), pin)
-
-    def keep_place(self) -> None:
-        """The request is read: from now on it is ours that takes time."""
-        if not self.proxy.claim(self):
-            raise ClientGone("its place was given to another")
 
     def send(self, answer: Answer) -> None:
         """The log's line, and then the answer: no signature leaves that is not on record."""
         status, body = answer.status, answer.body
         outcome = "served" if status < 400 else "refused" if status < 500 else "failed"
+        ms = round(1000 * (time.monotonic() - self.accepted))
+        noted = {"outcome": outcome, "status": f"{status}", **self.peer, "ms": f"{ms}"} | self.noted
         if answer is BUSY:
-            outcome = "busy"
-        noted = {
-            "outcome": outcome,
-            "status": str(status),
-            **self.peer,
-            "ms": str(round(1000 * (time.monotonic() - self.accepted))),
-            **self.noted,
-        }
+            noted["outcome"] = "busy"
         if self.payload:
             noted.update({n: v for n, v in self.payload.fields.items() if n in NOTED})
         if status >= 400:
@@ -2038,21 +1988,18 @@ class Handler:
             # Here, not at the close: a client that reads to the end need not wait for what is left.
             self.request.shutdown(socket.SHUT_WR)
 
-    def close(self) -> None:
-        """Ends the connection such that an answer reaches a client that is still sending: bytes
-        that nobody has read would make the system throw the answer away."""
-        with contextlib.suppress(OSError, ProxyError):
-            if self.whole:
-                self.client.limit = 0  # what is here now, or nothing (408)
-                self.whole = not self.stream.peek(1)
-            if not self.whole and self.client.begun:
-                self.proxy.linger(self)
-                self.request.settimeout(LINGER_GAP)
-                buffer = bytearray(BUFFER // 4)
-                end = time.monotonic() + LINGER_SECONDS
-                while self.request.recv_into(buffer) and time.monotonic() < end:
-                    pass
-        self.proxy.leave(self)
+    def part(self) -> None:
+        """Lets the answer reach a client that is still sending: bytes that nobody has read would
+        make the system throw it away."""
+        self.client.limit = time.monotonic() + LINGER_SECONDS
+        self.client.gap = 0
+        with contextlib.suppress(ProxyError):
+            if self.whole and not self.stream.peek(1):
+                return
+            self.proxy.linger(self)
+            self.client.gap = LINGER_GAP
+            while self.stream.read1(BUFFER // 4):
+                pass
 
 
 class Listener(NamedTuple):
@@ -2060,88 +2007,75 @@ class Listener(NamedTuple):
 
     socket: socket.socket
     name: str
-    inode: tuple[int, int] = (0, 0)  # of a Unix socket's file, with its device
+    file: Optional[os.stat_result] = None  # a Unix socket's
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             # Closing alone leaves threads in accept, and they would take one more each.
             self.socket.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(OSError):
-            if self.inode != (0, 0):
-                path = self.socket.getsockname()
-                found = os.lstat(path)  # before the close: no other file has this number yet
-                if (found.st_dev, found.st_ino) == self.inode:
-                    os.unlink(path)
+            path = self.socket.getsockname()
+            # Before the close: no other file has this number yet.
+            if self.file and os.path.samestat(self.file, os.lstat(path)):
+                os.unlink(path)
         self.socket.close()
 
 
-def clear_stale(path: str) -> None:
-    """Removes the socket of a program that has ended; ConfigError where it is anything else."""
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise ConfigError("it is there, and no socket")
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return os.unlink(path)
-        except OSError:
-            pass  # whoever it is, it lives
-    raise ConfigError("another program listens there")
-
-
 def listen_unix(address: UnixAddress) -> Listener:
-    """A Unix socket, which has its mode from its first instant; ProxyError."""
+    """A Unix socket, which has its mode from its first instant and replaces that of a program that
+    has ended; OSError where anything else has its path."""
+    if os.path.lexists(address.path):
+        if not stat.S_ISSOCK(os.lstat(address.path).st_mode):
+            raise OSError(errno.EEXIST, "it is there, and no socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            if probe.connect_ex(address.path) != errno.ECONNREFUSED:  # whoever it is, it lives
+                raise OSError(errno.EEXIST, "another program listens there")
+        os.unlink(address.path)
+    sock = socket.socket(socket.AF_UNIX)
     umask = os.umask(0o777 & ~address.mode)
     try:
-        if os.path.lexists(address.path):
-            clear_stale(address.path)
-        sock = socket.socket(socket.AF_UNIX)
         sock.bind(address.path)
-        sock.listen(1024)
-        found = os.lstat(address.path)
-        return Listener(sock, str(address), (found.st_dev, found.st_ino))
-    except (OSError, ConfigError) as e:
-        why = e.strerror or str(e) if isinstance(e, OSError) else e
-        raise ProxyError(f"cannot listen on {address}: {why} (another path is "
-                         "chosen by SSH_AGENT_PROXY_ADDR)") from e  # fmt: skip
     finally:
         os.umask(umask)
+    sock.listen(1024)
+    return Listener(sock, str(address), os.lstat(address.path))
+
+
+def listen_tcp(family: int, where: Any) -> Listener:
+    """A socket at an address of getaddrinfo's; OSError."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    if os.name == "posix":  # on Windows it would let two programs have the same port
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    if sys.platform == "linux":
+        # IP_FREEBIND: an address that comes later (docker0, a VPN) can be listed from the start.
+        sock.setsockopt(socket.IPPROTO_IP, 15, 1)
+    sock.bind(where)
+    sock.listen(1024)
+    return Listener(sock, str(Address(*sock.getsockname()[:2])))
 
 
 def listen(address: Union[Address, UnixAddress]) -> list[Listener]:
     """Listening sockets at ADDRESS, for a name at all it has; ProxyError where there is none."""
-    if isinstance(address, UnixAddress):
-        return [listen_unix(address)]
     listeners: list[Listener] = []
-    error: Optional[OSError] = None
     try:
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        if isinstance(address, UnixAddress):
+            return [listen_unix(address)]
+        for family, _, _, _, where in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            try:
+                listeners.append(listen_tcp(family, where))
+            except OSError as e:
+                if e.errno == errno.EADDRINUSE:
+                    raise OSError(e.errno, f"port {address.port} is in use") from e
+                error = e  # it may be a name's other address, which this system has no use for
+        if not listeners:
+            raise error
     except (OSError, UnicodeError) as e:
-        raise ProxyError(f"cannot listen on {address}: no such name ({e})") from e
-    for family, _, _, _, where in found:
-        v6 = family == socket.AF_INET6
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            if os.name == "posix":  # on Windows it would let two programs have the same port
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if v6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            if sys.platform == "linux":
-                # An address that comes later (docker0, a VPN) can be listed from the start.
-                level, freebind = (socket.IPPROTO_IPV6, 78) if v6 else (socket.IPPROTO_IP, 15)
-                sock.setsockopt(level, freebind, 1)
-            sock.bind(where)
-            sock.listen(1024)
-            listeners.append(Listener(sock, str(Address(*sock.getsockname()[:2]))))
-        except OSError as e:
-            error = e
-    # Else it may be a name's other address, which this system has no use for.
-    if error and (not listeners or error.errno == errno.EADDRINUSE):
-        taken = error.errno == errno.EADDRINUSE
-        why = f"port {address.port} is in use" if taken else error.strerror
-        raise ProxyError(f"cannot listen on {address}: {why} (another is chosen by "
-                         "SSH_AGENT_PROXY_ADDR)") from error  # fmt: skip
+        why = getattr(e, "strerror", None) or e
+        message = f"cannot listen on {address}: {why} (SSH_AGENT_PROXY_ADDR chooses another)"
+        raise ProxyError(message) from e
     return listeners
 
 
@@ -2164,75 +2098,64 @@ class Server:
     def start_thread(self, listener: Listener) -> None:
         with self.lock:
             # Those beyond what can have a place or linger are about to be free.
-            if self.threads[listener] >= PLACES + LINGERERS + SPARE_THREADS:
-                return
-            try:
-                threading.Thread(target=self.work, args=(listener,), daemon=True).start()
-            except RuntimeError as e:  # the system has no more: those that are there go on
-                LOG.warning("cannot start another thread: %s", e)
-                return
-            self.threads[listener] += 1
-            self.free[listener] += 1
+            if self.threads[listener] < PLACES + LINGERERS + SPARE_THREADS:
+                try:
+                    threading.Thread(target=self.work, args=(listener,), daemon=True).start()
+                    self.threads[listener] += 1
+                    self.free[listener] += 1
+                except RuntimeError as e:  # the system has no more: those that are there go on
+                    LOG.warning("cannot start another thread: %s", e)
 
     def work(self, listener: Listener) -> None:
-        while True:
+        while not self.stopping:
             try:
-                connection, peer = listener.socket.accept()
+                connection, address = listener.socket.accept()
             except OSError as e:
-                if self.stopping:
-                    return
-                if e.errno != errno.ECONNABORTED:
+                if not self.stopping and e.errno != errno.ECONNABORTED:
                     LOG.error("cannot take a connection on %s: %s", listener.name, e.strerror)
                     time.sleep(0.1)  # no file descriptors, say: a tight loop would not help
                 continue
             with self.lock:
                 self.free[listener] -= 1
-                last = not self.free[listener]
-            if last and not self.stopping:
-                self.start_thread(listener)
+                if not self.free[listener]:
+                    self.start_thread(listener)
+            handler = Handler(connection, self)
             try:
                 if not self.stopping:
-                    with contextlib.closing(Handler(connection, peer, self)) as handler:
-                        handler.handle()
+                    handler.handle(address)
             except Exception as e:  # noqa: BLE001  it must not take the thread with it
                 LOG.error("internal error: %s: %s", type(e).__name__, printable(str(e)))
             finally:
-                connection.close()
                 with self.lock:
+                    self.places.discard(handler)
+                    self.lingering.pop(handler, None)
                     self.free[listener] += 1
+                connection.close()
 
     def admit(self, handler: Handler) -> bool:
         """A place for HANDLER's connection, where need be that of the one which has kept us waiting
         longest for its own bytes; False where all requests are read whole."""
         with self.lock:
             if len(self.places) >= PLACES:
-                waiting = [h for h in self.places if h.client.reading]
+                waiting = [h for h in self.places if h.reading]
                 if not waiting:
                     return False
-                waiting.sort(key=lambda h: h.client.since)
-                idle = [h for h in waiting if not h.has_sent()]
-                self._evict((idle or waiting)[0])
+                victim = min(waiting, key=lambda h: (h.has_sent(), h.client.since))
+                # While we hold the lock, its own thread neither answers nor closes.
+                self.places.remove(victim)
+                victim.client.gap = -1
+                if not victim.end_silence():
+                    victim.told = True
+                    victim.send(BUSY)
+                    self.linger(victim)
             self.places.add(handler)
             return True
 
-    def _evict(self, victim: Handler) -> None:
-        """While the lock is held, VICTIM's own thread neither answers nor closes."""
-        self.places.discard(victim)  # whatever becomes of it
-        victim.client.reading = False
-        victim.client.evicted = True
-        with contextlib.suppress(OSError):
-            if not victim.client.begun and not victim.has_sent():
-                victim.request.shutdown(socket.SHUT_RD)
-                return
-            victim.client.begun = victim.client.told = True
-            victim.send(BUSY)
-        self.linger(victim)
-
     def claim(self, handler: Handler) -> bool:
-        """Is the answer HANDLER's to give? From now on its place is safe until it is given."""
+        """Has HANDLER still its place? From now on that is safe: what takes time is ours."""
         with self.lock:
-            handler.client.reading = False
-            return not handler.client.evicted
+            handler.reading = False
+            return handler in self.places
 
     def linger(self, handler: Handler) -> None:
         """HANDLER has answered and gives its place back; it reads on until its client is done."""
@@ -2245,12 +2168,6 @@ class Server:
                 with contextlib.suppress(OSError):
                     oldest.request.shutdown(socket.SHUT_RDWR)
 
-    def leave(self, handler: Handler) -> None:
-        """HANDLER is about to close its connection."""
-        with self.lock:
-            self.places.discard(handler)
-            self.lingering.pop(handler, None)
-
     def stop(self) -> None:
         """No further connections, and an end to those on which no request has begun."""
         self.stopping = True
@@ -2258,9 +2175,7 @@ class Server:
             listener.close()
         with self.lock:
             for handler in self.places:
-                if not handler.client.begun:
-                    with contextlib.suppress(OSError):
-                        handler.request.shutdown(socket.SHUT_RDWR)
+                handler.end_silence()
 
 
 # ------------------------------------------------------------------------------------- Service
