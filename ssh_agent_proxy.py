@@ -1261,7 +1261,7 @@ def parse_namespaces(value: str, env: Env) -> tuple[str, ...]:
 
 def parse_hosts(value: str, env: Env) -> tuple[str, ...]:
     hosts = []
-    for part in map(str.strip, value.lower().split(",") if value else ()):
+    for part in map(str.strip, value.lower().split(",")):
         if not _HOST_NAME.fullmatch(part[1:] if part.startswith(".") else part):
             raise ConfigError(f"{printable(part)!r} is not a host name or .suffix")
         hosts.append(part[:-1] if part.endswith(".") else part)
@@ -1327,44 +1327,30 @@ def parse_addresses(value: str, env: Env) -> tuple[Union[Address, UnixAddress], 
     return tuple(addresses)
 
 
-def parse_upstream(value: str, env: Env) -> Optional[Upstream]:
-    """None where neither this nor SSH_AUTH_SOCK is set: one is looked for at each request."""
-    if not value:
-        return Upstream(env["SSH_AUTH_SOCK"]) if env.get("SSH_AUTH_SOCK") else None
+def parse_upstream(value: str, env: Env) -> Upstream:
     if value.startswith("exec:"):
-        try:
-            command = shlex.split(value[len("exec:") :])
-        except ValueError as e:
-            raise ConfigError(f"{printable(value)!r}: {str(e).lower()}") from e
+        command = shlex.split(value[len("exec:") :])
         if not command or not command[0]:
             raise ConfigError("exec: without a command")
         return Upstream(command=(expand(command[0], env), *command[1:]))
     path = expand(value.removeprefix("unix:"), env)
     if not path.startswith("/"):
-        raise ConfigError(f"{printable(value)!r} is neither a socket's absolute path nor "
-                          "exec:COMMAND")  # fmt: skip
+        raise ConfigError(f"{printable(value)!r} is neither an absolute path nor exec:COMMAND")
     return Upstream(path)
 
 
-def parse_pin(value: str, env: Env) -> Optional[Listed]:
+def parse_pin(value: str, env: Env) -> Listed:
     """The one authorized_keys line, which may have comments and empty lines around it."""
     lines = [line for line in value.splitlines() if line.strip()[:1] not in ("", "#")]
     if "PRIVATE KEY" in value:
         raise ConfigError("a private key, where the public one (the .pub file) belongs")
-    if not value:
-        return None
     if len(lines) != 1:
         raise ConfigError(f"one line with a public key is needed, {len(lines)} are there")
-    try:
-        return parse_key_line(lines[0])
-    except WireError as e:
-        raise ConfigError(str(e)) from e
+    return parse_key_line(lines[0])
 
 
-def parse_confirm(value: str, env: Env) -> Optional[Upstream]:
+def parse_confirm(value: str, env: Env) -> Upstream:
     """The askpass program, with the environment that tells it to ask for a yes."""
-    if not value:
-        return None
     import shutil  # for this alone: it would cost every start
 
     program = shutil.which(expand(value, env), path=env.get("PATH", os.defpath))
@@ -1399,20 +1385,20 @@ class File(NamedTuple):
             if len(data) > MAX_FILE:
                 raise ConfigError(f"larger than {MAX_FILE >> 10} KiB")
             return parse(data.decode("utf-8", "replace"))
-        except (OSError, ConfigError) as e:
+        except (OSError, ProxyError) as e:
             why = f"{e.strerror}" if isinstance(e, OSError) else f"{e}"
             if private and isinstance(e, FileNotFoundError):
                 why += f" (`{PROGRAM} token NAME` makes it)"
             raise ConfigError(f"{self.setting}: can't use {printable(self.path)!r}: {why}") from e
 
 
-def parse_file(value: str, env: Env) -> Optional[File]:
-    return File(expand(value, env)) if value else None
+def parse_file(value: str, env: Env) -> File:
+    return File(expand(value, env))
 
 
 class Option(NamedTuple):
     """A setting: its variable without SSH_AGENT_PROXY_, a row of --help, and how it is read (a
-    ConfigError says why it can't be; the caller puts the name before)."""
+    ProxyError or ValueError says why it can't be; the caller puts the name before)."""
 
     variable: str
     default: str
@@ -1494,33 +1480,36 @@ class Config(NamedTuple):
     unknown: tuple[str, ...]  # variables that look like ours
     addr: tuple[Union[Address, UnixAddress], ...]
     namespace: tuple[str, ...]
-    upstream: Optional[Upstream]
-    pubkey: Optional[Listed]
-    pubkey_file: Optional[File]
-    token_file: Optional[File]
     payloads: tuple[str, ...]
-    confirm: Optional[Upstream]
     confirm_for: float
-    allowed_hosts: tuple[str, ...]
     timeout: float
+    upstream: Optional[Upstream] = None
+    pubkey: Optional[Listed] = None
+    pubkey_file: Optional[File] = None
+    token_file: Optional[File] = None
+    confirm: Optional[Upstream] = None
+    allowed_hosts: tuple[str, ...] = ()
 
     @classmethod
     def from_env(cls, env: Env, argv: Sequence[str], commands: Mapping[str, str]) -> "Config":
         """From os.environ and sys.argv[1:]; ConfigError names the setting that is wrong."""
         given = argument_parser(commands).parse_intermixed_args(argv)
         prefix = "SSH_AGENT_PROXY_"
-        values: dict[str, Any] = {}
+        sock = env.get("SSH_AUTH_SOCK")
+        values: dict[str, Any] = {"upstream": Upstream(sock)} if sock else {}
         for option in OPTIONS:
             name, value = prefix + option.variable, getattr(given, option.field)
             if value:
                 name = option.flag
+            text = value or env.get(name) or option.default
             try:
-                values[option.field] = option.parse(value or env.get(name) or option.default, env)
-            except ConfigError as e:
+                if text:
+                    values[option.field] = option.parse(text, env)
+            except (ProxyError, ValueError) as e:
                 raise ConfigError(f"{name}: {e}") from e
-            if isinstance(values[option.field], File):
+            if isinstance(values.get(option.field), File):
                 values[option.field] = values[option.field]._replace(setting=name)
-        shims_own = ("URL", "PUBKEY_URL", "CURL", *(("TOKEN",) if values["token_file"] else ()))
+        shims_own = ("URL", "PUBKEY_URL", "CURL", *(("TOKEN",) if "token_file" in values else ()))
         known = {prefix + name for name in (*[o.variable for o in OPTIONS], *shims_own)}
         config = cls(
             command=tuple(given.command),
@@ -1543,7 +1532,7 @@ class Config(NamedTuple):
         """The key that alone signs, for TOKEN's client, if any."""
         pin = self.pubkey
         if not pin and self.pubkey_file:
-            pin = self.pubkey_file.read(lambda text: parse_pin(text or "\n", {}))
+            pin = self.pubkey_file.read(lambda text: parse_pin(text, {}))
         if token and token.key and not (pin and pin.key.fingerprint == token.key):
             return Wanted(fingerprint=token.key, pinned="the key= of this token")
         if not pin:
