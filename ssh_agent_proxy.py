@@ -1251,21 +1251,21 @@ Env = Mapping[str, str]
 _T = TypeVar("_T")
 
 
-def parse_namespaces(value: str, env: Env) -> tuple[str, ...]:
-    names = tuple(map(str.strip, value.split(",")))
-    for name in names:
-        if not _NAMESPACE.fullmatch(name):
-            raise ConfigError(f"{printable(name)!r} is not 1 to 255 printable ASCII characters")
-    return names
+def each(parse: Callable[[str, Env], _T]) -> Callable[[str, Env], tuple[_T, ...]]:
+    """Reads a setting that holds several of what PARSE reads, separated by commas."""
+    return lambda value, env: tuple(parse(part.strip(), env) for part in value.split(","))
 
 
-def parse_hosts(value: str, env: Env) -> tuple[str, ...]:
-    hosts = []
-    for part in map(str.strip, value.lower().split(",")):
-        if not _HOST_NAME.fullmatch(part[1:] if part.startswith(".") else part):
-            raise ConfigError(f"{printable(part)!r} is not a host name or .suffix")
-        hosts.append(part[:-1] if part.endswith(".") else part)
-    return tuple(hosts)
+def parse_namespace(value: str, env: Env) -> str:
+    if not _NAMESPACE.fullmatch(value):
+        raise ConfigError(f"{printable(value)!r} is not 1 to 255 printable ASCII characters")
+    return value
+
+
+def parse_host(value: str, env: Env) -> str:
+    if not _HOST_NAME.fullmatch(value.removeprefix(".")):
+        raise ConfigError(f"{printable(value)!r} is not a host name or .suffix")
+    return value.lower().removesuffix(".")
 
 
 def parse_seconds(value: str, env: Env) -> float:
@@ -1310,21 +1310,15 @@ class UnixAddress(NamedTuple):
         return f"unix:{printable(self.path)}"
 
 
-def parse_addresses(value: str, env: Env) -> tuple[Union[Address, UnixAddress], ...]:
-    """Separated by commas; a socket's mode is 0600 unless one is named."""
-    addresses: list[Union[Address, UnixAddress]] = []
-    for part in map(str.strip, value.split(",")):
-        unix = re.fullmatch(r"unix:([^?]*)(?:\?mode=(0?[0-7]{3}))?", part)
-        match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]+)):([0-9]{1,5})", part)
-        path = expand(unix[1], env) if unix else ""
-        if unix and path.startswith("/") and hasattr(socket, "AF_UNIX"):
-            addresses.append(UnixAddress(path, int(unix[2] or "600", 8)))
-        elif match and int(match[3]) <= 65535:
-            addresses.append(Address(match[1] or match[2], int(match[3])))
-        else:
-            raise ConfigError(f"{printable(part)!r} is none of HOST:PORT, [V6]:PORT, unix:/path "
-                              "and unix:/path?mode=0660")  # fmt: skip
-    return tuple(addresses)
+def parse_address(value: str, env: Env) -> Union[Address, UnixAddress]:
+    unix = re.fullmatch(r"unix:([^?]*)(?:\?mode=(0?[0-7]{3}))?", value)
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]+)):([0-9]{1,5})", value)
+    path = expand(unix[1], env) if unix else ""
+    if unix and path.startswith("/") and hasattr(socket, "AF_UNIX"):
+        return UnixAddress(path, int(unix[2] or "600", 8))
+    if match and int(match[3]) <= 65535:
+        return Address(match[1] or match[2], int(match[3]))
+    raise ConfigError(f"{printable(value)!r} is none of HOST:PORT, [V6]:PORT, unix:/path?mode=0660")
 
 
 def parse_upstream(value: str, env: Env) -> Upstream:
@@ -1417,9 +1411,9 @@ class Option(NamedTuple):
 
 OPTIONS = (
     Option("ADDR", "127.0.0.1:7221", "HOST:PORT", "where to listen, or unix:/path; several are "
-           "separated by commas; port 0 picks one", parse_addresses),
+           "separated by commas; port 0 picks one", each(parse_address)),
     Option("NAMESPACE", "git", "NAMES", "SSHSIG namespaces that may be signed, separated by "
-           "commas; the first is the default", parse_namespaces),
+           "commas; the first is the default", each(parse_namespace)),
     Option("UPSTREAM", "", "AGENT", "the agent: its socket's /path or unix:/path, or exec:COMMAND "
            "that speaks its protocol; unset: $SSH_AUTH_SOCK, else the first well-known socket",
            parse_upstream),
@@ -1434,7 +1428,7 @@ OPTIONS = (
     Option("CONFIRM_FOR", "0", "SECONDS", "how long its yes holds for the same client and kind",
            lambda value, env: 0.0 if value == "0" else parse_seconds(value, env)),
     Option("ALLOWED_HOSTS", "", "NAMES", "further names that a Host header may carry, separated "
-           "by commas, .suffix for all below it", parse_hosts),
+           "by commas, .suffix for all below it", each(parse_host)),
     Option("TIMEOUT", "120", "SECONDS", "for one whole exchange with the agent, a touch included",
            parse_seconds),
 )  # fmt: skip
