@@ -1274,24 +1274,14 @@ def parse_seconds(value: str, env: Env) -> float:
     return float(value)
 
 
-def home_directory(env: Env) -> str:
-    return env.get("HOME") or env.get("USERPROFILE") or os.path.expanduser("~")
-
-
 def expand(path: str, env: Env) -> str:
     """PATH with a leading ~ or %h/ and with $VAR expanded: a systemd env file expands nothing."""
-    if path == "~" or path.startswith(("~/", "%h/")):
-        path = home_directory(env) + path[2 if path[0] == "%" else 1 :]
-    elif path.startswith("~"):
-        path = os.path.expanduser(path)
+    home = env.get("HOME") or env.get("USERPROFILE") or os.path.expanduser("~")
+    path = re.sub(r"^(~|%h)/", "$HOME/", path)
     try:
-        expanded = Template(path).substitute(env)
+        return Template(os.path.expanduser(path)).substitute({**env, "HOME": home})
     except (KeyError, ValueError) as e:
-        raise ConfigError(f"{printable(path)!r} names a variable that is not set, or has a $ "
-                          "without a name ($$ stands for one)") from e  # fmt: skip
-    if "\0" in expanded:
-        raise ConfigError("a NUL in a path")
-    return expanded
+        raise ConfigError(f"{printable(path)!r}: a variable is not set (a mere $ is $$)") from e
 
 
 class Address(NamedTuple):
@@ -1508,7 +1498,7 @@ class Config(NamedTuple):
         config = cls(
             command=tuple(given.command),
             level=logging.DEBUG if given.verbose else AUDIT if given.quiet else logging.INFO,
-            sockets=well_known_sockets(sys.platform, home_directory(env),
+            sockets=well_known_sockets(sys.platform, expand("$HOME", env),
                                        env.get("XDG_RUNTIME_DIR", "")),
             unknown=tuple(sorted(n for n in env if n.startswith(prefix) and n not in known)),
             **values,
