@@ -1347,7 +1347,7 @@ class File(NamedTuple):
     """A file that SETTING names; it is read each time anew."""
 
     path: str
-    setting: str = ""
+    setting: str
 
     def read(self, parse: Callable[[str], _T], private: bool = False) -> _T:
         """PARSE of the text of a regular file of at most MAX_FILE bytes, which belongs to this user
@@ -1376,13 +1376,9 @@ class File(NamedTuple):
             raise ConfigError(f"{self.setting}: can't use {printable(self.path)!r}: {why}") from e
 
 
-def parse_file(value: str, env: Env) -> File:
-    return File(expand(value, env))
-
-
 class Option(NamedTuple):
     """A setting: its variable without SSH_AGENT_PROXY_, a row of --help, and how it is read (a
-    ProxyError or ValueError says why it can't be; the caller puts the name before)."""
+    ProxyError or ValueError says why it can't be). One with a path only is a File."""
 
     variable: str
     default: str
@@ -1391,12 +1387,8 @@ class Option(NamedTuple):
     parse: Callable[[str, Env], Any]
 
     @property
-    def field(self) -> str:
-        return self.variable.lower()
-
-    @property
     def flag(self) -> str:
-        return "--" + self.field.replace("_", "-")
+        return "--" + self.variable.lower().replace("_", "-")
 
 
 OPTIONS = (
@@ -1408,9 +1400,8 @@ OPTIONS = (
            "that speaks its protocol; unset: $SSH_AUTH_SOCK, else the first well-known socket",
            parse_upstream),
     Option("PUBKEY", "", "LINE", "an authorized_keys line: sign with this key only", parse_pin),
-    Option("PUBKEY_FILE", "", "FILE", "a file with that line, read at each request", parse_file),
-    Option("TOKEN_FILE", "", "FILE", "bearer tokens, one of which every request needs; read at "
-           "each", parse_file),
+    Option("PUBKEY_FILE", "", "FILE", "a file with that line, read at each request", expand),
+    Option("TOKEN_FILE", "", "FILE", "bearer tokens, one of which every request needs", expand),
     Option("PAYLOADS", "any", "KINDS", "what may be signed: any, or of commit, tag, push",
            lambda value, env: parse_kinds(value)),
     Option("CONFIRM", "", "PROGRAM", "an askpass program that must agree to every signature",
@@ -1479,22 +1470,22 @@ class Config(NamedTuple):
         """From os.environ and sys.argv[1:]; ConfigError names the setting that is wrong."""
         given = argument_parser(commands).parse_intermixed_args(argv)
         prefix = "SSH_AGENT_PROXY_"
+        known = {prefix + name for name in ("URL", "PUBKEY_URL", "CURL")}  # the shim's own
         sock = env.get("SSH_AUTH_SOCK")
         values: dict[str, Any] = {"upstream": Upstream(sock)} if sock else {}
         for option in OPTIONS:
-            name, value = prefix + option.variable, getattr(given, option.field)
-            if value:
+            field, name = option.variable.lower(), prefix + option.variable
+            known.add(name)
+            if getattr(given, field):
                 name = option.flag
-            text = value or env.get(name) or option.default
             try:
-                if text:
-                    values[option.field] = option.parse(text, env)
+                if text := getattr(given, field) or env.get(name) or option.default:
+                    value = option.parse(text, env)
+                    values[field] = File(value, name) if option.parse is expand else value
             except (ProxyError, ValueError) as e:
                 raise ConfigError(f"{name}: {e}") from e
-            if isinstance(values.get(option.field), File):
-                values[option.field] = values[option.field]._replace(setting=name)
-        shims_own = ("URL", "PUBKEY_URL", "CURL", *(("TOKEN",) if "token_file" in values else ()))
-        known = {prefix + name for name in (*[o.variable for o in OPTIONS], *shims_own)}
+        if "token_file" in values:
+            known.add(prefix + "TOKEN")  # the shim's: without that file it protects nothing
         config = cls(
             command=tuple(given.command),
             level=logging.DEBUG if given.verbose else AUDIT if given.quiet else logging.INFO,
