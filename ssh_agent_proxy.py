@@ -1416,34 +1416,30 @@ OPTIONS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line and an exception like every other."""
+    """The command line of COMMANDS, each with what it does; a mistake is an exception, one line."""
+
+    def __init__(self, commands: Mapping[str, str]) -> None:
+        super().__init__(
+            prog=PROGRAM,
+            usage=f"{PROGRAM} [COMMAND] [OPTIONS]",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            description="Signs git commits for containers with a key that stays in your ssh-agent."
+            "\n\ncommands:\n" + "\n".join(f"  {name:<21} {commands[name]}" for name in commands),
+            epilog="Each setting is a variable too (--addr: SSH_AGENT_PROXY_ADDR); an option wins.",
+        )
+        self.add_argument("command", nargs="*", help=argparse.SUPPRESS)
+        self.add_argument("-V", "--version", action="version", version=f"{PROGRAM} {VERSION}")
+        loudness = self.add_mutually_exclusive_group()
+        loudness.add_argument("-v", "--verbose", action="store_true", help="debug lines in the log")
+        loudness.add_argument("-q", "--quiet", action="store_true", help="warnings and audit lines")
+        self.add_argument("--console", action="store_true", help=argparse.SUPPRESS)
+        for option in OPTIONS:
+            default = f" ({option.default})" if option.default else ""
+            self.add_argument(option.flag, metavar=option.metavar, help=option.help + default)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{printable(message)} (see {PROGRAM} --help)")
-
-
-def argument_parser(commands: Mapping[str, str]) -> Parser:
-    """COMMANDS: name and what it does."""
-    parser = Parser(
-        prog=PROGRAM,
-        usage=f"{PROGRAM} [COMMAND] [OPTIONS]",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Signs git commits for containers with a key that stays in your ssh-agent.\n\n"
-        "commands:\n" + "\n".join(f"  {name:<21} {text}" for name, text in commands.items()),
-        epilog="Each of these settings is also a variable: --addr is SSH_AGENT_PROXY_ADDR. "
-        "An option wins.",
-    )
-    parser.add_argument("command", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("-V", "--version", action="version", version=f"{PROGRAM} {VERSION}")
-    loudness = parser.add_mutually_exclusive_group()
-    loudness.add_argument("-v", "--verbose", action="store_true", help="debug lines in the log")
-    loudness.add_argument("-q", "--quiet", action="store_true", help="warnings and audit lines")
-    parser.add_argument("--console", action="store_true", help=argparse.SUPPRESS)
-    for option in OPTIONS:
-        default = f" ({option.default})" if option.default else ""
-        parser.add_argument(option.flag, metavar=option.metavar, help=option.help + default)
-    return parser
 
 
 class Config(NamedTuple):
@@ -1468,7 +1464,7 @@ class Config(NamedTuple):
     @classmethod
     def from_env(cls, env: Env, argv: Sequence[str], commands: Mapping[str, str]) -> "Config":
         """From os.environ and sys.argv[1:]; ConfigError names the setting that is wrong."""
-        given = argument_parser(commands).parse_intermixed_args(argv)
+        given = Parser(commands).parse_intermixed_args(argv)
         prefix = "SSH_AGENT_PROXY_"
         known = {prefix + name for name in ("URL", "PUBKEY_URL", "CURL")}  # the shim's own
         sock = env.get("SSH_AUTH_SOCK")
@@ -1510,9 +1506,7 @@ class Config(NamedTuple):
             pin = self.pubkey_file.read(lambda text: parse_pin(text, {}))
         if token and token.key and not (pin and pin.key.fingerprint == token.key):
             return Wanted(fingerprint=token.key, pinned="the key= of this token")
-        if not pin:
-            return Wanted()
-        return Wanted(pin.key, pinned="SSH_AGENT_PROXY_PUBKEY", comment=pin.comment)
+        return Wanted(pin.key, "", "SSH_AGENT_PROXY_PUBKEY", pin.comment) if pin else Wanted()
 
     def tokens(self, added: str = "") -> Sequence[Token]:
         """Those who may ask, with a line ADDED; none where everyone may."""
