@@ -677,17 +677,19 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         self.stderr_lines = 0
         try:
             self.socket = socket.socket(socket.AF_UNIX)
-        except OSError as e:  # no file descriptors, say
-            raise AgentUnreachable(f"no way to {self.what}: {e.strerror}") from e
-        try:
+            try:
+                if upstream.command:
+                    self._spawn()
+                else:
+                    self._connect()
+                self.poll.register(self.socket, select.POLLIN)
+            except BaseException:
+                self.close()
+                raise
+        except OSError as e:
             if upstream.command:
-                self._spawn()
-            else:
-                self._connect()
-            self.poll.register(self.socket, select.POLLIN)
-        except BaseException:
-            self.close()
-            raise
+                raise AgentUnreachable(f"cannot run {self.what}: {e.strerror}") from e
+            raise AgentUnreachable(f"no answer from {self.what}: {_why(upstream.path, e)}") from e
 
     def _connect(self) -> None:
         self.socket.setblocking(False)
@@ -696,26 +698,20 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
                 return self.socket.connect(self.upstream.path)
             except BlockingIOError:
                 self.wait(0.05)  # the agent's backlog is full: it hangs, or is about to go on
-            except OSError as e:
-                why = _why(self.upstream.path, e)
-                raise AgentUnreachable(f"no answer from {self.what}: {why}") from e
 
     def _spawn(self) -> None:
         import subprocess  # for commands only: it would cost every start
 
         self.socket.close()
-        try:
-            self.socket, theirs = socket.socketpair()
-            self.socket.setblocking(False)
-            with theirs, self.commands.lock:
-                self._check_end()
-                self.process = subprocess.Popen(
-                    self.upstream.command, stdin=theirs.fileno(), stdout=theirs.fileno(),
-                    stderr=subprocess.PIPE, start_new_session=True, env=self.upstream.env,
-                )  # fmt: skip
-                self.commands.add(self.process.pid)
-        except OSError as e:
-            raise AgentUnreachable(f"cannot run the {self.upstream}: {e.strerror}") from e
+        self.socket, theirs = socket.socketpair()
+        self.socket.setblocking(False)
+        with theirs, self.commands.lock:
+            self._check_end()
+            self.process = subprocess.Popen(
+                self.upstream.command, stdin=theirs.fileno(), stdout=theirs.fileno(),
+                stderr=subprocess.PIPE, start_new_session=True, env=self.upstream.env,
+            )  # fmt: skip
+            self.commands.add(self.process.pid)
         self.poll.register(self.process.stderr, select.POLLIN)
 
     def wait(self, seconds: Optional[float] = None) -> list[int]:
