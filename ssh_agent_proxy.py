@@ -612,10 +612,8 @@ def _why(path: str, e: OSError) -> str:
 
 
 class Watch:
-    """Waits for WHAT, but only until DEADLINE (time.monotonic), and no longer than the client does.
-
-    CLIENT is the connection of whoever waits for the answer: ClientGone where it closes.
-    """
+    """Waits for WHAT until DEADLINE (time.monotonic), and only while CLIENT, the connection of
+    whoever waits for the answer, is open: AgentTimeout, ClientGone."""
 
     def __init__(self, what: str, deadline: float, client: Optional[socket.socket]) -> None:
         self.what = what
@@ -627,21 +625,19 @@ class Watch:
             self.poll.register(client, getattr(select, "POLLRDHUP", select.POLLIN))
 
     def wait(self, seconds: Optional[float] = None) -> list[int]:
-        """The file descriptors in POLL that are ready, [] after SECONDS; AgentTimeout."""
+        """The file descriptors in POLL that are ready, [] after SECONDS."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise AgentTimeout(f"{self.what} did not answer in time")
         wait = left if seconds is None else min(left, seconds)
         ready = [fd for fd, _ in self.poll.poll(1000 * wait + 1)]
         if self.client and self.client.fileno() in ready:
-            unread = b""
-            if not hasattr(select, "POLLRDHUP"):
-                with contextlib.suppress(ConnectionError):
-                    unread = self.client.recv(1, socket.MSG_PEEK)
-            if not unread:
-                raise ClientGone("the client went away before it was answered")
-            # Bytes that nobody will read hide a close: it shows when the answer is sent.
-            self.poll.unregister(self.client)
+            with contextlib.suppress(ConnectionError):
+                if not hasattr(select, "POLLRDHUP") and self.client.recv(1, socket.MSG_PEEK):
+                    # Bytes that nobody will read hide a close: it shows when the answer is sent.
+                    self.poll.unregister(self.client)
+                    return ready
+            raise ClientGone("the client went away before it was answered")
         return ready
 
 
