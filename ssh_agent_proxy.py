@@ -1344,28 +1344,27 @@ class File(NamedTuple):
     def read(self, parse: Callable[[str], _T], private: bool = False) -> _T:
         """PARSE of the text of a regular file of at most MAX_FILE bytes, which belongs to this user
         alone if it is PRIVATE; a ConfigError names setting and file."""
+        nonblock = getattr(os, "O_NONBLOCK", 0)  # a FIFO would be waited for
         try:
-            # A FIFO would be waited for.
-            fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-            with open(fd, "rb") as f:
-                found = os.fstat(fd)
+            with open(self.path, "rb", opener=lambda p, flags: os.open(p, flags | nonblock)) as f:
+                found = os.fstat(f.fileno())
                 if not stat.S_ISREG(found.st_mode):
                     raise ConfigError("not a regular file")
                 if private and hasattr(os, "geteuid"):
                     if found.st_uid != os.geteuid() or found.st_mode & 0o077:
                         raise ConfigError("it must be yours (chown), and only yours (chmod 600)")
                 data = f.read(MAX_FILE + 1)
-            if private and data[-1:] != b"\n" and 0 <= time.time() - found.st_mtime < 1:
-                time.sleep(0.1)  # someone may be writing it: half a token, or half a leash
-                return self.read(parse, private)
             if len(data) > MAX_FILE:
                 raise ConfigError(f"larger than {MAX_FILE >> 10} KiB")
-            return parse(data.decode("utf-8", "replace"))
+            if not private or data[-1:] == b"\n" or not 0 <= time.time() - found.st_mtime < 1:
+                return parse(data.decode("utf-8", "replace"))
         except (OSError, ProxyError) as e:
             why = f"{e.strerror}" if isinstance(e, OSError) else f"{e}"
             if private and isinstance(e, FileNotFoundError):
                 why += f" (`{PROGRAM} token NAME` makes it)"
             raise ConfigError(f"{self.setting}: can't use {printable(self.path)!r}: {why}") from e
+        time.sleep(0.1)  # someone may be writing it: half a token, or half a leash
+        return self.read(parse, private)
 
 
 class Option(NamedTuple):
