@@ -820,7 +820,7 @@ def list_keys(exchange: Exchange) -> list[Listed]:
     """The keys that can be used, in the agent's order; NoUsableKey where there is none."""
     identities = parse_identities_answer(exchange.ask(request_identities()))
     if identities is None:
-        raise NoUsableKey(f"the {exchange.upstream} refuses to list its keys (is it locked?)")
+        raise NoUsableKey(f"{exchange.what} refuses to list its keys (is it locked?)")
     if not identities:
         raise NoUsableKey("the agent lists no keys (none added, or it is locked)")
     listed = []
@@ -830,8 +830,7 @@ def list_keys(exchange: Exchange) -> list[Listed]:
             key = parse_public_key(key_blob)
             listed.append(Listed(key, comment.decode("utf-8", "backslashreplace")))
     if not listed:
-        raise NoUsableKey(f"the {exchange.upstream} lists {count(len(identities), 'key')}, "
-                          "none of a type that can be used for SSHSIG")  # fmt: skip
+        raise NoUsableKey(f"{exchange.what} lists keys, but none of a type that SSHSIG can use")
     return listed
 
 
@@ -847,26 +846,21 @@ def choose(listed: Sequence[Listed], wanted: Wanted) -> Listed:
 
 
 def request_signature(exchange: Exchange, wanted: Wanted, data: bytes) -> tuple[PublicKey, bytes]:
-    """The key that signed DATA, and its signature, checked.
-
-    A key known beforehand is asked for straight away, without a listing.
-    """
+    """The key that signed DATA, and its signature, checked; a known key costs no listing."""
     key = wanted.key or choose(list_keys(exchange), wanted).key
     signature = parse_sign_response(exchange.ask(sign_request(key.blob, data, key.flags)))
     if signature is None:
         if wanted.key:
             choose(list_keys(exchange), wanted)  # "not held" is another thing than "refused"
-        raise AgentRefused(f"the {exchange.upstream} refused to sign with {key.name} (declined, "
-                           "timed out, or locked there)")  # fmt: skip
+        raise AgentRefused(f"{exchange.what} refused to sign with {key.name} (declined, timed out, "
+                           "or locked there)")  # fmt: skip
     check_signature(key, signature)
     return key, signature
 
 
 class Agents:
-    """The agent that was set, or the first well-known one that answers.
-
-    Nothing that an agent says is kept. TIMEOUT, in seconds, bounds the whole exchange of a request.
-    """
+    """The agent that was set, or the first well-known one that answers. Nothing that it says is
+    kept; TIMEOUT, in seconds, bounds the whole exchange of a request."""
 
     def __init__(self, upstream: Optional[Upstream], places: Sequence[str], timeout: float) -> None:
         self.upstream = upstream
@@ -909,8 +903,7 @@ class Agents:
                 continue
             with contextlib.suppress(ProxyError), Exchange(Upstream(path), deadline) as exchange:
                 keys = count(len(list_keys(exchange)), "key")
-                setting = f"SSH_AGENT_PROXY_UPSTREAM={printable(path)}"
-                return f"; {exchange.what} has {keys}: {setting} selects it"
+                return f"; another has {keys}: set SSH_AGENT_PROXY_UPSTREAM={printable(path)}"
         return ""
 
 
@@ -1387,9 +1380,8 @@ OPTIONS = (
            "separated by commas; port 0 picks one", each(parse_address)),
     Option("NAMESPACE", "git", "NAMES", "SSHSIG namespaces that may be signed, separated by "
            "commas; the first is the default", each(parse_namespace)),
-    Option("UPSTREAM", "", "AGENT", "the agent: its socket's /path or unix:/path, or exec:COMMAND "
-           "that speaks its protocol; unset: $SSH_AUTH_SOCK, else the first well-known socket",
-           parse_upstream),
+    Option("UPSTREAM", "", "AGENT", "the agent: its socket's /path, or exec:COMMAND; unset: "
+           "$SSH_AUTH_SOCK, else the first well-known socket", parse_upstream),
     Option("PUBKEY", "", "LINE", "an authorized_keys line: sign with this key only", parse_pin),
     Option("PUBKEY_FILE", "", "FILE", "a file with that line, read at each request", expand),
     Option("TOKEN_FILE", "", "FILE", "bearer tokens, one of which every request needs", expand),
