@@ -624,13 +624,12 @@ class Watch:
             # Linux shows a close even behind bytes that nobody reads; elsewhere it has to be read.
             self.poll.register(client, getattr(select, "POLLRDHUP", select.POLLIN))
 
-    def wait(self, seconds: Optional[float] = None) -> list[int]:
+    def wait(self, seconds: float = 1e9) -> list[int]:
         """The file descriptors in POLL that are ready, [] after SECONDS."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise AgentTimeout(f"{self.what} did not answer in time")
-        wait = left if seconds is None else min(left, seconds)
-        ready = [fd for fd, _ in self.poll.poll(1000 * wait + 1)]
+        ready = [fd for fd, _ in self.poll.poll(1000 * min(left, seconds) + 1)]
         if self.client and self.client.fileno() in ready:
             with contextlib.suppress(ConnectionError):
                 if not hasattr(select, "POLLRDHUP") and self.client.recv(1, socket.MSG_PEEK):
@@ -671,13 +670,11 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         self.commands = Commands() if commands is None else commands
         self.process: Any = None
         self.stderr_lines = 0
+        start = self._spawn if upstream.command else self._connect
         try:
             self.socket = socket.socket(socket.AF_UNIX)
             try:
-                if upstream.command:
-                    self._spawn()
-                else:
-                    self._connect()
+                start()
                 self.poll.register(self.socket, select.POLLIN)
             except BaseException:
                 self.close()
@@ -710,7 +707,7 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
             self.commands.add(self.process.pid)
         self.poll.register(self.process.stderr, select.POLLIN)
 
-    def wait(self, seconds: Optional[float] = None) -> list[int]:
+    def wait(self, seconds: float = 1e9) -> list[int]:
         ready = super().wait(seconds)
         if self.process and self.process.stderr.fileno() in ready and not self._log_stderr():
             self.poll.unregister(self.process.stderr)
@@ -738,25 +735,23 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         """Sends REQUEST and returns the reply, both without the length that leads them."""
         data = string(request)
         with contextlib.suppress(OSError):  # it hung up, or takes nothing: reading tells which
-            data = data[self.socket.send(data) :]
-            if data:  # more than it takes at once, which no key makes
+            if data := data[self.socket.send(data) :]:  # more than it takes at once: no key does
                 self.socket.settimeout(max(0, self.deadline - time.monotonic()))
                 self.socket.sendall(data)
         reply = b""
-        expected = 4
-        while len(reply) < expected:
+        size = 0
+        while len(reply) < 4 + size:
             piece = self._receive()
             if not piece and not reply:
                 raise AgentUnreachable(f"{self.what} hung up without an answer")
             if not piece:
                 raise WireError(f"{self.what} hung up in the middle of its answer")
             reply += piece
-            if expected == 4 and len(reply) >= 4:
+            if len(reply) >= 4:
                 size = int.from_bytes(reply[:4], "big")
                 if not 0 < size <= MAX_AGENT_MESSAGE:
                     raise WireError(f"{self.what} announced a message of {size} bytes")
-                expected = 4 + size
-        if left := len(reply) - expected:
+        if left := len(reply) - 4 - size:
             raise WireError(f"{self.what} sent {left} bytes more than it announced")
         return reply[4:]
 
@@ -819,9 +814,7 @@ def count(number: int, noun: str) -> str:
 def list_keys(exchange: Exchange) -> list[Listed]:
     """The keys that can be used, in the agent's order; NoUsableKey where there is none."""
     identities = parse_identities_answer(exchange.ask(request_identities()))
-    if identities is None:
-        raise NoUsableKey(f"{exchange.what} refuses to list its keys (is it locked?)")
-    if not identities:
+    if not identities:  # or it refuses to list them
         raise NoUsableKey("the agent lists no keys (none added, or it is locked)")
     listed = []
     for key_blob, comment in identities:
@@ -852,8 +845,7 @@ def request_signature(exchange: Exchange, wanted: Wanted, data: bytes) -> tuple[
     if signature is None:
         if wanted.key:
             choose(list_keys(exchange), wanted)  # "not held" is another thing than "refused"
-        raise AgentRefused(f"{exchange.what} refused to sign with {key.name} (declined, timed out, "
-                           "or locked there)")  # fmt: skip
+        raise AgentRefused(f"the agent refused to sign with {key.name} (declined, timed out, locked?)")
     check_signature(key, signature)
     return key, signature
 
@@ -890,17 +882,14 @@ class Agents:
         for path in self.places:
             with contextlib.suppress(AgentUnreachable):
                 return Exchange(Upstream(path), deadline, client)
-        places = ", ".join(map(printable, self.places))
-        raise AgentUnreachable("no agent found: set SSH_AGENT_PROXY_UPSTREAM (SSH_AUTH_SOCK is not "
-                               f"set, and nobody answers at {places})")  # fmt: skip
+        tried = ", ".join(["SSH_AUTH_SOCK (unset)", *map(printable, self.places)])
+        raise AgentUnreachable(f"no agent found: set SSH_AGENT_PROXY_UPSTREAM (tried: {tried})")
 
     def hint(self) -> str:
         """Names another well-known agent that has keys, where the one in use is of no help."""
-        used = self.upstream or self.last
+        used = os.path.realpath((self.upstream or self.last or Upstream()).path)
         deadline = time.monotonic() + HINT_SECONDS
-        for path in self.places:
-            if used and os.path.realpath(path) == os.path.realpath(used.path):
-                continue
+        for path in (path for path in self.places if os.path.realpath(path) != used):
             with contextlib.suppress(ProxyError), Exchange(Upstream(path), deadline) as exchange:
                 keys = count(len(list_keys(exchange)), "key")
                 return f"; another has {keys}: set SSH_AGENT_PROXY_UPSTREAM={printable(path)}"
@@ -1387,8 +1376,7 @@ OPTIONS = (
     Option("TOKEN_FILE", "", "FILE", "bearer tokens, one of which every request needs", expand),
     Option("PAYLOADS", "any", "KINDS", "what may be signed: any, or of commit, tag, push",
            lambda value, env: parse_kinds(value)),
-    Option("CONFIRM", "", "PROGRAM", "an askpass program that must agree to every signature",
-           parse_confirm),
+    Option("CONFIRM", "", "PROGRAM", "an askpass; it must agree to every signature", parse_confirm),
     Option("CONFIRM_FOR", "0", "SECONDS", "how long its yes holds for the same client and kind",
            lambda value, env: 0.0 if value == "0" else parse_seconds(value, env)),
     Option("ALLOWED_HOSTS", "", "NAMES", "further names that a Host header may carry, separated "
