@@ -677,7 +677,7 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
                 start()
                 self.poll.register(self.socket, select.POLLIN)
             except BaseException:
-                self.close()
+                self.__exit__()
                 raise
         except OSError as e:
             if upstream.command:
@@ -770,7 +770,7 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         if self.commands.ended:
             raise AgentUnreachable("the proxy is about to end")
 
-    def close(self, *error: object) -> None:
+    def __exit__(self, *error: object) -> None:
         """Ends a command with its whole group: its stderr ends when everybody in it has gone."""
         self.socket.close()
         if self.process and self.process.returncode is None:
@@ -785,8 +785,6 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
             self.commands.discard(self.process.pid)
             self.process.wait()
             self.process.stderr.close()
-
-    __exit__ = close
 
 
 class Wanted(NamedTuple):
@@ -1472,9 +1470,8 @@ class Config(NamedTuple):
 
     def pinned(self, token: Optional[Token] = None) -> Wanted:
         """The key that alone signs, for TOKEN's client, if any."""
-        pin = self.pubkey
-        if not pin and self.pubkey_file:
-            pin = self.pubkey_file.read(lambda text: parse_pin(text, {}))
+        file = self.pubkey_file
+        pin = self.pubkey or (file and file.read(lambda text: parse_pin(text, {})))
         if token and token.key and not (pin and pin.key.fingerprint == token.key):
             return Wanted(fingerprint=token.key, pinned="the key= of this token")
         return Wanted(pin.key, "", "SSH_AGENT_PROXY_PUBKEY", pin.comment) if pin else Wanted()
