@@ -563,10 +563,8 @@ def _why(path: str, e: OSError) -> str:
 
 
 class Watch:
-    """Waits for WHAT, but only until DEADLINE (time.monotonic), and no longer than the client does.
-
-    CLIENT is the connection of whoever waits for the answer: ClientGone where it closes.
-    """
+    """Waits for WHAT until DEADLINE (time.monotonic), and only while CLIENT, the connection of
+    whoever waits for the answer, is open: AgentTimeout, ClientGone."""
 
     def __init__(self, what: str, deadline: float, client: Optional[socket.socket]) -> None:
         self.what = what
@@ -577,22 +575,19 @@ class Watch:
             # Linux shows a close even behind bytes that nobody reads; elsewhere it has to be read.
             self.poll.register(client, getattr(select, "POLLRDHUP", select.POLLIN))
 
-    def wait(self, seconds: Optional[float] = None) -> list[int]:
-        """The file descriptors in POLL that are ready, [] after SECONDS; AgentTimeout."""
+    def wait(self, seconds: float = 1e9) -> list[int]:
+        """The file descriptors in POLL that are ready, [] after SECONDS."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise AgentTimeout(f"{self.what} did not answer in time")
-        wait = left if seconds is None else min(left, seconds)
-        ready = [fd for fd, _ in self.poll.poll(1000 * wait + 1)]
+        ready = [fd for fd, _ in self.poll.poll(1000 * min(left, seconds) + 1)]
         if self.client and self.client.fileno() in ready:
-            unread = b""
-            if not hasattr(select, "POLLRDHUP"):
-                with contextlib.suppress(ConnectionError):
-                    unread = self.client.recv(1, socket.MSG_PEEK)
-            if not unread:
-                raise ClientGone("the client went away before it was answered")
-            # Bytes that nobody will read hide a close: it shows when the answer is sent.
-            self.poll.unregister(self.client)
+            with contextlib.suppress(ConnectionError):
+                if not hasattr(select, "POLLRDHUP") and self.client.recv(1, socket.MSG_PEEK):
+                    # Bytes that nobody will read hide a close: it shows when the answer is sent.
+                    self.poll.unregister(self.client)
+                    return ready
+            raise ClientGone("the client went away before it was answered")
         return ready
 
 
@@ -626,19 +621,19 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         self.commands = Commands() if commands is None else commands
         self.process: Any = None
         self.stderr_lines = 0
+        start = self._spawn if upstream.command else self._connect
         try:
             self.socket = socket.socket(socket.AF_UNIX)
-        except OSError as e:  # no file descriptors, say
-            raise AgentUnreachable(f"no way to {self.what}: {e.strerror}") from e
-        try:
+            try:
+                start()
+                self.poll.register(self.socket, select.POLLIN)
+            except BaseException:
+                self.__exit__()
+                raise
+        except OSError as e:
             if upstream.command:
-                self._spawn()
-            else:
-                self._connect()
-            self.poll.register(self.socket, select.POLLIN)
-        except BaseException:
-            self.close()
-            raise
+                raise AgentUnreachable(f"cannot run {self.what}: {e.strerror}") from e
+            raise AgentUnreachable(f"no answer from {self.what}: {_why(upstream.path, e)}") from e
 
     def _connect(self) -> None:
         self.socket.setblocking(False)
@@ -647,29 +642,23 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
                 return self.socket.connect(self.upstream.path)
             except BlockingIOError:
                 self.wait(0.05)  # the agent's backlog is full: it hangs, or is about to go on
-            except OSError as e:
-                why = _why(self.upstream.path, e)
-                raise AgentUnreachable(f"no answer from {self.what}: {why}") from e
 
     def _spawn(self) -> None:
         import subprocess  # for commands only: it would cost every start
 
         self.socket.close()
-        try:
-            self.socket, theirs = socket.socketpair()
-            self.socket.setblocking(False)
-            with theirs, self.commands.lock:
-                self._check_end()
-                self.process = subprocess.Popen(
-                    self.upstream.command, stdin=theirs.fileno(), stdout=theirs.fileno(),
-                    stderr=subprocess.PIPE, start_new_session=True, env=self.upstream.env,
-                )  # fmt: skip
-                self.commands.add(self.process.pid)
-        except OSError as e:
-            raise AgentUnreachable(f"cannot run the {self.upstream}: {e.strerror}") from e
+        self.socket, theirs = socket.socketpair()
+        self.socket.setblocking(False)
+        with theirs, self.commands.lock:
+            self._check_end()
+            self.process = subprocess.Popen(
+                self.upstream.command, stdin=theirs.fileno(), stdout=theirs.fileno(),
+                stderr=subprocess.PIPE, start_new_session=True, env=self.upstream.env,
+            )  # fmt: skip
+            self.commands.add(self.process.pid)
         self.poll.register(self.process.stderr, select.POLLIN)
 
-    def wait(self, seconds: Optional[float] = None) -> list[int]:
+    def wait(self, seconds: float = 1e9) -> list[int]:
         ready = super().wait(seconds)
         if self.process and self.process.stderr.fileno() in ready and not self._log_stderr():
             self.poll.unregister(self.process.stderr)
@@ -697,25 +686,23 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         """Sends REQUEST and returns the reply, both without the length that leads them."""
         data = string(request)
         with contextlib.suppress(OSError):  # it hung up, or takes nothing: reading tells which
-            data = data[self.socket.send(data) :]
-            if data:  # more than it takes at once, which no key makes
+            if data := data[self.socket.send(data) :]:  # more than it takes at once: no key does
                 self.socket.settimeout(max(0, self.deadline - time.monotonic()))
                 self.socket.sendall(data)
         reply = b""
-        expected = 4
-        while len(reply) < expected:
+        size = 0
+        while len(reply) < 4 + size:
             piece = self._receive()
             if not piece and not reply:
                 raise AgentUnreachable(f"{self.what} hung up without an answer")
             if not piece:
                 raise WireError(f"{self.what} hung up in the middle of its answer")
             reply += piece
-            if expected == 4 and len(reply) >= 4:
+            if len(reply) >= 4:
                 size = int.from_bytes(reply[:4], "big")
                 if not 0 < size <= MAX_AGENT_MESSAGE:
                     raise WireError(f"{self.what} announced a message of {size} bytes")
-                expected = 4 + size
-        if left := len(reply) - expected:
+        if left := len(reply) - 4 - size:
             raise WireError(f"{self.what} sent {left} bytes more than it announced")
         return reply[4:]
 
@@ -734,7 +721,7 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         if self.commands.ended:
             raise AgentUnreachable("the proxy is about to end")
 
-    def close(self, *error: object) -> None:
+    def __exit__(self, *error: object) -> None:
         """Ends a command with its whole group: its stderr ends when everybody in it has gone."""
         self.socket.close()
         if self.process and self.process.returncode is None:
@@ -749,8 +736,6 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
             self.commands.discard(self.process.pid)
             self.process.wait()
             self.process.stderr.close()
-
-    __exit__ = close
 
 
 class Wanted(NamedTuple):
@@ -778,9 +763,7 @@ def count(number: int, noun: str) -> str:
 def list_keys(exchange: Exchange) -> list[Listed]:
     """The keys that can be used, in the agent's order; NoUsableKey where there is none."""
     identities = parse_identities_answer(exchange.ask(request_identities()))
-    if identities is None:
-        raise NoUsableKey(f"the {exchange.upstream} refuses to list its keys (is it locked?)")
-    if not identities:
+    if not identities:  # or it refuses to list them
         raise NoUsableKey("the agent lists no keys (none added, or it is locked)")
     listed = []
     for key_blob, comment in identities:
@@ -789,8 +772,7 @@ def list_keys(exchange: Exchange) -> list[Listed]:
             key = parse_public_key(key_blob)
             listed.append(Listed(key, comment.decode("utf-8", "backslashreplace")))
     if not listed:
-        raise NoUsableKey(f"the {exchange.upstream} lists {count(len(identities), 'key')}, "
-                          "none of a type that can be used for SSHSIG")  # fmt: skip
+        raise NoUsableKey(f"{exchange.what} lists keys, but none of a type that SSHSIG can use")
     return listed
 
 
@@ -807,17 +789,13 @@ def choose(listed: Sequence[Listed], wanted: Wanted) -> Listed:
 
 
 def request_signature(exchange: Exchange, wanted: Wanted, data: bytes) -> tuple[PublicKey, bytes]:
-    """The key that signed DATA, and its signature, checked.
-
-    A key known beforehand is asked for straight away, without a listing.
-    """
+    """The key that signed DATA, and its signature, checked; a known key costs no listing."""
     key = wanted.key or choose(list_keys(exchange), wanted).key
     signature = parse_sign_response(exchange.ask(sign_request(key.blob, data, key.flags)))
     if signature is None:
         if wanted.key:
             choose(list_keys(exchange), wanted)  # "not held" is another thing than "refused"
-        raise AgentRefused(f"the {exchange.upstream} refused to sign with {key.name} (declined, "
-                           "timed out, or locked there)")  # fmt: skip
+        raise AgentRefused(f"the agent refused to sign with {key.name} (declined, timed out, locked?)")
     check_signature(key, signature)
     return key, signature
 
@@ -831,10 +809,8 @@ def request_block(exchange: Exchange, wanted: Wanted, namespace: str, hash_algor
 
 
 class Agents:
-    """The agent that was set, or the first well-known one that answers.
-
-    Nothing that an agent says is kept. TIMEOUT, in seconds, bounds the whole exchange of a request.
-    """
+    """The agent that was set, or the first well-known one that answers. Nothing that it says is
+    kept; TIMEOUT, in seconds, bounds the whole exchange of a request."""
 
     def __init__(self, upstream: Optional[Upstream], places: Sequence[str], timeout: float,
                  tell: Callable[[str], None] = lambda state: None) -> None:  # fmt: skip
@@ -867,21 +843,17 @@ class Agents:
         for path in self.places:
             with contextlib.suppress(AgentUnreachable):
                 return Exchange(Upstream(path), deadline, client)
-        places = ", ".join(map(printable, self.places))
-        raise AgentUnreachable("no agent found: set SSH_AGENT_PROXY_UPSTREAM (SSH_AUTH_SOCK is not "
-                               f"set, and nobody answers at {places})")  # fmt: skip
+        tried = ", ".join(["SSH_AUTH_SOCK (unset)", *map(printable, self.places)])
+        raise AgentUnreachable(f"no agent found: set SSH_AGENT_PROXY_UPSTREAM (tried: {tried})")
 
     def hint(self) -> str:
         """Names another well-known agent that has keys, where the one in use is of no help."""
-        used = self.upstream or self.last
+        used = os.path.realpath((self.upstream or self.last or Upstream()).path)
         deadline = time.monotonic() + HINT_SECONDS
-        for path in self.places:
-            if used and os.path.realpath(path) == os.path.realpath(used.path):
-                continue
+        for path in (path for path in self.places if os.path.realpath(path) != used):
             with contextlib.suppress(ProxyError), Exchange(Upstream(path), deadline) as exchange:
                 keys = count(len(list_keys(exchange)), "key")
-                setting = f"SSH_AGENT_PROXY_UPSTREAM={printable(path)}"
-                return f"; {exchange.what} has {keys}: {setting} selects it"
+                return f"; another has {keys}: set SSH_AGENT_PROXY_UPSTREAM={printable(path)}"
         return ""
 
 
@@ -1250,21 +1222,21 @@ Env = Mapping[str, str]
 _T = TypeVar("_T")
 
 
-def parse_namespaces(value: str, env: Env) -> tuple[str, ...]:
-    names = tuple(map(str.strip, value.split(",")))
-    for name in names:
-        if not _NAMESPACE.fullmatch(name):
-            raise ConfigError(f"{printable(name)!r} is not 1 to 255 printable ASCII characters")
-    return names
+def each(parse: Callable[[str, Env], _T]) -> Callable[[str, Env], tuple[_T, ...]]:
+    """Reads a setting that holds several of what PARSE reads, separated by commas."""
+    return lambda value, env: tuple(parse(part.strip(), env) for part in value.split(","))
 
 
-def parse_hosts(value: str, env: Env) -> tuple[str, ...]:
-    hosts = []
-    for part in map(str.strip, value.lower().split(",") if value else ()):
-        if not _HOST_NAME.fullmatch(part[1:] if part.startswith(".") else part):
-            raise ConfigError(f"{printable(part)!r} is not a host name or .suffix")
-        hosts.append(part[:-1] if part.endswith(".") else part)
-    return tuple(hosts)
+def parse_namespace(value: str, env: Env) -> str:
+    if not _NAMESPACE.fullmatch(value):
+        raise ConfigError(f"{printable(value)!r} is not 1 to 255 printable ASCII characters")
+    return value
+
+
+def parse_host(value: str, env: Env) -> str:
+    if not _HOST_NAME.fullmatch(value.removeprefix(".")):
+        raise ConfigError(f"{printable(value)!r} is not a host name or .suffix")
+    return value.lower().removesuffix(".")
 
 
 def parse_seconds(value: str, env: Env) -> float:
@@ -1273,24 +1245,14 @@ def parse_seconds(value: str, env: Env) -> float:
     return float(value)
 
 
-def home_directory(env: Env) -> str:
-    return env.get("HOME") or env.get("USERPROFILE") or os.path.expanduser("~")
-
-
 def expand(path: str, env: Env) -> str:
     """PATH with a leading ~ or %h/ and with $VAR expanded: a systemd env file expands nothing."""
-    if path == "~" or path.startswith(("~/", "%h/")):
-        path = home_directory(env) + path[2 if path[0] == "%" else 1 :]
-    elif path.startswith("~"):
-        path = os.path.expanduser(path)
+    home = env.get("HOME") or env.get("USERPROFILE") or os.path.expanduser("~")
+    path = re.sub(r"^(~|%h)/", "$HOME/", path)
     try:
-        expanded = Template(path).substitute(env)
+        return Template(os.path.expanduser(path)).substitute({**env, "HOME": home})
     except (KeyError, ValueError) as e:
-        raise ConfigError(f"{printable(path)!r} names a variable that is not set, or has a $ "
-                          "without a name ($$ stands for one)") from e  # fmt: skip
-    if "\0" in expanded:
-        raise ConfigError("a NUL in a path")
-    return expanded
+        raise ConfigError(f"{printable(path)!r}: a variable is not set (a mere $ is $$)") from e
 
 
 class Address(NamedTuple):
@@ -1309,61 +1271,41 @@ class UnixAddress(NamedTuple):
         return f"unix:{printable(self.path)}"
 
 
-def parse_addresses(value: str, env: Env) -> tuple[Union[Address, UnixAddress], ...]:
-    """Separated by commas; a socket's mode is 0600 unless one is named."""
-    addresses: list[Union[Address, UnixAddress]] = []
-    for part in map(str.strip, value.split(",")):
-        unix = re.fullmatch(r"unix:([^?]*)(?:\?mode=(0?[0-7]{3}))?", part)
-        match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]+)):([0-9]{1,5})", part)
-        path = expand(unix[1], env) if unix else ""
-        if unix and path.startswith("/") and hasattr(socket, "AF_UNIX"):
-            addresses.append(UnixAddress(path, int(unix[2] or "600", 8)))
-        elif match and int(match[3]) <= 65535:
-            addresses.append(Address(match[1] or match[2], int(match[3])))
-        else:
-            raise ConfigError(f"{printable(part)!r} is none of HOST:PORT, [V6]:PORT, unix:/path "
-                              "and unix:/path?mode=0660")  # fmt: skip
-    return tuple(addresses)
+def parse_address(value: str, env: Env) -> Union[Address, UnixAddress]:
+    unix = re.fullmatch(r"unix:([^?]*)(?:\?mode=(0?[0-7]{3}))?", value)
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]+)):([0-9]{1,5})", value)
+    path = expand(unix[1], env) if unix else ""
+    if unix and path.startswith("/") and hasattr(socket, "AF_UNIX"):
+        return UnixAddress(path, int(unix[2] or "600", 8))
+    if match and int(match[3]) <= 65535:
+        return Address(match[1] or match[2], int(match[3]))
+    raise ConfigError(f"{printable(value)!r} is none of HOST:PORT, [V6]:PORT, unix:/path?mode=0660")
 
 
-def parse_upstream(value: str, env: Env) -> Optional[Upstream]:
-    """None where neither this nor SSH_AUTH_SOCK is set: one is looked for at each request."""
-    if not value:
-        return Upstream(env["SSH_AUTH_SOCK"]) if env.get("SSH_AUTH_SOCK") else None
+def parse_upstream(value: str, env: Env) -> Upstream:
     if value.startswith("exec:"):
-        try:
-            command = shlex.split(value[len("exec:") :])
-        except ValueError as e:
-            raise ConfigError(f"{printable(value)!r}: {str(e).lower()}") from e
+        command = shlex.split(value[len("exec:") :])
         if not command or not command[0]:
             raise ConfigError("exec: without a command")
         return Upstream(command=(expand(command[0], env), *command[1:]))
     path = expand(value.removeprefix("unix:"), env)
     if not path.startswith("/"):
-        raise ConfigError(f"{printable(value)!r} is neither a socket's absolute path nor "
-                          "exec:COMMAND")  # fmt: skip
+        raise ConfigError(f"{printable(value)!r} is neither an absolute path nor exec:COMMAND")
     return Upstream(path)
 
 
-def parse_pin(value: str, env: Env) -> Optional[Listed]:
+def parse_pin(value: str, env: Env) -> Listed:
     """The one authorized_keys line, which may have comments and empty lines around it."""
     lines = [line for line in value.splitlines() if line.strip()[:1] not in ("", "#")]
     if "PRIVATE KEY" in value:
         raise ConfigError("a private key, where the public one (the .pub file) belongs")
-    if not value:
-        return None
     if len(lines) != 1:
         raise ConfigError(f"one line with a public key is needed, {len(lines)} are there")
-    try:
-        return parse_key_line(lines[0])
-    except WireError as e:
-        raise ConfigError(str(e)) from e
+    return parse_key_line(lines[0])
 
 
-def parse_confirm(value: str, env: Env) -> Optional[Upstream]:
+def parse_confirm(value: str, env: Env) -> Upstream:
     """The askpass program, with the environment that tells it to ask for a yes."""
-    if not value:
-        return None
     import shutil  # for this alone: it would cost every start
 
     program = shutil.which(expand(value, env), path=env.get("PATH", os.defpath))
@@ -1376,42 +1318,37 @@ class File(NamedTuple):
     """A file that SETTING names; it is read each time anew."""
 
     path: str
-    setting: str = ""
+    setting: str
 
     def read(self, parse: Callable[[str], _T], private: bool = False) -> _T:
         """PARSE of the text of a regular file of at most MAX_FILE bytes, which belongs to this user
         alone if it is PRIVATE; a ConfigError names setting and file."""
+        nonblock = getattr(os, "O_NONBLOCK", 0)  # a FIFO would be waited for
         try:
-            # A FIFO would be waited for.
-            fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-            with open(fd, "rb") as f:
-                found = os.fstat(fd)
+            with open(self.path, "rb", opener=lambda p, flags: os.open(p, flags | nonblock)) as f:
+                found = os.fstat(f.fileno())
                 if not stat.S_ISREG(found.st_mode):
                     raise ConfigError("not a regular file")
                 if private and hasattr(os, "geteuid"):
                     if found.st_uid != os.geteuid() or found.st_mode & 0o077:
                         raise ConfigError("it must be yours (chown), and only yours (chmod 600)")
                 data = f.read(MAX_FILE + 1)
-            if private and data[-1:] != b"\n" and 0 <= time.time() - found.st_mtime < 1:
-                time.sleep(0.1)  # someone may be writing it: half a token, or half a leash
-                return self.read(parse, private)
             if len(data) > MAX_FILE:
                 raise ConfigError(f"larger than {MAX_FILE >> 10} KiB")
-            return parse(data.decode("utf-8", "replace"))
-        except (OSError, ConfigError) as e:
+            if not private or data[-1:] == b"\n" or not 0 <= time.time() - found.st_mtime < 1:
+                return parse(data.decode("utf-8", "replace"))
+        except (OSError, ProxyError) as e:
             why = f"{e.strerror}" if isinstance(e, OSError) else f"{e}"
             if private and isinstance(e, FileNotFoundError):
                 why += f" (`{PROGRAM} token NAME` makes it)"
             raise ConfigError(f"{self.setting}: can't use {printable(self.path)!r}: {why}") from e
-
-
-def parse_file(value: str, env: Env) -> Optional[File]:
-    return File(expand(value, env)) if value else None
+        time.sleep(0.1)  # someone may be writing it: half a token, or half a leash
+        return self.read(parse, private)
 
 
 class Option(NamedTuple):
     """A setting: its variable without SSH_AGENT_PROXY_, a row of --help, and how it is read (a
-    ConfigError says why it can't be; the caller puts the name before)."""
+    ProxyError or ValueError says why it can't be). One with a path only is a File."""
 
     variable: str
     default: str
@@ -1420,69 +1357,58 @@ class Option(NamedTuple):
     parse: Callable[[str, Env], Any]
 
     @property
-    def field(self) -> str:
-        return self.variable.lower()
-
-    @property
     def flag(self) -> str:
-        return "--" + self.field.replace("_", "-")
+        return "--" + self.variable.lower().replace("_", "-")
 
 
 OPTIONS = (
     Option("ADDR", "127.0.0.1:7221", "HOST:PORT", "where to listen, or unix:/path; several are "
-           "separated by commas; port 0 picks one", parse_addresses),
+           "separated by commas; port 0 picks one", each(parse_address)),
     Option("NAMESPACE", "git", "NAMES", "SSHSIG namespaces that may be signed, separated by "
-           "commas; the first is the default", parse_namespaces),
-    Option("UPSTREAM", "", "AGENT", "the agent: its socket's /path or unix:/path, or exec:COMMAND "
-           "that speaks its protocol; unset: $SSH_AUTH_SOCK, else the first well-known socket",
-           parse_upstream),
+           "commas; the first is the default", each(parse_namespace)),
+    Option("UPSTREAM", "", "AGENT", "the agent: its socket's /path, or exec:COMMAND; unset: "
+           "$SSH_AUTH_SOCK, else the first well-known socket", parse_upstream),
     Option("PUBKEY", "", "LINE", "an authorized_keys line: sign with this key only", parse_pin),
-    Option("PUBKEY_FILE", "", "FILE", "a file with that line, read at each request", parse_file),
-    Option("TOKEN_FILE", "", "FILE", "bearer tokens, one of which every request needs; read at "
-           "each", parse_file),
+    Option("PUBKEY_FILE", "", "FILE", "a file with that line, read at each request", expand),
+    Option("TOKEN_FILE", "", "FILE", "bearer tokens, one of which every request needs", expand),
     Option("PAYLOADS", "any", "KINDS", "what may be signed: any, or of commit, tag, push",
            lambda value, env: parse_kinds(value)),
-    Option("CONFIRM", "", "PROGRAM", "an askpass program that must agree to every signature",
-           parse_confirm),
+    Option("CONFIRM", "", "PROGRAM", "an askpass; it must agree to every signature", parse_confirm),
     Option("CONFIRM_FOR", "0", "SECONDS", "how long its yes holds for the same client and kind",
            lambda value, env: 0.0 if value == "0" else parse_seconds(value, env)),
     Option("ALLOWED_HOSTS", "", "NAMES", "further names that a Host header may carry, separated "
-           "by commas, .suffix for all below it", parse_hosts),
+           "by commas, .suffix for all below it", each(parse_host)),
     Option("TIMEOUT", "120", "SECONDS", "for one whole exchange with the agent, a touch included",
            parse_seconds),
 )  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line and an exception like every other."""
+    """The command line of COMMANDS, each with what it does; a mistake is an exception, one line."""
+
+    def __init__(self, commands: Mapping[str, str]) -> None:
+        super().__init__(
+            prog=PROGRAM,
+            usage=f"{PROGRAM} [COMMAND] [OPTIONS]",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            description="Signs git commits for containers with a key that stays in your ssh-agent."
+            "\n\ncommands:\n" + "\n".join(f"  {name:<21} {commands[name]}" for name in commands),
+            epilog="Each setting is a variable too (--addr: SSH_AGENT_PROXY_ADDR); an option wins.",
+        )
+        self.add_argument("command", nargs="*", help=argparse.SUPPRESS)
+        self.add_argument("-V", "--version", action="version", version=f"{PROGRAM} {VERSION}")
+        loudness = self.add_mutually_exclusive_group()
+        loudness.add_argument("-v", "--verbose", action="store_true", help="debug lines in the log")
+        loudness.add_argument("-q", "--quiet", action="store_true", help="warnings and audit lines")
+        self.add_argument("--console", action="store_true", help=argparse.SUPPRESS)
+        self.add_argument("--sign", action="store_true", help="with check: make a test signature")
+        for option in OPTIONS:
+            default = f" ({option.default})" if option.default else ""
+            self.add_argument(option.flag, metavar=option.metavar, help=option.help + default)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{printable(message)} (see {PROGRAM} --help)")
-
-
-def argument_parser(commands: Mapping[str, str]) -> Parser:
-    """COMMANDS: name and what it does."""
-    parser = Parser(
-        prog=PROGRAM,
-        usage=f"{PROGRAM} [COMMAND] [OPTIONS]",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Signs git commits for containers with a key that stays in your ssh-agent.\n\n"
-        "commands:\n" + "\n".join(f"  {name:<21} {text}" for name, text in commands.items()),
-        epilog="Each of these settings is also a variable: --addr is SSH_AGENT_PROXY_ADDR. "
-        "An option wins.",
-    )
-    parser.add_argument("command", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("-V", "--version", action="version", version=f"{PROGRAM} {VERSION}")
-    loudness = parser.add_mutually_exclusive_group()
-    loudness.add_argument("-v", "--verbose", action="store_true", help="debug lines in the log")
-    loudness.add_argument("-q", "--quiet", action="store_true", help="warnings and audit lines")
-    parser.add_argument("--console", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--sign", action="store_true", help="with check: make a test signature")
-    for option in OPTIONS:
-        default = f" ({option.default})" if option.default else ""
-        parser.add_argument(option.flag, metavar=option.metavar, help=option.help + default)
-    return parser
 
 
 class Config(NamedTuple):
@@ -1497,41 +1423,44 @@ class Config(NamedTuple):
     unknown: tuple[str, ...]  # variables that look like ours
     addr: tuple[Union[Address, UnixAddress], ...]
     namespace: tuple[str, ...]
-    upstream: Optional[Upstream]
-    pubkey: Optional[Listed]
-    pubkey_file: Optional[File]
-    token_file: Optional[File]
     payloads: tuple[str, ...]
-    confirm: Optional[Upstream]
     confirm_for: float
-    allowed_hosts: tuple[str, ...]
     timeout: float
+    upstream: Optional[Upstream] = None
+    pubkey: Optional[Listed] = None
+    pubkey_file: Optional[File] = None
+    token_file: Optional[File] = None
+    confirm: Optional[Upstream] = None
+    allowed_hosts: tuple[str, ...] = ()
 
     @classmethod
     def from_env(cls, env: Env, argv: Sequence[str], commands: Mapping[str, str]) -> "Config":
         """From os.environ and sys.argv[1:]; ConfigError names the setting that is wrong."""
-        given = argument_parser(commands).parse_intermixed_args(argv)
+        given = Parser(commands).parse_intermixed_args(argv)
         prefix = "SSH_AGENT_PROXY_"
-        values: dict[str, Any] = {}
+        known = {prefix + name for name in ("URL", "PUBKEY_URL", "CURL")}  # the shim's own
+        sock = env.get("SSH_AUTH_SOCK")
+        values: dict[str, Any] = {"upstream": Upstream(sock)} if sock else {}
         for option in OPTIONS:
-            name, value = prefix + option.variable, getattr(given, option.field)
-            if value:
+            field, name = option.variable.lower(), prefix + option.variable
+            known.add(name)
+            if getattr(given, field):
                 name = option.flag
             try:
-                values[option.field] = option.parse(value or env.get(name) or option.default, env)
-            except ConfigError as e:
+                if text := getattr(given, field) or env.get(name) or option.default:
+                    value = option.parse(text, env)
+                    values[field] = File(value, name) if option.parse is expand else value
+            except (ProxyError, ValueError) as e:
                 raise ConfigError(f"{name}: {e}") from e
-            if isinstance(values[option.field], File):
-                values[option.field] = values[option.field]._replace(setting=name)
-        shims_own = ("URL", "PUBKEY_URL", "CURL", *(("TOKEN",) if values["token_file"] else ()))
-        known = {prefix + name for name in (*[o.variable for o in OPTIONS], *shims_own)}
+        if "token_file" in values:
+            known.add(prefix + "TOKEN")  # the shim's: without that file it protects nothing
         config = cls(
             command=tuple(given.command),
             level=logging.DEBUG if given.verbose else AUDIT if given.quiet else logging.INFO,
             sign=given.sign,
             journal_stream=env.get("JOURNAL_STREAM", ""),
             notify_socket=env.get("NOTIFY_SOCKET", ""),
-            sockets=well_known_sockets(sys.platform, home_directory(env),
+            sockets=well_known_sockets(sys.platform, expand("$HOME", env),
                                        env.get("XDG_RUNTIME_DIR", "")),
             unknown=tuple(sorted(n for n in env if n.startswith(prefix) and n not in known)),
             **values,
@@ -1547,14 +1476,11 @@ class Config(NamedTuple):
 
     def pinned(self, token: Optional[Token] = None) -> Wanted:
         """The key that alone signs, for TOKEN's client, if any."""
-        pin = self.pubkey
-        if not pin and self.pubkey_file:
-            pin = self.pubkey_file.read(lambda text: parse_pin(text or "\n", {}))
+        file = self.pubkey_file
+        pin = self.pubkey or (file and file.read(lambda text: parse_pin(text, {})))
         if token and token.key and not (pin and pin.key.fingerprint == token.key):
             return Wanted(fingerprint=token.key, pinned="the key= of this token")
-        if not pin:
-            return Wanted()
-        return Wanted(pin.key, pinned="SSH_AGENT_PROXY_PUBKEY", comment=pin.comment)
+        return Wanted(pin.key, "", "SSH_AGENT_PROXY_PUBKEY", pin.comment) if pin else Wanted()
 
     def tokens(self, added: str = "") -> Sequence[Token]:
         """Those who may ask, with a line ADDED; none where everyone may."""

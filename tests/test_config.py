@@ -236,6 +236,24 @@ def test_a_pins_file_that_goes_or_breaks_pins_nothing_else(keys: Keys, tmp_path:
         c.pinned()
 
 
+def test_a_folder_in_a_file_s_place_costs_no_file_descriptor(tmp_path: Path) -> None:
+    file = p.File(str(tmp_path), "X")
+    before = os.listdir("/dev/fd")
+    for _ in range(3):
+        with pytest.raises(p.ConfigError, match="directory"):
+            file.read(str)
+    assert os.listdir("/dev/fd") == before
+
+
+def test_what_is_wrong_with_a_file_just_written_is_said_once(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text("half=a token")
+    path.chmod(0o600)
+    with pytest.raises(p.ConfigError) as raised:
+        p.File(str(path), "X").read(p.parse_tokens, private=True)
+    assert str(raised.value).count("can't use") == 1
+
+
 def test_a_running_proxy_follows_the_pins_file(
     agent: Agent, keys: Keys, tmp_path: Path, start_proxy: Callable[..., Proxy]
 ) -> None:

@@ -1252,7 +1252,7 @@ def known(name: str, steps: List[Step], status: int, words: str) -> Tuple[Any, .
 
 UNREACHABLE, MIDDLE, WRONG = "hung up without an answer", "in the middle", "agent's signature"
 ANNOUNCED, LEFT, MISSING = "announced", "left over", "bytes expected"
-LOCKED, USELESS = "refuses to list", "none of a type"
+LOCKED, USELESS = LISTS_NONE, "none of a type"
 
 LIES = [
     # the message
