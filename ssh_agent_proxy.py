@@ -72,26 +72,18 @@ class WireError(ProxyError):
 
 
 class AgentError(ProxyError):
-    """The agent can't be used now."""
+    """The agent can't be used now: nobody answers there, or it lists no key to sign with."""
 
 
-class AgentUnreachable(AgentError):
-    """Nobody answers where the agent should be."""
-
-
-class NoUsableKey(AgentError):
-    """The agent answers, but lists no key to sign with."""
-
-
-class AgentTimeout(AgentError):
+class AgentTimeout(ProxyError):
     """The agent did not answer in time."""
 
 
-class AgentRefused(AgentError):
+class AgentRefused(ProxyError):
     """The agent holds the key and does not want to sign with it."""
 
 
-class KeyNotHeld(AgentError):
+class KeyNotHeld(ProxyError):
     """The key that the request names is not among those that the agent lists."""
 
 
@@ -632,8 +624,8 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
                 raise
         except OSError as e:
             if upstream.command:
-                raise AgentUnreachable(f"cannot run {self.what}: {e.strerror}") from e
-            raise AgentUnreachable(f"no answer from {self.what}: {_why(upstream.path, e)}") from e
+                raise AgentError(f"cannot run {self.what}: {e.strerror}") from e
+            raise AgentError(f"no answer from {self.what}: {_why(upstream.path, e)}") from e
 
     def _connect(self) -> None:
         self.socket.setblocking(False)
@@ -694,7 +686,7 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         while len(reply) < 4 + size:
             piece = self._receive()
             if not piece and not reply:
-                raise AgentUnreachable(f"{self.what} hung up without an answer")
+                raise AgentError(f"{self.what} hung up without an answer")
             if not piece:
                 raise WireError(f"{self.what} hung up in the middle of its answer")
             reply += piece
@@ -719,7 +711,7 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
 
     def _check_end(self) -> None:
         if self.commands.ended:
-            raise AgentUnreachable("the proxy is about to end")
+            raise AgentError("the proxy is about to end")
 
     def __exit__(self, *error: object) -> None:
         """Ends a command with its whole group: its stderr ends when everybody in it has gone."""
@@ -761,10 +753,10 @@ def count(number: int, noun: str) -> str:
 
 
 def list_keys(exchange: Exchange) -> list[Listed]:
-    """The keys that can be used, in the agent's order; NoUsableKey where there is none."""
+    """The keys that can be used, in the agent's order; AgentError where there is none."""
     identities = parse_identities_answer(exchange.ask(request_identities()))
     if not identities:  # or it refuses to list them
-        raise NoUsableKey("the agent lists no keys (none added, or it is locked)")
+        raise AgentError("the agent lists no keys (none added, or it is locked)")
     listed = []
     for key_blob, comment in identities:
         # What the agent holds besides is its own business: keys of types that nobody here knows.
@@ -772,19 +764,19 @@ def list_keys(exchange: Exchange) -> list[Listed]:
             key = parse_public_key(key_blob)
             listed.append(Listed(key, comment.decode("utf-8", "backslashreplace")))
     if not listed:
-        raise NoUsableKey(f"{exchange.what} lists keys, but none of a type that SSHSIG can use")
+        raise AgentError(f"{exchange.what} lists keys, but none of a type that SSHSIG can use")
     return listed
 
 
 def choose(listed: Sequence[Listed], wanted: Wanted) -> Listed:
-    """The key among those LISTED that is WANTED; KeyNotHeld, or NoUsableKey where it is pinned."""
+    """The key among those LISTED that is WANTED; KeyNotHeld, or AgentError where it is pinned."""
     for candidate in listed:
         if wanted.fits(candidate.key):
             return Listed(candidate.key, wanted.comment or candidate.comment)
     others = f"the agent does not hold it, but {count(len(listed), 'other')}"
     if wanted.pinned:
-        raise NoUsableKey(f"the pinned key {wanted.name} is missing: {others}; add it there, or "
-                          f"change {wanted.pinned}")  # fmt: skip
+        why = f"the pinned key {wanted.name} is missing: {others}; add it there"
+        raise AgentError(f"{why}, or change {wanted.pinned}")
     raise KeyNotHeld(f"no key {wanted.name}: {others}; add it there, or sign with another")
 
 
@@ -795,7 +787,7 @@ def request_signature(exchange: Exchange, wanted: Wanted, data: bytes) -> tuple[
     if signature is None:
         if wanted.key:
             choose(list_keys(exchange), wanted)  # "not held" is another thing than "refused"
-        raise AgentRefused(f"the agent refused to sign with {key.name} (declined, timed out, locked?)")
+        raise AgentRefused(f"the agent refused to sign with {key.name} (declined, locked?)")
     check_signature(key, signature)
     return key, signature
 
@@ -831,20 +823,20 @@ class Agents:
                     LOG.info("using the %s", exchange.upstream)
                     self.tell(f"using the {exchange.upstream}")
                 yield exchange
-        except (AgentUnreachable, NoUsableKey) as e:
-            raise type(e)(f"{e}{self.hint()}") from e
+        except AgentError as e:
+            raise AgentError(f"{e}{self.hint()}") from e
 
     def _connect(self, client: Optional[socket.socket]) -> Exchange:
         deadline = time.monotonic() + self.timeout
         if not hasattr(socket, "AF_UNIX") or not hasattr(select, "poll"):
-            raise AgentUnreachable("this Python has no Unix sockets to reach an agent by")
+            raise AgentError("this Python has no Unix sockets to reach an agent by")
         if self.upstream:
             return Exchange(self.upstream, deadline, client, self.commands)
         for path in self.places:
-            with contextlib.suppress(AgentUnreachable):
+            with contextlib.suppress(AgentError):
                 return Exchange(Upstream(path), deadline, client)
         tried = ", ".join(["SSH_AUTH_SOCK (unset)", *map(printable, self.places)])
-        raise AgentUnreachable(f"no agent found: set SSH_AGENT_PROXY_UPSTREAM (tried: {tried})")
+        raise AgentError(f"no agent found: set SSH_AGENT_PROXY_UPSTREAM (tried: {tried})")
 
     def hint(self) -> str:
         """Names another well-known agent that has keys, where the one in use is of no help."""
@@ -854,7 +846,7 @@ class Agents:
             with contextlib.suppress(ProxyError), Exchange(Upstream(path), deadline) as exchange:
                 keys = count(len(list_keys(exchange)), "key")
                 return f"; another has {keys}: set SSH_AGENT_PROXY_UPSTREAM={printable(path)}"
-        return ""
+        return "; SSH_AGENT_PROXY_UPSTREAM chooses another" if self.upstream else ""
 
 
 # -------------------------------------------------------------------------------------- Policy
@@ -1060,7 +1052,7 @@ class Consent:
                 self.agreed[what] = time.monotonic() + self.hold
             finally:
                 self.lock.release()
-        except AgentError as e:
+        except (AgentError, AgentTimeout, AgentRefused) as e:
             raise RequestError(403, f"not confirmed: {e}") from e
 
 
@@ -1591,8 +1583,7 @@ def read_head(stream: BinaryIO) -> Head:
 
     coding, length = fields.get("transfer-encoding"), fields.get("content-length")
     if coding is not None and (length is not None or minor == "0" or coding.lower() != "chunked"):
-        raise RequestError(400, f"Transfer-Encoding {printable(coding, 60)!r}: there is only "
-                                "chunked, in HTTP/1.1, without Content-Length")  # fmt: skip
+        raise RequestError(400, "Transfer-Encoding: only chunked, in HTTP/1.1, without a length")
     if length is not None and not re.fullmatch("[0-9]+", length):
         raise RequestError(400, f"Content-Length {printable(length, 60)!r} is no number")
     # Python refuses to read numbers of thousands of digits; 19 are too many bytes already.
@@ -2234,10 +2225,6 @@ def output(data: bytes) -> int:
 # What serve logs at its start and check prints: a level of logging, and a line.
 Finding = tuple[int, str]
 MARKS = {10: "ok  ", 20: "ok  ", 30: "warn", 40: "FAIL"}
-WAYS_OUT: dict[type[ProxyError], str] = {
-    AgentUnreachable: "; SSH_AGENT_PROXY_UPSTREAM (else SSH_AUTH_SOCK) says where it is",
-    NoUsableKey: "; ssh-add adds one, SSH_AGENT_PROXY_UPSTREAM chooses another agent",
-}
 
 
 def weak_settings(config: Config) -> Iterator[Finding]:
@@ -2264,8 +2251,7 @@ def agent_findings(config: Config, agents: Agents) -> Iterator[Finding]:
             listed = list_keys(exchange)
             key = choose(listed, wanted).key
     except ProxyError as e:
-        way_out = "" if "SSH_AGENT_PROXY_" in str(e) else WAYS_OUT.get(type(e), "")
-        yield logging.ERROR, f"/sign can't work yet: {e}{way_out}"
+        yield logging.ERROR, f"/sign can't work yet: {e}"
         return
     for found, comment in listed:
         text = f"the {exchange.upstream} holds {found.type} {found.name} {printable(comment)}"
@@ -2273,8 +2259,8 @@ def agent_findings(config: Config, agents: Agents) -> Iterator[Finding]:
     why = f", pinned by {wanted.pinned}" if wanted.pinned else " unless another is named"
     yield logging.INFO, f"signing with {key.name}{why}"
     if len(listed) > 1 and not wanted.pinned:
-        yield logging.WARNING, (f"the agent holds {len(listed)} keys and none is pinned: "
-                                "SSH_AGENT_PROXY_PUBKEY pins one")  # fmt: skip
+        several = f"the agent holds {len(listed)} keys and none is pinned"
+        yield logging.WARNING, f"{several}: SSH_AGENT_PROXY_PUBKEY pins one"
 
 
 def hardening_findings(config: Config, steps: list[Step]) -> Iterator[Finding]:
@@ -2372,8 +2358,7 @@ def address_findings(config: Config) -> Iterator[Finding]:
                     with socket.socket(listener.socket.family) as probe:
                         probe.bind((where[0], 0, *where[2:]))  # without IP_FREEBIND
         except OSError:
-            yield logging.WARNING, (f"{address} is no address of this machine now: it is served "
-                                    "once it is one")  # fmt: skip
+            yield logging.WARNING, f"{address} is no address of this machine (yet)"
         except ProxyError as e:
             server = who_listens(address)
             if server.startswith(f"{PROGRAM}/"):
@@ -2455,11 +2440,9 @@ def add_token(config: Config, name: str) -> int:
 
     file = config.token_file
     if not file:
-        raise ConfigError("SSH_AGENT_PROXY_TOKEN_FILE (--token-file) is not set: it says where "
-                          "tokens are kept")  # fmt: skip
+        raise ConfigError("SSH_AGENT_PROXY_TOKEN_FILE (--token-file) is not set: where to add it?")
     if not _TOKEN_NAME.fullmatch(name):
-        raise ConfigError(f"{printable(name)!r} can't be a token's name: letters, digits, '.', "
-                          "'_' and '-' can")  # fmt: skip
+        raise ConfigError(f"{printable(name)!r} is no name of letters, digits, '.', '_' and '-'")
     token = secrets.token_urlsafe(32)
     os.umask(0o077)  # for every folder that is missing
     try:
