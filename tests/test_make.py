@@ -7,7 +7,6 @@ import signal
 import stat
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
@@ -22,8 +21,11 @@ SIGNALS = {"ctrl-c": (signal.SIGINT, "-"), "sigterm": (signal.SIGTERM, "")}
 
 @pytest.fixture
 def tree(short: Path) -> Path:
-    """A copy of the project, without its history and what was made in it, below a blank."""
-    path = short / "a tree"
+    return copy_project(short / "a tree")
+
+
+def copy_project(path: Path) -> Path:
+    """Without its history, its tests, and what was made in it."""
     made = shutil.ignore_patterns(".git", ".venv", "dist", "tests", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, path, ignore=made)
     return path
@@ -411,81 +413,6 @@ def test_a_python_without_venv_is_told_its_package(tree: Path, home: Path, targe
     assert re.search(f"(?m)apt-get install python{version}-venv$", told)
 
 
-# ---------------------------------------------------------------- build
-
-
-def test_two_builds_are_byte_identical(tree: Path, home: Path) -> None:
-    make(tree, home, "build", TZ="UTC")
-    first = (tree / "dist" / "ssh-agent-proxy").read_bytes()
-    make(tree, home, "clean")
-    for name in ("ssh_agent_proxy.py", "shim.sh"):
-        os.utime(tree / name, (1, 2_000_000_000))
-        (tree / name).chmod(0o700)
-    elsewhere = tree.rename(tree.parent / "another tree")
-    before = os.umask(0o077)
-    try:
-        make(elsewhere, home, "build", TZ="Asia/Tokyo", LANG="C")
-    finally:
-        os.umask(before)
-    assert (elsewhere / "dist" / "ssh-agent-proxy").read_bytes() == first
-
-
-def test_zipapp_holds_the_sources_uncompressed(tree: Path, home: Path) -> None:
-    make(tree, home, "build")
-    assert files(tree / "dist") == ["ssh-agent-proxy"]
-    assert mode(tree / "dist" / "ssh-agent-proxy") == 0o755
-    with zipfile.ZipFile(tree / "dist" / "ssh-agent-proxy") as archive:
-        members = {member.filename: member for member in archive.infolist()}
-        assert set(members) == {"__main__.py", "shim.sh", "ssh_agent_proxy.py"}
-        assert {m.compress_type for m in members.values()} == {zipfile.ZIP_STORED}
-        assert {m.external_attr >> 16 for m in members.values()} == {0o100644}
-        assert archive.read("shim.sh") == (tree / "shim.sh").read_bytes()
-        assert archive.read("ssh_agent_proxy.py") == (tree / "ssh_agent_proxy.py").read_bytes()
-
-
-def first_line(tree: Path) -> str:
-    with open(tree / "dist" / "ssh-agent-proxy", "rb") as f:
-        return f.readline().decode()
-
-
-def test_zipapp_runs_with_the_systems_python(tree: Path, home: Path) -> None:
-    stand_in(home / "default", "python3", f"exec '{PYTHON}' \"$@\"")
-    path = f"{home}/default:{os.environ['PATH']}"
-    run([MAKE, "build"], cwd=tree, env=clean_env(home, PATH=path))
-    assert first_line(tree) == "#!/usr/bin/python3 -I\n"
-
-
-def test_zipapp_runs_with_the_python_of_the_command_line(tree: Path, home: Path) -> None:
-    make(tree, home, "build", f"PYTHON={PYTHON}")
-    assert first_line(tree) == f"#!{PYTHON} -I\n"
-
-
-def test_zipapp_runs_with_the_python_of_the_environment(tree: Path, home: Path) -> None:
-    make(tree, home, "build", PYTHON=PYTHON)
-    assert first_line(tree) == f"#!{PYTHON} -I\n"
-
-
-def test_a_python_that_no_first_line_can_name_is_refused(tree: Path, home: Path) -> None:
-    (home / "a b").mkdir()
-    python = home / "a b" / "python"
-    python.symlink_to(PYTHON)
-    answer = make(tree, home, "build", f"PYTHON={python}", check=False)
-    assert answer.returncode != 0
-    assert "a b/python' can't stand in a script's first line" in answer.stderr.decode()
-    assert not (tree / "dist").exists()
-
-
-def test_a_right_build_is_left_untouched(tree: Path, home: Path) -> None:
-    make(tree, home, "build")
-    built = tree / "dist" / "ssh-agent-proxy"
-    before = built.stat()
-    make(tree, home, "build")
-    assert (built.stat().st_ino, built.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    built.write_bytes(b"something else")
-    make(tree, home, "build")
-    assert zipfile.is_zipfile(built)
-
-
 # ---------------------------------------------------------------- install, uninstall, clean
 
 
@@ -548,33 +475,6 @@ def test_uninstall_removes_what_install_put_there(tree: Path, home: Path, short:
 def test_a_bindir_that_no_shell_expanded_is_refused(tree: Path, home: Path, target: str) -> None:
     told = refused(tree, home, target, "BINDIR=~/bin")
     assert "BINDIR must be an absolute path, not ~/bin" in told
-
-
-@pytest.fixture
-def installed(tree: Path, home: Path) -> Path:
-    make(tree, home, "install", f"BINDIR={home}/bin")
-    # What is installed does not need the tree that it came from.
-    tree.rename(home / "moved away")
-    return home / "bin"
-
-
-def test_installed_proxy_tells_its_version(installed: Path, home: Path) -> None:
-    told = run([installed / "ssh-agent-proxy", "--version"], env=clean_env(home)).stdout.decode()
-    source = (ROOT / "ssh_agent_proxy.py").read_text()
-    version = re.search(r'(?m)^VERSION = "(.+)"', source)
-    assert version
-    assert told == f"ssh-agent-proxy {version.group(1)}\n"
-
-
-def test_installed_proxy_prints_the_shim(installed: Path, home: Path) -> None:
-    told = run([installed / "ssh-agent-proxy", "shim"], env=clean_env(home)).stdout
-    assert told == (ROOT / "shim.sh").read_bytes()
-
-
-def test_installed_proxy_runs_no_module_of_the_users(installed: Path, home: Path) -> None:
-    (home / "hashlib.py").write_text("raise SystemExit('not the real one')\n")
-    env = clean_env(home, PYTHONPATH=home)
-    run([installed / "ssh-agent-proxy", "--version"], env=env, cwd=home)
 
 
 def test_clean_removes_what_was_made(tree: Path, home: Path) -> None:
