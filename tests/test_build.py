@@ -15,7 +15,16 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 from conftest import PROXY, SHIM, Agent, Keys, Proxy, clean_env, http, need, run, wait_for
-from test_make import MAKE, PYTHON, copy_project, files, make, mode, stand_in
+from test_make import (
+    MAKE,
+    PYTHON,
+    bound_by_modes,
+    copy_project,
+    files,
+    make,
+    mode,
+    stand_in,
+)
 
 BUILD = Path("contrib", "build.py")
 
@@ -338,14 +347,6 @@ def test_it_prints_the_shim_byte_for_byte(
 
 
 # ---------------------------------------------------------------- homes
-
-
-def bound_by_modes() -> List[str]:
-    """In front of a command: file modes bind it, as they bind everybody but root."""
-    if os.geteuid() != 0:
-        return []
-    powers = "--bounding-set=-dac_override,-dac_read_search"
-    return [need("setpriv", "util-linux"), powers, "--inh-caps=-all"]
 
 
 HOMES = ["read-only", "closed", "missing", "a file", "not set", "empty"]

@@ -48,6 +48,26 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.lstat().st_mode)
 
 
+def snapshot(folder: Path) -> Dict[str, Any]:
+    """All that is below it: modes, and what files and links hold."""
+    found: Dict[str, Any] = {}
+    for name in files(folder):
+        path = folder / name
+        if path.is_symlink():
+            found[name] = os.readlink(path)
+        else:
+            found[name] = mode(path), None if path.is_dir() else path.read_bytes()
+    return found
+
+
+def bound_by_modes() -> List[str]:
+    """In front of a command: file modes bind it, as they bind everybody but root."""
+    if os.geteuid() != 0:
+        return []
+    powers = "--bounding-set=-dac_override,-dac_read_search"
+    return [need("setpriv", "util-linux"), powers, "--inh-caps=-all"]
+
+
 # ---------------------------------------------------------------- help
 
 
@@ -469,6 +489,163 @@ def test_uninstall_removes_what_install_put_there(tree: Path, home: Path, short:
     make(tree, home, "uninstall", *settings)
     assert files(bindir) == ["ssh-agent"]
     make(tree, home, "uninstall", *settings)
+
+
+def test_uninstall_leaves_everything_as_it_was_before_install(
+    tree: Path, home: Path, short: Path
+) -> None:
+    package = short / "package"
+    bindir = package / "usr" / "bin"
+    bindir.mkdir(parents=True)
+    (bindir / "ssh-agent").write_text("another program")
+    (bindir / "ssh-agent-proxy-sign.old").symlink_to("ssh-agent")
+    (bindir / ".ssh-agent-proxy").write_text("hidden")
+    before = snapshot(package)
+    make(tree, home, "install", "PREFIX=/usr", f"DESTDIR={package}")
+    assert set(snapshot(package)) - set(before) == {f"usr/bin/{name}" for name in INSTALLED}
+    make(tree, home, "uninstall", "PREFIX=/usr", f"DESTDIR={package}")
+    assert snapshot(package) == before
+    assert files(home) == ["tmp"]
+
+
+def test_uninstall_leaves_the_folders_that_install_made(
+    tree: Path, home: Path, short: Path
+) -> None:
+    (short / "user").mkdir()
+    make(tree, home, "install", HOME=str(short / "user"))
+    make(tree, home, "uninstall", HOME=str(short / "user"))
+    assert files(short / "user") == [".local", ".local/bin"]
+
+
+def test_install_twice_is_as_good_as_once(tree: Path, home: Path, short: Path) -> None:
+    make(tree, home, "install", f"BINDIR={short}/bin")
+    once = snapshot(short / "bin")
+    make(tree, home, "install", f"BINDIR={short}/bin")
+    assert snapshot(short / "bin") == once
+
+
+def test_a_destdir_may_be_relative(tree: Path, home: Path) -> None:
+    make(tree, home, "install", "PREFIX=/usr", "DESTDIR=the package")
+    installed = {f"usr/bin/{name}": 0o755 for name in INSTALLED}
+    assert without_folders(tree / "the package") == installed
+    make(tree, home, "uninstall", "PREFIX=/usr", "DESTDIR=the package")
+    assert without_folders(tree / "the package") == {}
+
+
+AWKWARD = ["two  blanks", "it's", 'a "quoted" one', "a;b&c<d>(e)", "`f` *?[g]", "back\\slash", "#1",
+           "-rf", "ünïcode"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_a_home_may_have_any_name(tree: Path, home: Path, short: Path, name: str) -> None:
+    user = short / name
+    user.mkdir()
+    # All of this in each variable, at once.
+    settings = [f"PREFIX={user}/{name}", f"DESTDIR={short}/{name}"]
+    told = make(tree, home, "help", HOME=str(user)).stdout.decode()
+    assert f"PREFIX     {user}/.local " in told
+    told = make(tree, home, "install", HOME=str(user)).stdout.decode()
+    assert f"\n{user}/.local/bin is not on your PATH" in told
+    assert without_folders(user) == {f".local/bin/{name}": 0o755 for name in INSTALLED}
+    make(tree, home, "uninstall", HOME=str(user))
+    assert without_folders(user) == {}
+    make(tree, home, "install", *settings)
+    below = Path(f"{short}/{name}{user}/{name}/bin")
+    assert without_folders(below) == dict.fromkeys(INSTALLED, 0o755)
+    make(tree, home, "uninstall", *settings)
+    assert without_folders(user) == {}
+
+
+CLOSED = {
+    "a folder that is not ours": ("closed", "it is not writable"),
+    "a folder in one that is not ours": ("closed/bin", "Permission denied"),
+    "a file": ("file", "File exists"),
+    "a folder in a file": ("file/bin", "Not a directory"),
+}
+
+
+@pytest.mark.parametrize("what", CLOSED)
+def test_a_bindir_that_cannot_be_written_to_is_one_clear_line(
+    tree: Path, home: Path, short: Path, what: str
+) -> None:
+    name, why = CLOSED[what]
+    (short / "closed").mkdir(mode=0o555)
+    (short / "file").write_text("theirs")
+    before = snapshot(short / "closed")
+    argv = [*bound_by_modes(), MAKE, "install", f"PYTHON={PYTHON}", f"BINDIR={short / name}"]
+    answer = run(argv, cwd=tree, env=clean_env(home), check=False)
+    assert answer.returncode != 0
+    lines = answer.stderr.decode().splitlines()
+    assert lines[0] == f"cannot install into {short / name}: {why}"
+    assert "make install BINDIR=$HOME/bin" in lines[1]
+    assert [line for line in lines[2:] if not line.startswith("make: ***")] == []
+    assert snapshot(short / "closed") == before
+    assert (short / "file").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_a_folder_in_a_programs_place_is_not_filled(tree: Path, home: Path, name: str) -> None:
+    (home / "bin" / name).mkdir(parents=True)
+    answer = make(tree, home, "install", f"BINDIR={home}/bin", check=False)
+    assert answer.returncode != 0
+    assert f"{home}/bin/{name} is a folder, and no program: move it away\n" in (
+        answer.stderr.decode()
+    )
+    assert files(home / "bin" / name) == []
+
+
+HALF = 'for word; do from=$to to=$word; done; head -c 1000 "$from" >"$to"'
+INTERRUPTIONS = {
+    "ctrl-c": "kill -INT 0",
+    "sigterm": 'until [ -s "$PID_FILE" ]; do :; done; kill -TERM $(cat "$PID_FILE")',
+    "sigkill": "kill -KILL 0",
+}
+
+
+@pytest.mark.parametrize("how", INTERRUPTIONS)
+@pytest.mark.parametrize("moment", ["half copied", "copied", "moved"])
+@pytest.mark.parametrize("program", INSTALLED)
+def test_an_interrupted_install_leaves_the_old_or_the_new(
+    tree: Path, home: Path, short: Path, program: str, moment: str, how: str
+) -> None:
+    bindir = short / "bin"
+    bindir.mkdir()
+    for name in INSTALLED:
+        (bindir / name).write_text("old")
+    tool = "install" if moment == "half copied" else "mv"
+    real = f"'{shutil.which(tool)}' \"$@\""
+    steps = {"half copied": [HALF, INTERRUPTIONS[how], real], "copied": [INTERRUPTIONS[how], real],
+             "moved": [real, INTERRUPTIONS[how]]}[moment]  # fmt: skip
+    met = f"case $* in */.{program}.new*) ;; *) exec {real} ;; esac"
+    path = stand_in(home / "interrupting", tool, "\n".join([met, *steps]))
+    pid_file = home / "pid"
+    # A runner in the background ignores SIGINT, and what it starts inherits that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [MAKE, "install", f"PYTHON={PYTHON}", f"BINDIR={bindir}"],
+            cwd=tree,
+            env=clean_env(home, PATH=path, PID_FILE=pid_file),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    pid_file.write_text(str(process.pid))
+    assert process.wait(60) != 0
+    wait_for(lambda: not session(process.pid), message="all of make is gone")
+    new = {
+        "ssh-agent-proxy": (tree / "dist" / "ssh-agent-proxy").read_bytes(),
+        "ssh-agent-proxy-sign": (tree / "shim.sh").read_bytes(),
+    }
+    for name in INSTALLED:
+        assert (bindir / name).read_bytes() in (b"old", new[name])
+    if how != "sigkill":  # which nobody can clean up after
+        assert files(bindir) == INSTALLED
+    make(tree, home, "install", f"BINDIR={bindir}")
+    assert {name: (bindir / name).read_bytes() for name in files(bindir)} == new
 
 
 @pytest.mark.parametrize("target", ["install", "uninstall"])
