@@ -55,7 +55,7 @@ RUFF_IGNORE = UP006,UP007,UP035,UP045,S603,RUF012,SIM102,SIM105
 # Today's mypy checks for 3.10 at the oldest; 3.9 is shown by running the tests there.
 MYPY = --strict --config-file= --python-version 3.10
 
-SHELL_FILES = shim.sh contrib/demo.sh contrib/need.sh
+SHELL_FILES = shim.sh contrib/demo.sh contrib/need.sh contrib/launchd/agent.sh
 
 test: tools venv-test  ## the tests, in a venv that it makes
 	"$(VENV)/bin/python" -m pytest $(PYTEST) $(ARGS) $(TESTS)
@@ -156,6 +156,28 @@ uninstall: absolute-bindir  ## removes what install put into BINDIR
 absolute-bindir:
 	@bindir=$(call quote,$(BINDIR)); case $$bindir in /*) ;; *) \
 	    printf 'BINDIR must be an absolute path, not %s\n' "$$bindir" >&2; exit 1 ;; esac
+
+# ---- macOS
+
+PLIST = $(HOME)/Library/LaunchAgents/ssh-agent-proxy.plist
+PLIST_LOG = $(HOME)/Library/Logs/ssh-agent-proxy.log
+
+install-launchd: have-launchd install  ## and has launchd run it, as CONFIG_DIR/env says
+	"$(PYTHON)" -I contrib/launchd/fill.py $(call quote,$(BINDIR)/ssh-agent-proxy) \
+	    $(call quote,$(PLIST_LOG)) $(call quote,$(CONFIG_DIR)/env) $(call quote,$(PLIST))
+	sh contrib/launchd/agent.sh load $(call quote,$(PLIST))
+	@printf 'Its log is %s. After a change to %s: make install-launchd\n' \
+	    $(call quote,$(PLIST_LOG)) $(call quote,$(CONFIG_DIR)/env)
+
+# (The log and the settings stay, and so do the programs, which uninstall removes.)
+uninstall-launchd: have-launchd  ## has launchd run it no longer
+	sh contrib/launchd/agent.sh unload $(call quote,$(PLIST))
+	rm -f $(call quote,$(PLIST))
+
+have-launchd:
+	@sh contrib/launchd/agent.sh check
+	@[ -z $(call quote,$(DESTDIR)) ] || { \
+	    printf 'launchd runs what is on this machine: not with DESTDIR\n' >&2; exit 1; }
 
 clean:  ## removes what the other targets made here
 	rm -rf dist .venv __pycache__ tests/__pycache__ contrib/__pycache__ \
