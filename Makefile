@@ -57,7 +57,7 @@ MYPY = --strict --config-file= --python-version 3.10
 
 SHELL_FILES = shim.sh contrib/demo.sh contrib/need.sh contrib/launchd/agent.sh
 
-test: tools venv-test  ## the tests, in a venv that it makes
+test: tools venv-test venv-shiv  ## the tests, in a venv that it makes
 	"$(VENV)/bin/python" -m pytest $(PYTEST) $(ARGS) $(TESTS)
 
 lint: venv-lint  ## the linters and the type checker, in that venv
@@ -116,6 +116,7 @@ build:  ## dist/ssh-agent-proxy: the proxy and the shim in one file
 	@PYTHON="$(PYTHON)" sh contrib/need.sh python
 	"$(PYTHON)" -I contrib/build.py dist/ssh-agent-proxy "$(SHEBANG)"
 
+# (The venv's Python has shiv, which $(PYTHON) has not; the first line is to name the latter.)
 build-shiv: venv-shiv  ## dist/ssh-agent-proxy.shiv: the same through shiv
 	"$(PYTHON)" -I contrib/build.py dist/ssh-agent-proxy.shiv "$(SHEBANG)" "$(VENV)/bin/python"
 

@@ -1,7 +1,8 @@
-"""The zipapp: the same bytes wherever it is built, and nothing but its own code when it runs."""
+"""What make builds: the same bytes wherever that is, and nothing but its own code when it runs."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import runpy
@@ -14,7 +15,19 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from conftest import PROXY, SHIM, Agent, Keys, Proxy, clean_env, http, need, run, wait_for
+from conftest import (
+    PROXY,
+    SHIM,
+    Agent,
+    Keys,
+    Proxy,
+    cannot_run,
+    clean_env,
+    http,
+    need,
+    run,
+    wait_for,
+)
 from test_make import (
     MAKE,
     PYTHON,
@@ -454,6 +467,43 @@ def test_a_trace_tells_what_is_written(home: Path, short: Path) -> None:
     assert len(told) == 2
 
 
+# ---------------------------------------------------------------- with git
+
+
+@pytest.mark.parametrize("form", ["zipapp", "shiv"])
+def test_a_commit_is_signed_by_what_is_built(
+    form: str,
+    request: pytest.FixtureRequest,
+    home: Path,
+    agent: Agent,
+    keys: Keys,
+    start: Callable[..., Proxy],
+) -> None:
+    agent.add(keys["ed25519"])
+    built = request.getfixturevalue("program" if form == "zipapp" else "shiv")
+    proxy = start([built], agent, clean_env(home))
+    # The shim as the program hands it out.
+    shim = home / "ssh-agent-proxy-sign"
+    shim.write_bytes(run([built, "shim"], env=clean_env(home)).stdout)
+    shim.chmod(0o755)
+    signers = home / "signers"
+    signers.write_text(f"committer@example.com {keys.line('ed25519')}\n")
+    git = [need("git", "git"), "-C", home / "repository"]
+    env = clean_env(home, SSH_AGENT_PROXY_URL=f"{proxy.url}/sign")
+    run([*git[:1], "init", "-q", home / "repository"], env=env)
+    for setting in (
+        "gpg.format=ssh",
+        f"gpg.ssh.program={shim}",
+        f"gpg.ssh.defaultKeyCommand={shim} key",
+        f"gpg.ssh.allowedSignersFile={signers}",
+    ):
+        run([*git, "config", *setting.split("=", 1)], env=env)
+    run([*git, "commit", "-q", "-S", "--allow-empty", "-m", "signed"], env=env)
+    told = run([*git, "verify-commit", "HEAD"], env=env).stderr.decode()
+    assert 'Good "git" signature for committer@example.com' in told
+    assert proxy.stop() == 0
+
+
 # ---------------------------------------------------------------- an old Python
 
 
@@ -465,3 +515,147 @@ def test_an_old_python_is_told_so(
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(program), run_name="__main__")
     assert ended.value.code == "ssh-agent-proxy needs Python 3.9 or newer, this is 3.8"
+
+
+# ---------------------------------------------------------------- through shiv
+
+
+def shiv_python() -> str:
+    """The Python of the venv that runs the tests; make puts shiv into it."""
+    if not importlib.util.find_spec("shiv"):
+        cannot_run("shiv is missing: make test installs it, or pip install shiv")
+    return sys.executable
+
+
+def build_shiv(tree: Path, home: Path, target: Path, **env: str) -> Path:
+    argv = [PYTHON, "-I", tree / BUILD, target, PYTHON, shiv_python()]
+    run(argv, env=clean_env(home, **env))
+    return target
+
+
+@pytest.fixture
+def shiv(tree: Path, home: Path, short: Path) -> Path:
+    (short / "a bin").mkdir()
+    target = build_shiv(tree, home, short / "a bin" / "ssh-agent-proxy")
+    shutil.rmtree(tree)
+    return target
+
+
+def test_make_builds_it_with_the_shiv_of_its_venv(tree: Path, home: Path) -> None:
+    venv = tree / ".venv" / "{}.{}".format(*sys.version_info[:2])
+    # This run's own venv, with what make leaves in one when it has made it and put shiv into it.
+    venv.mkdir(parents=True)
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (venv / name).symlink_to(Path(shiv_python()).parent.parent / name)
+    (venv / "made-of").write_text(f"{PYTHON}\n")
+    (venv / "has-shiv").write_text("")
+    make(tree, home, "build-all")
+    dist = tree / "dist"
+    assert files(dist) == ["ssh-agent-proxy", "ssh-agent-proxy.shiv"]
+    other = build_shiv(tree, home, home / "built by hand")
+    assert (dist / "ssh-agent-proxy.shiv").read_bytes() == other.read_bytes()
+    assert mode(dist / "ssh-agent-proxy.shiv") == 0o755
+    assert zipapp_of(dist / "ssh-agent-proxy")["ssh_agent_proxy.py"] == (
+        tree / "ssh_agent_proxy.py"
+    ).read_bytes()
+
+
+def zipapp_of(path: Path) -> Dict[str, bytes]:
+    return {name: content for name, (_, _, content) in members(path).items()}
+
+
+def test_two_builds_through_shiv_are_byte_identical(tree: Path, home: Path, short: Path) -> None:
+    first = build_shiv(tree, home, home / "first", TZ="UTC")
+    elsewhere = copy_project(short / "another clone")
+    for name in ("ssh_agent_proxy.py", "shim.sh"):
+        os.utime(elsewhere / name, (1, 2_000_000_000))
+        (elsewhere / name).chmod(0o700)
+    before = os.umask(0o077)
+    try:
+        env = {"TZ": "Asia/Tokyo", "LANG": "C", "SOURCE_DATE_EPOCH": "1700000000"}
+        second = build_shiv(elsewhere, home, home / "second", **env)
+    finally:
+        os.umask(before)
+    assert first.read_bytes() == second.read_bytes()
+    assert mode(first) == mode(second) == 0o755
+
+
+def test_what_shiv_makes_holds_the_same_sources_uncompressed(shiv: Path) -> None:
+    found = zipapp_of(shiv)
+    assert found["site-packages/ssh_agent_proxy.py"] == PROXY.read_bytes()
+    assert found["site-packages/shim.sh"] == SHIM.read_bytes()
+    with zipfile.ZipFile(shiv) as archive:
+        assert archive.testzip() is None
+        assert {each.compress_type for each in archive.infolist()} == {zipfile.ZIP_STORED}
+        assert {each.external_attr >> 16 for each in archive.infolist()} == {0o100644}
+        assert {each.date_time for each in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    assert shiv.read_bytes().startswith(f"#!{PYTHON} -I\n".encode())
+
+
+def test_it_tells_its_version_through_shiv(shiv: Path, home: Path) -> None:
+    env = clean_env(home)
+    told = run([shiv, "--version"], env=env).stdout
+    assert told == run([PYTHON, "-I", PROXY, "--version"], env=env).stdout
+    wrong = run([shiv, "--addr", "nonsense"], env=env, check=False)
+    assert wrong.returncode == 2, "the program's own exit status"
+
+
+def test_a_failing_shiv_is_told_and_leaves_nothing(tree: Path, home: Path) -> None:
+    stand_in(home / "bad", "python", "exit 3")
+    argv = [PYTHON, "-I", tree / BUILD, home / "built", PYTHON, home / "bad" / "python"]
+    answer = run(argv, env=clean_env(home), check=False)
+    assert answer.stderr == b"build: shiv failed, with exit status 3\n"
+    assert not (home / "built").exists()
+    assert files(home / "tmp") == []
+
+
+def test_through_shiv_it_unpacks_into_shiv_root_and_nowhere_else(
+    shiv: Path,
+    odd_home: Dict[str, str],
+    short: Path,
+    agent: Agent,
+    keys: Keys,
+    start: Callable[..., Proxy],
+) -> None:
+    agent.add(keys["ed25519"])
+    odd_home["SHIV_ROOT"] = str(short / "root")
+    (short / "root").mkdir()
+    works(start([*bound_by_modes(), shiv], agent, odd_home))
+    unpacked = {Path(name).name for name in files(short / "root")}
+    assert {"shim.sh", "ssh_agent_proxy.py"} <= unpacked
+    assert not (short / "odd home").is_dir() or files(short / "odd home") == []
+
+
+def test_through_shiv_it_dies_where_it_can_unpack_nowhere(
+    shiv: Path, home: Path, short: Path
+) -> None:
+    (short / "odd home").mkdir(mode=0o500)
+    env = clean_env(home, HOME=short / "odd home")
+    answer = run([*bound_by_modes(), shiv, "--version"], env=env, check=False)
+    assert answer.returncode == 1
+    assert b"PermissionError" in answer.stderr
+
+
+def test_through_shiv_a_source_that_was_edited_does_not_run(shiv: Path, home: Path) -> None:
+    env = clean_env(home)
+    run([shiv, "--version"], env=env)
+    unpacked = next(home.glob(".shiv/*/site-packages"))
+    for name in ("ssh_agent_proxy.py", "hmac.py"):
+        before = (unpacked / name).read_text() if (unpacked / name).exists() else None
+        (unpacked / name).write_text(mark(home / "ran"))
+        answer = run([shiv, "--version"], env=env, check=False)
+        assert answer.returncode == 1
+        assert b"has been modified" in answer.stderr
+        assert not (home / "ran").exists()
+        if before is None:
+            (unpacked / name).unlink()
+        else:
+            (unpacked / name).write_text(before)
+    run([shiv, "--version"], env=env)
+
+
+def test_through_shiv_pythonpath_is_not_obeyed(
+    shiv: Path, hostile: Dict[str, str], short: Path
+) -> None:
+    run([shiv, "--version"], env=hostile, cwd=short / "cwd")
+    assert not (short / "ran").exists()
