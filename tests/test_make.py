@@ -7,7 +7,6 @@ import signal
 import stat
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
@@ -22,8 +21,11 @@ SIGNALS = {"ctrl-c": (signal.SIGINT, "-"), "sigterm": (signal.SIGTERM, "")}
 
 @pytest.fixture
 def tree(short: Path) -> Path:
-    """A copy of the project, without its history and what was made in it, below a blank."""
-    path = short / "a tree"
+    return copy_project(short / "a tree")
+
+
+def copy_project(path: Path) -> Path:
+    """Without its history, its tests, and what was made in it."""
     made = shutil.ignore_patterns(".git", ".venv", "dist", "tests", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, path, ignore=made)
     return path
@@ -44,6 +46,26 @@ def files(folder: Path) -> List[str]:
 
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.lstat().st_mode)
+
+
+def snapshot(folder: Path) -> Dict[str, Any]:
+    """All that is below it: modes, and what files and links hold."""
+    found: Dict[str, Any] = {}
+    for name in files(folder):
+        path = folder / name
+        if path.is_symlink():
+            found[name] = os.readlink(path)
+        else:
+            found[name] = mode(path), None if path.is_dir() else path.read_bytes()
+    return found
+
+
+def bound_by_modes() -> List[str]:
+    """In front of a command: file modes bind it, as they bind everybody but root."""
+    if os.geteuid() != 0:
+        return []
+    powers = "--bounding-set=-dac_override,-dac_read_search"
+    return [need("setpriv", "util-linux"), powers, "--inh-caps=-all"]
 
 
 # ---------------------------------------------------------------- help
@@ -411,81 +433,6 @@ def test_a_python_without_venv_is_told_its_package(tree: Path, home: Path, targe
     assert re.search(f"(?m)apt-get install python{version}-venv$", told)
 
 
-# ---------------------------------------------------------------- build
-
-
-def test_two_builds_are_byte_identical(tree: Path, home: Path) -> None:
-    make(tree, home, "build", TZ="UTC")
-    first = (tree / "dist" / "ssh-agent-proxy").read_bytes()
-    make(tree, home, "clean")
-    for name in ("ssh_agent_proxy.py", "shim.sh"):
-        os.utime(tree / name, (1, 2_000_000_000))
-        (tree / name).chmod(0o700)
-    elsewhere = tree.rename(tree.parent / "another tree")
-    before = os.umask(0o077)
-    try:
-        make(elsewhere, home, "build", TZ="Asia/Tokyo", LANG="C")
-    finally:
-        os.umask(before)
-    assert (elsewhere / "dist" / "ssh-agent-proxy").read_bytes() == first
-
-
-def test_zipapp_holds_the_sources_uncompressed(tree: Path, home: Path) -> None:
-    make(tree, home, "build")
-    assert files(tree / "dist") == ["ssh-agent-proxy"]
-    assert mode(tree / "dist" / "ssh-agent-proxy") == 0o755
-    with zipfile.ZipFile(tree / "dist" / "ssh-agent-proxy") as archive:
-        members = {member.filename: member for member in archive.infolist()}
-        assert set(members) == {"__main__.py", "shim.sh", "ssh_agent_proxy.py"}
-        assert {m.compress_type for m in members.values()} == {zipfile.ZIP_STORED}
-        assert {m.external_attr >> 16 for m in members.values()} == {0o100644}
-        assert archive.read("shim.sh") == (tree / "shim.sh").read_bytes()
-        assert archive.read("ssh_agent_proxy.py") == (tree / "ssh_agent_proxy.py").read_bytes()
-
-
-def first_line(tree: Path) -> str:
-    with open(tree / "dist" / "ssh-agent-proxy", "rb") as f:
-        return f.readline().decode()
-
-
-def test_zipapp_runs_with_the_systems_python(tree: Path, home: Path) -> None:
-    stand_in(home / "default", "python3", f"exec '{PYTHON}' \"$@\"")
-    path = f"{home}/default:{os.environ['PATH']}"
-    run([MAKE, "build"], cwd=tree, env=clean_env(home, PATH=path))
-    assert first_line(tree) == "#!/usr/bin/python3 -I\n"
-
-
-def test_zipapp_runs_with_the_python_of_the_command_line(tree: Path, home: Path) -> None:
-    make(tree, home, "build", f"PYTHON={PYTHON}")
-    assert first_line(tree) == f"#!{PYTHON} -I\n"
-
-
-def test_zipapp_runs_with_the_python_of_the_environment(tree: Path, home: Path) -> None:
-    make(tree, home, "build", PYTHON=PYTHON)
-    assert first_line(tree) == f"#!{PYTHON} -I\n"
-
-
-def test_a_python_that_no_first_line_can_name_is_refused(tree: Path, home: Path) -> None:
-    (home / "a b").mkdir()
-    python = home / "a b" / "python"
-    python.symlink_to(PYTHON)
-    answer = make(tree, home, "build", f"PYTHON={python}", check=False)
-    assert answer.returncode != 0
-    assert "a b/python' can't stand in a script's first line" in answer.stderr.decode()
-    assert not (tree / "dist").exists()
-
-
-def test_a_right_build_is_left_untouched(tree: Path, home: Path) -> None:
-    make(tree, home, "build")
-    built = tree / "dist" / "ssh-agent-proxy"
-    before = built.stat()
-    make(tree, home, "build")
-    assert (built.stat().st_ino, built.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    built.write_bytes(b"something else")
-    make(tree, home, "build")
-    assert zipfile.is_zipfile(built)
-
-
 # ---------------------------------------------------------------- install, uninstall, clean
 
 
@@ -544,37 +491,167 @@ def test_uninstall_removes_what_install_put_there(tree: Path, home: Path, short:
     make(tree, home, "uninstall", *settings)
 
 
+def test_uninstall_leaves_everything_as_it_was_before_install(
+    tree: Path, home: Path, short: Path
+) -> None:
+    package = short / "package"
+    bindir = package / "usr" / "bin"
+    bindir.mkdir(parents=True)
+    (bindir / "ssh-agent").write_text("another program")
+    (bindir / "ssh-agent-proxy-sign.old").symlink_to("ssh-agent")
+    (bindir / ".ssh-agent-proxy").write_text("hidden")
+    before = snapshot(package)
+    make(tree, home, "install", "PREFIX=/usr", f"DESTDIR={package}")
+    assert set(snapshot(package)) - set(before) == {f"usr/bin/{name}" for name in INSTALLED}
+    make(tree, home, "uninstall", "PREFIX=/usr", f"DESTDIR={package}")
+    assert snapshot(package) == before
+    assert files(home) == ["tmp"]
+
+
+def test_uninstall_leaves_the_folders_that_install_made(
+    tree: Path, home: Path, short: Path
+) -> None:
+    (short / "user").mkdir()
+    make(tree, home, "install", HOME=str(short / "user"))
+    make(tree, home, "uninstall", HOME=str(short / "user"))
+    assert files(short / "user") == [".local", ".local/bin"]
+
+
+def test_install_twice_is_as_good_as_once(tree: Path, home: Path, short: Path) -> None:
+    make(tree, home, "install", f"BINDIR={short}/bin")
+    once = snapshot(short / "bin")
+    make(tree, home, "install", f"BINDIR={short}/bin")
+    assert snapshot(short / "bin") == once
+
+
+def test_a_destdir_may_be_relative(tree: Path, home: Path) -> None:
+    make(tree, home, "install", "PREFIX=/usr", "DESTDIR=the package")
+    installed = {f"usr/bin/{name}": 0o755 for name in INSTALLED}
+    assert without_folders(tree / "the package") == installed
+    make(tree, home, "uninstall", "PREFIX=/usr", "DESTDIR=the package")
+    assert without_folders(tree / "the package") == {}
+
+
+AWKWARD = ["two  blanks", "it's", 'a "quoted" one', "a;b&c<d>(e)", "`f` *?[g]", "back\\slash", "#1",
+           "-rf", "ünïcode"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_a_home_may_have_any_name(tree: Path, home: Path, short: Path, name: str) -> None:
+    user = short / name
+    user.mkdir()
+    # All of this in each variable, at once.
+    settings = [f"PREFIX={user}/{name}", f"DESTDIR={short}/{name}"]
+    told = make(tree, home, "help", HOME=str(user)).stdout.decode()
+    assert f"PREFIX     {user}/.local " in told
+    told = make(tree, home, "install", HOME=str(user)).stdout.decode()
+    assert f"\n{user}/.local/bin is not on your PATH" in told
+    assert without_folders(user) == {f".local/bin/{name}": 0o755 for name in INSTALLED}
+    make(tree, home, "uninstall", HOME=str(user))
+    assert without_folders(user) == {}
+    make(tree, home, "install", *settings)
+    below = Path(f"{short}/{name}{user}/{name}/bin")
+    assert without_folders(below) == dict.fromkeys(INSTALLED, 0o755)
+    make(tree, home, "uninstall", *settings)
+    assert without_folders(user) == {}
+
+
+CLOSED = {
+    "a folder that is not ours": ("closed", "it is not writable"),
+    "a folder in one that is not ours": ("closed/bin", "Permission denied"),
+    "a file": ("file", "File exists"),
+    "a folder in a file": ("file/bin", "Not a directory"),
+}
+
+
+@pytest.mark.parametrize("what", CLOSED)
+def test_a_bindir_that_cannot_be_written_to_is_one_clear_line(
+    tree: Path, home: Path, short: Path, what: str
+) -> None:
+    name, why = CLOSED[what]
+    (short / "closed").mkdir(mode=0o555)
+    (short / "file").write_text("theirs")
+    before = snapshot(short / "closed")
+    argv = [*bound_by_modes(), MAKE, "install", f"PYTHON={PYTHON}", f"BINDIR={short / name}"]
+    answer = run(argv, cwd=tree, env=clean_env(home), check=False)
+    assert answer.returncode != 0
+    lines = answer.stderr.decode().splitlines()
+    assert lines[0] == f"cannot install into {short / name}: {why}"
+    assert "make install BINDIR=$HOME/bin" in lines[1]
+    assert [line for line in lines[2:] if not line.startswith("make: ***")] == []
+    assert snapshot(short / "closed") == before
+    assert (short / "file").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_a_folder_in_a_programs_place_is_not_filled(tree: Path, home: Path, name: str) -> None:
+    (home / "bin" / name).mkdir(parents=True)
+    answer = make(tree, home, "install", f"BINDIR={home}/bin", check=False)
+    assert answer.returncode != 0
+    assert f"{home}/bin/{name} is a folder, and no program: move it away\n" in (
+        answer.stderr.decode()
+    )
+    assert files(home / "bin" / name) == []
+
+
+HALF = 'for word; do from=$to to=$word; done; head -c 1000 "$from" >"$to"'
+INTERRUPTIONS = {
+    "ctrl-c": "kill -INT 0",
+    "sigterm": 'until [ -s "$PID_FILE" ]; do :; done; kill -TERM $(cat "$PID_FILE")',
+    "sigkill": "kill -KILL 0",
+}
+
+
+@pytest.mark.parametrize("how", INTERRUPTIONS)
+@pytest.mark.parametrize("moment", ["half copied", "copied", "moved"])
+@pytest.mark.parametrize("program", INSTALLED)
+def test_an_interrupted_install_leaves_the_old_or_the_new(
+    tree: Path, home: Path, short: Path, program: str, moment: str, how: str
+) -> None:
+    bindir = short / "bin"
+    bindir.mkdir()
+    for name in INSTALLED:
+        (bindir / name).write_text("old")
+    tool = "install" if moment == "half copied" else "mv"
+    real = f"'{shutil.which(tool)}' \"$@\""
+    steps = {"half copied": [HALF, INTERRUPTIONS[how], real], "copied": [INTERRUPTIONS[how], real],
+             "moved": [real, INTERRUPTIONS[how]]}[moment]  # fmt: skip
+    met = f"case $* in */.{program}.new*) ;; *) exec {real} ;; esac"
+    path = stand_in(home / "interrupting", tool, "\n".join([met, *steps]))
+    pid_file = home / "pid"
+    # A runner in the background ignores SIGINT, and what it starts inherits that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [MAKE, "install", f"PYTHON={PYTHON}", f"BINDIR={bindir}"],
+            cwd=tree,
+            env=clean_env(home, PATH=path, PID_FILE=pid_file),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    pid_file.write_text(str(process.pid))
+    assert process.wait(60) != 0
+    wait_for(lambda: not session(process.pid), message="all of make is gone")
+    new = {
+        "ssh-agent-proxy": (tree / "dist" / "ssh-agent-proxy").read_bytes(),
+        "ssh-agent-proxy-sign": (tree / "shim.sh").read_bytes(),
+    }
+    for name in INSTALLED:
+        assert (bindir / name).read_bytes() in (b"old", new[name])
+    if how != "sigkill":  # which nobody can clean up after
+        assert files(bindir) == INSTALLED
+    make(tree, home, "install", f"BINDIR={bindir}")
+    assert {name: (bindir / name).read_bytes() for name in files(bindir)} == new
+
+
 @pytest.mark.parametrize("target", ["install", "uninstall"])
 def test_a_bindir_that_no_shell_expanded_is_refused(tree: Path, home: Path, target: str) -> None:
     told = refused(tree, home, target, "BINDIR=~/bin")
     assert "BINDIR must be an absolute path, not ~/bin" in told
-
-
-@pytest.fixture
-def installed(tree: Path, home: Path) -> Path:
-    make(tree, home, "install", f"BINDIR={home}/bin")
-    # What is installed does not need the tree that it came from.
-    tree.rename(home / "moved away")
-    return home / "bin"
-
-
-def test_installed_proxy_tells_its_version(installed: Path, home: Path) -> None:
-    told = run([installed / "ssh-agent-proxy", "--version"], env=clean_env(home)).stdout.decode()
-    source = (ROOT / "ssh_agent_proxy.py").read_text()
-    version = re.search(r'(?m)^VERSION = "(.+)"', source)
-    assert version
-    assert told == f"ssh-agent-proxy {version.group(1)}\n"
-
-
-def test_installed_proxy_prints_the_shim(installed: Path, home: Path) -> None:
-    told = run([installed / "ssh-agent-proxy", "shim"], env=clean_env(home)).stdout
-    assert told == (ROOT / "shim.sh").read_bytes()
-
-
-def test_installed_proxy_runs_no_module_of_the_users(installed: Path, home: Path) -> None:
-    (home / "hashlib.py").write_text("raise SystemExit('not the real one')\n")
-    env = clean_env(home, PYTHONPATH=home)
-    run([installed / "ssh-agent-proxy", "--version"], env=env, cwd=home)
 
 
 def test_clean_removes_what_was_made(tree: Path, home: Path) -> None:
