@@ -5,24 +5,31 @@ PYTHON  ?= python3
 PREFIX  ?= $(HOME)/.local
 BINDIR  ?= $(PREFIX)/bin
 DESTDIR ?=
+CONFIG_DIR       ?= $(HOME)/.config/ssh-agent-proxy
+SYSTEMD_USER_DIR ?= $(HOME)/.config/systemd/user
+PROXY_URL        ?= http://127.0.0.1:7221
 TESTS   ?= tests
 ARGS    ?=
 
 .PHONY: help demo run test lint check bench build install uninstall clean \
+    install-systemd uninstall-systemd status logs pubkey systemd-ready \
     tools venv venv-test venv-lint absolute-bindir
 # venv-test and venv-lint install into the same venv.
 .NOTPARALLEL:
 
 help:  ## this list
-	@awk -F ':[^#]*## ' '/^[a-z-]+:[^#]*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':[^#]*## ' '/^[a-z-]+:[^#]*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 	@printf '\nWhat can be set, as in `make install PREFIX=/usr`, and what it is now:\n'
-	@printf '%-8s %-24s %s\n' \
+	@printf '%-16s %-24s %s\n' \
 	    PYTHON "$(PYTHON)" 'runs all of this; when set, also the installed program' \
 	    PREFIX "$(PREFIX)" 'where BINDIR stands' \
 	    BINDIR "$(BINDIR)" 'where the two programs are installed' \
-	    DESTDIR "$(DESTDIR)" 'in front of BINDIR, for packagers' \
+	    DESTDIR "$(DESTDIR)" 'in front of what is installed, for packagers' \
+	    CONFIG_DIR "$(CONFIG_DIR)" 'where the settings of the service are' \
+	    SYSTEMD_USER_DIR "$(SYSTEMD_USER_DIR)" 'where its unit is installed' \
+	    PROXY_URL "$(PROXY_URL)" 'what make pubkey asks; or unix:/path' \
 	    TESTS "$(TESTS)" 'the tests that make test runs' \
-	    ARGS "$(ARGS)" 'options for make run, test, bench'
+	    ARGS "$(ARGS)" 'options for make run, test, bench, logs'
 
 demo:  ## a commit, a tag and a merge, signed and verified with throwaway keys; takes seconds
 	@exec env PYTHON="$(PYTHON)" sh contrib/demo.sh
@@ -49,7 +56,7 @@ RUFF_IGNORE = UP006,UP007,UP035,UP045,S603,RUF012,SIM102,SIM105
 # Today's mypy checks for 3.10 at the oldest; 3.9 is shown by running the tests there.
 MYPY = --strict --config-file= --python-version 3.10
 
-SHELL_FILES = shim.sh contrib/demo.sh contrib/need.sh
+SHELL_FILES = shim.sh contrib/demo.sh contrib/need.sh contrib/systemd.sh tests/systemd-user
 
 test: tools venv-test  ## the tests, in a venv that it makes
 	"$(VENV)/bin/python" -m pytest $(PYTEST) $(ARGS) $(TESTS)
@@ -126,6 +133,36 @@ uninstall: absolute-bindir  ## removes what install put into BINDIR
 absolute-bindir:
 	@case "$(BINDIR)" in /*) ;; *) \
 	    printf 'BINDIR must be an absolute path, not %s\n' "$(BINDIR)" >&2; exit 1 ;; esac
+
+# ---- the service of systemd
+
+# Through the environment, where no shell reads them.
+install-systemd uninstall-systemd status logs systemd-ready: export BINDIR := $(BINDIR)
+install-systemd uninstall-systemd status logs systemd-ready: export CONFIG_DIR := $(CONFIG_DIR)
+install-systemd uninstall-systemd status logs systemd-ready: export DESTDIR := $(DESTDIR)
+install-systemd uninstall-systemd status logs systemd-ready: \
+    export SYSTEMD_USER_DIR := $(SYSTEMD_USER_DIR)
+pubkey: export PROXY_URL := $(PROXY_URL)
+
+# What stands in the way is said before anything is installed.
+install-systemd: systemd-ready install  ## the proxy as a user service, from now on and at each login
+	@sh contrib/systemd.sh install
+
+uninstall-systemd: absolute-bindir  ## stops the service and removes it; its settings are kept
+	@sh contrib/systemd.sh uninstall
+
+status:  ## how the service is
+	@sh contrib/systemd.sh status
+
+logs:  ## what it logged, in the journal; ARGS=-f follows
+	@sh contrib/systemd.sh logs $(ARGS)
+
+pubkey:  ## the public key that it signs with
+	@case "$$PROXY_URL" in unix:*) url=$$PROXY_URL ;; *) url=$${PROXY_URL%/}/sign ;; esac; \
+	unset SSH_AGENT_PROXY_PUBKEY_URL; SSH_AGENT_PROXY_URL=$$url sh shim.sh pubkey
+
+systemd-ready: absolute-bindir
+	@sh contrib/systemd.sh ready
 
 clean:  ## removes what the other targets made here
 	rm -rf dist .venv __pycache__ tests/__pycache__ contrib/__pycache__ \
