@@ -74,7 +74,7 @@ need_manager() {
     [ -z "$units" ] || return 0
     printf 'no systemd runs for you here, so there is nothing to do with a service: %s\n' \
         "${why:-systemctl gives no answer}" >&2
-    if grep -qi microsoft /proc/version 2>/dev/null; then
+    if on_wsl; then
         fail 'WSL: put systemd=true under [boot] in /etc/wsl.conf, then wsl.exe --shutdown'
     fi
     if [ -n "${SUDO_USER:-}" ]; then
@@ -88,6 +88,10 @@ need_manager() {
         "  sudo loginctl enable-linger $(id -un)" \
         "Where systemd can't run (a container), \`make install\` will do: start $NAME as other" \
         "programs are started there."
+}
+
+on_wsl() {
+    case $(uname -r) in *[Mm]icrosoft*) ;; *) return 1 ;; esac
 }
 
 # ---- install
@@ -132,19 +136,25 @@ place() {
 # The unit. What it was made of shows when a service that runs has to be started anew.
 render() {
     made_of=$(cat "$program" "$env" 2>/dev/null | cksum)
-    [ -z "${DESTDIR:-}" ] || made_of='for a package'
+    vsock=''
+    if [ -n "${DESTDIR:-}" ]; then
+        made_of='files for a package'
+        vsock=' AF_VSOCK'
+    elif on_wsl; then
+        vsock=' AF_VSOCK'
+    fi
     # In double quotes, after a : that keeps $ as it is; % is systemd's own.
     exec_start=$(printf '%s\n' "$program" | sed 's/[\\"]/\\&/g; s/%/%%/g')
     # It is looked for as a pattern.
     env_file=$(printf '%s\n' "$CONFIG_DIR/env" | sed 's/[][\\*?]/\\&/g; s/%/%%/g')
-    MADE_OF=$made_of PROGRAM=\"$exec_start\" ENV_FILE=$env_file awk '
+    MADE_OF=$made_of PROGRAM=\"$exec_start\" ENV_FILE=$env_file VSOCK=$vsock awk '
         function fill(name,   mark, at) {
             mark = "@" name "@"
             at = index($0, mark)
             if (at)
                 $0 = substr($0, 1, at - 1) ENVIRON[name] substr($0, at + length(mark))
         }
-        { fill("MADE_OF"); fill("PROGRAM"); fill("ENV_FILE"); print }' "$sources/$UNIT"
+        { fill("MADE_OF"); fill("PROGRAM"); fill("ENV_FILE"); fill("VSOCK"); print }' "$sources/$UNIT"
 }
 
 # A unit with the same settings, started once and removed. Leaves in $refused why it did not start.
