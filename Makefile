@@ -145,7 +145,7 @@ install-systemd uninstall-systemd status logs systemd-ready: \
 pubkey: export PROXY_URL := $(PROXY_URL)
 
 # What stands in the way is said before anything is installed.
-install-systemd: systemd-ready install  ## the proxy as a user service, from now on and at each login
+install-systemd: systemd-ready install  ## the proxy as a user service, now and at each login
 	@sh contrib/systemd.sh install
 
 uninstall-systemd: absolute-bindir  ## stops the service and removes it; its settings are kept

@@ -143,18 +143,23 @@ render() {
     elif on_wsl; then
         vsock=' AF_VSOCK'
     fi
-    # In double quotes, after a : that keeps $ as it is; % is systemd's own.
-    exec_start=$(printf '%s\n' "$program" | sed 's/[\\"]/\\&/g; s/%/%%/g')
+    # In double quotes, after a : that keeps $ as it is; % is systemd's own. It takes no program
+    # with a quote or a backslash in its name, but an argument.
+    exec_start=\"$(printf '%s\n' "$program" | sed 's/[\\"]/\\&/g; s/%/%%/g')\"
+    case $program in
+    *[\'\"\\]*) exec_start="/bin/sh -c 'exec \"\$0\" \"\$@\"' $exec_start" ;;
+    esac
     # It is looked for as a pattern.
     env_file=$(printf '%s\n' "$CONFIG_DIR/env" | sed 's/[][\\*?]/\\&/g; s/%/%%/g')
-    MADE_OF=$made_of PROGRAM=\"$exec_start\" ENV_FILE=$env_file VSOCK=$vsock awk '
+    MADE_OF=$made_of PROGRAM=$exec_start ENV_FILE=$env_file VSOCK=$vsock awk '
         function fill(name,   mark, at) {
             mark = "@" name "@"
             at = index($0, mark)
             if (at)
                 $0 = substr($0, 1, at - 1) ENVIRON[name] substr($0, at + length(mark))
         }
-        { fill("MADE_OF"); fill("PROGRAM"); fill("ENV_FILE"); fill("VSOCK"); print }' "$sources/$UNIT"
+        { fill("MADE_OF"); fill("PROGRAM"); fill("ENV_FILE"); fill("VSOCK"); print }
+    ' "$sources/$UNIT"
 }
 
 # A unit with the same settings, started once and removed. Leaves in $refused why it did not start.
@@ -241,7 +246,8 @@ explain() {
     if [ -n "$said" ]; then
         printf '%s\n' "$said"
     else
-        user --no-pager --full status "$UNIT" || :
+        systemd-analyze --user --man=no verify "$unit" || : # a file of the user's may be wrong
+        user --no-pager --full --lines=0 status "$UNIT" || :
     fi
 }
 
