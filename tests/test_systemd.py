@@ -55,12 +55,11 @@ class Manager:
             stderr=subprocess.PIPE,
         )
         assert self.process.stdout
-        assert self.process.stderr
         ready = self.process.stdout.readline().split()
         if not ready:
-            why = self.process.stderr.read().decode()
-            self.stop()
-            cannot_run(f"no systemd user manager can be started here: {why.strip()}")
+            _, why = self.process.communicate(timeout=60)
+            shutil.rmtree(self.folder)
+            cannot_run(f"no systemd user manager can be started here: {why.decode().strip()}")
         self.pid = int(ready[1])
 
     def stop(self) -> None:
@@ -564,6 +563,21 @@ def test_a_drop_in_that_does_not_start_any_more_is_removed(strict: Manager) -> N
     pid = strict.main_pid()
     strict.make("install-systemd")
     assert strict.main_pid() == pid
+
+
+def test_a_drop_in_that_can_not_be_mounted_is_left_out(manager: Manager) -> None:
+    # Ends as it does where users may have namespaces, but mount nothing in them.
+    drop_in = manager.outside(HOME / "tree/contrib/systemd/sandbox.conf")
+    before = drop_in.read_text()
+    drop_in.write_text(before + "BindReadOnlyPaths=/nonexistent\n")
+    try:
+        told = manager.make("install-systemd").stdout.decode()
+    finally:
+        drop_in.write_text(before)
+    assert "does not start on this system: it lets no user mount anything, 226/NAMESPACE." in told
+    assert not manager.exists(SANDBOX.parent)
+    assert not manager.exists(RUNTIME / "systemd/user")
+    assert manager.curl(f"{URL}/healthz").stdout == b"ok\n"
 
 
 # ---------------------------------------------------------------- signing
