@@ -5,13 +5,16 @@ PYTHON  ?= python3
 PREFIX  ?= $(HOME)/.local
 BINDIR  ?= $(PREFIX)/bin
 DESTDIR ?=
-CONFIG_DIR ?= $(HOME)/.config/ssh-agent-proxy
+CONFIG_DIR       ?= $(HOME)/.config/ssh-agent-proxy
+SYSTEMD_USER_DIR ?= $(HOME)/.config/systemd/user
+PROXY_URL        ?= http://127.0.0.1:7221
 TESTS   ?= tests
 ARGS    ?=
 
 .PHONY: help demo run test lint check bench build build-shiv build-darwin build-all \
-    install uninstall install-launchd uninstall-launchd clean \
-    tools venv venv-test venv-lint venv-shiv absolute-bindir have-launchd
+    install uninstall install-systemd uninstall-systemd status logs pubkey \
+    install-launchd uninstall-launchd clean \
+    tools venv venv-test venv-lint venv-shiv absolute-bindir systemd-ready have-launchd
 # venv-test, venv-lint and venv-shiv install into the same venv.
 .NOTPARALLEL:
 
@@ -21,14 +24,16 @@ quote = '$(subst ','\'',$(1))'
 help:  ## this list
 	@awk -F ':[^#]*## ' '/^[a-z-]+:[^#]*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 	@printf '\nWhat can be set, as in `make install PREFIX=/usr`, and what it is now:\n'
-	@printf '%-10s %-24s %s\n' \
+	@printf '%-16s %-24s %s\n' \
 	    PYTHON $(call quote,$(PYTHON)) 'runs all of this; when set, also the installed program' \
 	    PREFIX $(call quote,$(PREFIX)) 'where BINDIR stands' \
 	    BINDIR $(call quote,$(BINDIR)) 'where the two programs are installed' \
-	    DESTDIR $(call quote,$(DESTDIR)) 'in front of BINDIR, for packagers' \
-	    CONFIG_DIR $(call quote,$(CONFIG_DIR)) 'where the file env with the settings is looked for' \
+	    DESTDIR $(call quote,$(DESTDIR)) 'in front of what is installed, for packagers' \
+	    CONFIG_DIR $(call quote,$(CONFIG_DIR)) 'where the settings of the service are' \
+	    SYSTEMD_USER_DIR $(call quote,$(SYSTEMD_USER_DIR)) 'where its unit is installed' \
+	    PROXY_URL $(call quote,$(PROXY_URL)) 'what make pubkey asks; or unix:/path' \
 	    TESTS $(call quote,$(TESTS)) 'the tests that make test runs' \
-	    ARGS $(call quote,$(ARGS)) 'options for make run, test, bench'
+	    ARGS $(call quote,$(ARGS)) 'options for make run, test, bench, logs'
 
 demo:  ## a commit, a tag and a merge, signed and verified with throwaway keys; takes seconds
 	@exec env PYTHON="$(PYTHON)" sh contrib/demo.sh
@@ -55,7 +60,8 @@ RUFF_IGNORE = UP006,UP007,UP035,UP045,S603,RUF012,SIM102,SIM105
 # Today's mypy checks for 3.10 at the oldest; 3.9 is shown by running the tests there.
 MYPY = --strict --config-file= --python-version 3.10
 
-SHELL_FILES = shim.sh contrib/demo.sh contrib/need.sh contrib/launchd/agent.sh
+SHELL_FILES = shim.sh contrib/demo.sh contrib/need.sh contrib/systemd.sh \
+    contrib/launchd/agent.sh tests/systemd-user
 
 test: tools venv-test venv-shiv  ## the tests, in a venv that it makes
 	"$(VENV)/bin/python" -m pytest $(PYTEST) $(ARGS) $(TESTS)
@@ -179,6 +185,36 @@ have-launchd:
 	@sh contrib/launchd/agent.sh check
 	@[ -z $(call quote,$(DESTDIR)) ] || { \
 	    printf 'launchd runs what is on this machine: not with DESTDIR\n' >&2; exit 1; }
+
+# ---- the service of systemd
+
+# Through the environment, where no shell reads them.
+install-systemd uninstall-systemd status logs systemd-ready: export BINDIR := $(BINDIR)
+install-systemd uninstall-systemd status logs systemd-ready: export CONFIG_DIR := $(CONFIG_DIR)
+install-systemd uninstall-systemd status logs systemd-ready: export DESTDIR := $(DESTDIR)
+install-systemd uninstall-systemd status logs systemd-ready: \
+    export SYSTEMD_USER_DIR := $(SYSTEMD_USER_DIR)
+pubkey: export PROXY_URL := $(PROXY_URL)
+
+# What stands in the way is said before anything is installed.
+install-systemd: systemd-ready install  ## the proxy as a user service, now and at each login
+	@sh contrib/systemd.sh install
+
+uninstall-systemd: absolute-bindir  ## stops the service and removes it; its settings are kept
+	@sh contrib/systemd.sh uninstall
+
+status:  ## how the service is
+	@sh contrib/systemd.sh status
+
+logs:  ## what it logged, in the journal; ARGS=-f follows
+	@sh contrib/systemd.sh logs $(ARGS)
+
+pubkey:  ## the public key that it signs with
+	@case "$$PROXY_URL" in unix:*) url=$$PROXY_URL ;; *) url=$${PROXY_URL%/}/sign ;; esac; \
+	unset SSH_AGENT_PROXY_PUBKEY_URL; SSH_AGENT_PROXY_URL=$$url sh shim.sh pubkey
+
+systemd-ready: absolute-bindir
+	@sh contrib/systemd.sh ready
 
 clean:  ## removes what the other targets made here
 	rm -rf dist .venv __pycache__ tests/__pycache__ contrib/__pycache__ \

@@ -1,0 +1,933 @@
+"""The user service, under a real systemd of a throwaway account: see systemd-user."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import pytest
+from conftest import ROOT, Keys, cannot_run, clean_env, need, run, wait_for
+
+UID = 4242
+HOME = Path("/home/tester")
+RUNTIME = Path(f"/run/user/{UID}")
+UNITS = HOME / ".config/systemd/user"
+UNIT = UNITS / "ssh-agent-proxy.service"
+SANDBOX = UNITS / "ssh-agent-proxy.service.d/sandbox.conf"
+ENV = HOME / ".config/ssh-agent-proxy/env"
+TEMPLATE = ROOT / "contrib/systemd/env"
+NAME = "ssh-agent-proxy"
+URL = "http://127.0.0.1:7221"
+# What isn't in a fresh copy of the project.
+IGNORED = shutil.ignore_patterns(".git", ".venv", "dist", "tests", "__pycache__", ".*_cache")
+
+
+def python_inside() -> Tuple[List[str], str]:
+    """The Python of these tests, as the account can run it: its home may well be closed to it."""
+    executable = Path(os.path.realpath(sys.executable))
+    if executable.is_relative_to("/usr"):
+        return [], str(executable)
+    prefix = Path(os.path.realpath(sys.base_prefix))
+    return ["-p", str(prefix)], str(Path("/srv/python") / executable.relative_to(prefix))
+
+
+class Manager:
+    """A user manager, and an account that has make, git and a copy of the project."""
+
+    def __init__(self, *options: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="sap.", dir="/tmp"))
+        self.installed = False
+        self.agents: List[str] = []
+        mount, self.python = python_inside()
+        shutil.copytree(ROOT, self.folder / "tree", ignore=IGNORED)
+        run(["chown", "-R", f"{UID}:{UID}", self.folder])
+        self.process = subprocess.Popen(
+            [ROOT / "tests/systemd-user", "-u", str(UID), *mount, *options, str(self.folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self.process.stdout
+        ready = self.process.stdout.readline().split()
+        if not ready:
+            _, why = self.process.communicate(timeout=60)
+            shutil.rmtree(self.folder)
+            cannot_run(f"no systemd user manager can be started here: {why.decode().strip()}")
+        self.pid = int(ready[1])
+
+    def stop(self) -> None:
+        _, said = self.process.communicate(timeout=30)
+        shutil.rmtree(self.folder)
+        assert said == b"", said.decode()
+        assert self.process.returncode == 0
+
+    def outside(self, path: Path) -> Path:
+        """Where PATH of the account's home is for us."""
+        return self.folder / path.relative_to(HOME)
+
+    def root(self, *argv: Any, check: bool = True) -> subprocess.CompletedProcess[bytes]:
+        enter = ["nsenter", "-t", self.pid, "--mount", "--pid", "--net", "--root"]
+        return run([*enter, *argv], check=check)
+
+    def run(self, *argv: Any, check: bool = True, **env: str) -> subprocess.CompletedProcess[bytes]:
+        variables: Dict[str, str] = {
+            "HOME": str(HOME),
+            "USER": "tester",
+            "LOGNAME": "tester",
+            "LANG": "C.UTF-8",
+            "PATH": f"{HOME}/.local/bin:/usr/local/bin:/usr/bin:/bin",
+            "XDG_RUNTIME_DIR": str(RUNTIME),
+            **env,
+        }
+        become = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups", "env", "-i"]
+        become += [f"{name}={value}" for name, value in variables.items()]
+        become += ["sh", "-c", 'cd ~/tree && exec "$@"', "sh"]
+        return self.root(*become, *argv, check=check)
+
+    def text(self, *argv: Any, **env: str) -> str:
+        return self.run(*argv, **env).stdout.decode().strip()
+
+    def sh(self, script: str, **env: str) -> str:
+        return self.text("sh", "-euc", script, **env)
+
+    def make(
+        self, *args: str, check: bool = True, **env: str
+    ) -> subprocess.CompletedProcess[bytes]:
+        argv = ["make", "--no-print-directory", f"PYTHON={self.python}", *args]
+        return self.run(*argv, check=check, **env)
+
+    def ctl(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
+        return self.run("systemctl", "--user", *args, check=check)
+
+    def show(self, name: str, unit: str = NAME) -> str:
+        return self.ctl("show", f"--property={name}", "--value", unit).stdout.decode().strip()
+
+    def main_pid(self) -> int:
+        return int(self.show("MainPID"))
+
+    def write(self, path: Path, text: str, mode: int = 0o600) -> None:
+        there = self.outside(path)
+        self.run("mkdir", "-p", path.parent)
+        there.write_text(text)
+        there.chmod(mode)
+        os.chown(there, UID, UID)
+
+    def settings(self, **values: Any) -> None:
+        """The env file, and a start with it."""
+        lines = [f"SSH_AGENT_PROXY_{name}={value}\n" for name, value in values.items()]
+        self.write(ENV, "".join(lines))
+        self.ctl("restart", NAME)
+
+    def quick(self) -> None:
+        """A setting of the user's: the tests have no ten seconds to wait for a restart."""
+        self.write(SANDBOX.with_name("zz.conf"), "[Service]\nRestartSec=50ms\n")
+        self.ctl("daemon-reload")
+
+    def files(self) -> List[str]:
+        """What there is in the account's home, without what is there from the start."""
+        found = self.text("find", HOME, "-path", HOME / "tree", "-prune", "-o",
+                          "!", "-type", "d", "-print").split("\n")  # fmt: skip
+        names = [str(Path(line).relative_to(HOME)) for line in found]
+        own = ("tree", ".system/", ".journal/", ".manager.log", ".config/systemd/user.conf",
+               ".gnupg/")  # fmt: skip
+        return sorted(name for name in names if not name.startswith(own))
+
+    def wipe(self) -> None:
+        """As before the first install."""
+        self.ctl("stop", NAME, check=False)
+        self.ctl("reset-failed", check=False)
+        for number in self.agents:
+            self.run("kill", number, check=False)
+        self.agents.clear()
+        self.run("find", HOME, "-mindepth", "1", "-maxdepth", "1", "!", "-name", "tree",
+                 "!", "-name", ".system", "!", "-name", ".journal", "!", "-name", ".manager.log",
+                 "!", "-name", ".config", "-exec", "rm", "-rf", "{}", "+")  # fmt: skip
+        self.run("rm", "-rf", UNITS, ENV.parent, RUNTIME / NAME)
+        self.ctl("daemon-reload")
+        self.installed = False
+
+    def agent(self, path: Path, key: Optional[Path]) -> str:
+        """A real ssh-agent at PATH, which holds KEY: its number."""
+        self.run("mkdir", "-p", "-m", "700", path.parent)
+        said = self.text("ssh-agent", "-a", path)
+        number = re.search(r"SSH_AGENT_PID=(\d+)", said)
+        assert number
+        self.agents.append(number[1])
+        if key:
+            self.write(HOME / "key", key.read_text())
+            self.run("ssh-add", "-q", HOME / "key", SSH_AUTH_SOCK=str(path))
+            self.run("rm", HOME / "key")
+        return number[1]
+
+    def kill_agent(self, number: str, path: Path) -> None:
+        self.run("kill", number)
+        self.agents.remove(number)
+        wait_for(lambda: not self.exists(path), message=f"{path} is removed")
+
+    def exists(self, path: Path) -> bool:
+        return self.run("test", "-e", path, check=False).returncode == 0
+
+    def curl(self, *args: Any, check: bool = True) -> subprocess.CompletedProcess[bytes]:
+        return self.run("curl", "-qsS", "--noproxy", "*", *args, check=check)
+
+
+def boot(*options: str) -> Manager:
+    for program, package in [("systemctl", "systemd"), ("systemd-analyze", "systemd"),
+                             ("nsenter", "util-linux"), ("setpriv", "util-linux"),
+                             ("make", "make")]:  # fmt: skip
+        need(program, package)
+    if not Path("/lib/systemd/systemd").exists():
+        cannot_run("systemd is missing: install systemd")
+    if os.geteuid() != 0:
+        cannot_run("a systemd user manager of the tests' own: run them as root")
+    return Manager(*options)
+
+
+@pytest.fixture(scope="module")
+def booted() -> Iterator[Manager]:
+    manager = boot("-j")
+    yield manager
+    manager.stop()
+
+
+@pytest.fixture
+def manager(booted: Manager) -> Iterator[Manager]:
+    """Nothing is installed."""
+    booted.wipe()
+    yield booted
+    booted.wipe()
+
+
+@pytest.fixture
+def installed(booted: Manager) -> Manager:
+    """The service runs, with the settings that it comes with; the test changes nothing of it."""
+    if not booted.installed:
+        booted.wipe()
+        booted.make("install-systemd")
+        booted.installed = True
+    return booted
+
+
+# ---------------------------------------------------------------- what is installed
+
+
+def test_it_is_installed_and_started_by_one_command(manager: Manager) -> None:
+    told = manager.make("install-systemd").stdout.decode()
+    assert "ssh-agent-proxy.service runs: listening on 127.0.0.1:7221" in told
+    assert "The whole sandbox is in force.\n" in told
+    assert "loginctl enable-linger" in told
+    assert manager.show("ActiveState") == "active"
+    assert manager.show("UnitFileState") == "enabled"
+    assert manager.show("FragmentPath") == str(UNIT)
+    assert manager.show("DropInPaths") == str(SANDBOX)
+    assert manager.curl(f"{URL}/healthz").stdout == b"ok\n"
+    assert manager.files() == [
+        ".config/ssh-agent-proxy/env",
+        ".config/systemd/user/default.target.wants/ssh-agent-proxy.service",
+        ".config/systemd/user/ssh-agent-proxy.service",
+        ".config/systemd/user/ssh-agent-proxy.service.d/sandbox.conf",
+        ".local/bin/ssh-agent-proxy",
+        ".local/bin/ssh-agent-proxy-sign",
+    ]
+
+
+def test_the_trial_of_the_sandbox_leaves_no_traces(installed: Manager) -> None:
+    assert "trial" not in installed.text("systemctl", "--user", "list-units", "--all")
+    assert not installed.exists(RUNTIME / "systemd/user")
+    assert not installed.exists(RUNTIME / "ssh-agent-proxy-trial")
+
+
+def test_the_settings_are_the_users_alone(installed: Manager) -> None:
+    assert installed.text("stat", "-c", "%a", ENV.parent, ENV).split() == ["700", "600"]
+    assert installed.outside(ENV).read_bytes() == TEMPLATE.read_bytes()
+
+
+def test_systemd_has_no_complaint_about_the_unit(installed: Manager) -> None:
+    answer = installed.run("systemd-analyze", "--user", "--man=no", "verify", UNIT)
+    assert (answer.stdout, answer.stderr) == (b"", b"")
+
+
+def test_it_is_exposed_by_at_most_2_0(installed: Manager) -> None:
+    argv = ["systemd-analyze", "--user", "--no-pager", "--threshold=20", "security", NAME]
+    answer = installed.run(*argv, check=False)
+    assert answer.returncode == 0, answer.stdout.decode()
+
+
+def test_the_running_process_is_held_to_the_units_limits(installed: Manager) -> None:
+    pid = installed.main_pid()
+    status = installed.root("cat", f"/proc/{pid}/status").stdout.decode()
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert fields["Umask"] == "0077"
+    assert fields["NoNewPrivs"] == "1"
+    assert fields["Seccomp"] == "2"
+    assert fields["CapBnd"] == 16 * "0"
+    limits = installed.root("cat", f"/proc/{pid}/limits").stdout.decode()
+    assert re.search(r"(?m)^Max core file size +0 +0 ", limits)
+
+
+@pytest.mark.parametrize(
+    ("place", "writable"),
+    [(HOME, False), (ENV.parent, False), (Path("/tmp"), False), (Path("/var/tmp"), False),
+     (RUNTIME, False), (RUNTIME / "systemd", False), (RUNTIME / NAME, True)],
+)  # fmt: skip
+def test_only_its_own_folder_can_be_written(
+    installed: Manager, place: Path, writable: bool
+) -> None:
+    # As the account, where the service sees the files.
+    file = place / "a-file-of-the-tests"
+    enter = ["nsenter", "-t", installed.main_pid(), "--mount"]
+    become = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups"]
+    answer = installed.root(*enter, *become, "touch", file, check=False)
+    try:
+        assert (answer.returncode == 0) == writable, answer.stderr.decode()
+        assert writable or b"Read-only file system" in answer.stderr
+    finally:
+        installed.root("rm", "-f", file)
+
+
+def test_twice_is_as_good_as_once(manager: Manager) -> None:
+    manager.make("install-systemd")
+    before = manager.sh("find ~/.config ! -name '*.log' -printf '%p %i %T@\\n' | sort")
+    pid = manager.main_pid()
+    told = manager.make("install-systemd").stdout.decode()
+    assert manager.sh("find ~/.config ! -name '*.log' -printf '%p %i %T@\\n' | sort") == before
+    assert manager.main_pid() == pid
+    assert "Written" not in told
+    assert "ssh-agent-proxy.service runs: listening on" in told
+
+
+def test_an_upgrade_takes_effect(manager: Manager) -> None:
+    manager.make("install-systemd")
+    pid = manager.main_pid()
+    source = manager.outside(HOME / "tree/ssh_agent_proxy.py")
+    before = source.read_text()
+    source.write_text(re.sub(r'(?m)^VERSION = ".*"', 'VERSION = "97.0.1"', before))
+    try:
+        manager.make("install-systemd")
+    finally:
+        source.write_text(before)
+    assert manager.main_pid() not in (0, pid)
+    head = manager.curl("-I", f"{URL}/healthz").stdout.decode()
+    assert "Server: ssh-agent-proxy/97.0.1\r\n" in head
+
+
+def test_changed_settings_are_kept_and_take_effect(manager: Manager) -> None:
+    manager.make("install-systemd")
+    manager.write(ENV, "SSH_AGENT_PROXY_ADDR=127.0.0.1:7222\n")
+    manager.make("install-systemd")
+    assert manager.outside(ENV).read_text() == "SSH_AGENT_PROXY_ADDR=127.0.0.1:7222\n"
+    assert manager.curl("http://127.0.0.1:7222/healthz").stdout == b"ok\n"
+
+
+def test_one_that_was_interrupted_is_made_good(manager: Manager) -> None:
+    manager.make("install-systemd")
+    manager.ctl("stop", NAME)
+    manager.outside(SANDBOX).unlink()
+    manager.make("install-systemd")
+    assert manager.show("ActiveState") == "active"
+    assert manager.show("DropInPaths") == str(SANDBOX)
+
+
+def test_paths_with_blanks_and_signs_that_mean_something_to_systemd(manager: Manager) -> None:
+    # Not through make, whose own recipes can't have all of these in BINDIR.
+    odd = HOME / """a %h $HOME ${x} "b" 'c' \\d [e]*?"""
+    manager.make("build")
+    manager.run("mkdir", "-p", odd / "bin", odd / "etc")
+    manager.run("cp", "dist/ssh-agent-proxy", odd / "bin")
+    manager.write(odd / "etc/env", "SSH_AGENT_PROXY_ADDR=127.0.0.1:7223\n")
+    env = {"BINDIR": f"{odd}/bin", "CONFIG_DIR": f"{odd}/etc", "SYSTEMD_USER_DIR": str(UNITS)}
+    manager.run("sh", "contrib/systemd.sh", "ready", **env)
+    manager.run("sh", "contrib/systemd.sh", "install", **env)
+    assert manager.show("DropInPaths") == str(SANDBOX)
+    assert manager.curl("http://127.0.0.1:7223/healthz").stdout == b"ok\n"
+
+
+def test_a_bindir_with_a_blank_works_through_make(manager: Manager) -> None:
+    manager.make("install-systemd", f"BINDIR={HOME}/my bin's 100%")
+    assert manager.curl(f"{URL}/healthz").stdout == b"ok\n"
+
+
+def test_a_unit_of_the_users_is_not_replaced(manager: Manager) -> None:
+    manager.write(UNIT, "[Service]\nExecStart=/bin/true\n", 0o644)
+    answer = manager.make("install-systemd", check=False)
+    assert answer.returncode != 0
+    assert f"{UNIT} was not written by make" in answer.stderr.decode()
+    assert manager.files() == [str(UNIT.relative_to(HOME))]
+    assert manager.outside(UNIT).read_text() == "[Service]\nExecStart=/bin/true\n"
+
+
+def test_a_folder_that_systemd_does_not_read_is_refused(manager: Manager) -> None:
+    answer = manager.make("install-systemd", f"SYSTEMD_USER_DIR={HOME}/units", check=False)
+    assert answer.returncode != 0
+    assert f"does not look for units in {HOME}/units" in answer.stderr.decode()
+    assert manager.files() == []
+
+
+def test_an_agent_that_only_the_shell_knows_is_told_of(manager: Manager, keys: Keys) -> None:
+    path = Path("/tmp/ssh-of-the-shell/agent.1")
+    manager.agent(path, keys["ed25519"])
+    told = manager.make("install-systemd", SSH_AUTH_SOCK=str(path)).stdout.decode()
+    assert f"This shell's agent is at {path}, which the service doesn't know." in told
+    manager.settings(UPSTREAM=path)
+    told = manager.make("install-systemd", SSH_AUTH_SOCK=str(path)).stdout.decode()
+    assert "This shell's agent" not in told
+
+
+# ---------------------------------------------------------------- what does not work
+
+
+def test_a_wrong_setting_is_told(manager: Manager) -> None:
+    manager.write(ENV, "SSH_AGENT_PROXY_PAYLOADS=everything\n")
+    answer = manager.make("install-systemd", check=False)
+    told = answer.stderr.decode()
+    assert answer.returncode != 0
+    assert "ssh-agent-proxy.service did not start:\n" in told
+    assert "SSH_AGENT_PROXY_PAYLOADS: " in told
+    assert f"the settings are in {ENV}" in told
+
+
+def test_a_wrong_setting_is_not_tried_again(manager: Manager) -> None:
+    manager.make("install-systemd")
+    manager.quick()
+    manager.write(ENV, "SSH_AGENT_PROXY_PAYLOADS=everything\n")
+    manager.ctl("restart", NAME, check=False)
+    # Were it to be tried again, it would be "activating" now.
+    assert manager.show("ActiveState") == "failed"
+    assert manager.show("ExecMainStatus") == "2"
+    assert manager.show("NRestarts") == "0"
+
+
+ANOTHER = """
+import socket, sys
+s = socket.create_server(("127.0.0.1", 7221))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_busy_port_is_told_and_tried_again_until_it_is_free(manager: Manager) -> None:
+    listener = subprocess.Popen(
+        ["nsenter", "-t", str(manager.pid), "--net", sys.executable, "-c", ANOTHER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert listener.stdout
+        listener.stdout.readline()
+        answer = manager.make("install-systemd", check=False)
+    finally:
+        listener.communicate(timeout=10)
+    told = answer.stderr.decode()
+    assert answer.returncode != 0
+    assert "port 7221" in told
+    manager.quick()
+    wait_for(lambda: manager.show("ActiveState") == "active", 20, "it came by itself")
+
+
+def test_a_program_that_does_not_run_is_no_service(manager: Manager) -> None:
+    source = manager.outside(HOME / "tree/ssh_agent_proxy.py")
+    before = source.read_text()
+    source.write_text("raise SystemExit('no proxy today')\n")
+    try:
+        answer = manager.make("install-systemd", check=False)
+    finally:
+        source.write_text(before)
+    assert answer.returncode != 0
+    assert "no proxy today" in answer.stderr.decode()
+    assert not manager.exists(UNITS)
+    assert not manager.exists(ENV)
+
+
+NO_MANAGER = "no systemd runs for you here"
+
+
+@pytest.fixture
+def tree(short: Path) -> Path:
+    path = short / "tree"
+    shutil.copytree(ROOT, path, ignore=IGNORED)
+    return path
+
+
+def stand_in(folder: Path, name: str, script: str) -> str:
+    """A PATH that finds SCRIPT as NAME first."""
+    folder.mkdir()
+    program = folder / name
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def refused(tree: Path, home: Path, target: str, **env: str) -> str:
+    """What make TARGET says where no manager runs, having changed nothing."""
+    before = sorted(map(str, [*tree.rglob("*"), *home.rglob("*")]))
+    argv = ["make", "--no-print-directory", f"PYTHON={os.path.realpath(sys.executable)}", target]
+    answer = run(argv, cwd=tree, env=clean_env(home, **env), check=False)
+    assert answer.returncode != 0
+    assert answer.stdout == b""
+    (home / "tmp").rmdir()
+    assert sorted(map(str, [*tree.rglob("*"), *home.rglob("*")])) == before
+    assert NO_MANAGER in answer.stderr.decode()
+    return answer.stderr.decode()
+
+
+@pytest.mark.parametrize("target", ["install-systemd", "status", "logs"])
+def test_without_a_user_manager_nothing_is_changed(tree: Path, home: Path, target: str) -> None:
+    # As after su: its address is not known.
+    told = refused(tree, home, target, PATH=stand_in(
+        home / "bin", "systemctl",
+        "echo 'Failed to connect to bus: No medium found' >&2; exit 1"))  # fmt: skip
+    assert "Failed to connect to bus" in told
+    assert "sudo loginctl enable-linger" in told
+
+
+def test_real_systemctl_without_a_user_manager(tree: Path, home: Path) -> None:
+    need("systemctl", "systemd")
+    told = refused(tree, home, "install-systemd", XDG_RUNTIME_DIR=str(home / "nothing"))
+    assert "sudo loginctl enable-linger" in told
+
+
+def test_without_systemd_nothing_is_changed(tree: Path, home: Path) -> None:
+    folder = home / "bin"
+    folder.mkdir()
+    for program in ["sh", "env", "dirname", "grep", "id", "uname"]:
+        found = shutil.which(program)
+        assert found
+        (folder / program).symlink_to(found)
+    (folder / "make").symlink_to(need("make", "make"))
+    told = refused(tree, home, "install-systemd", PATH=str(folder))
+    assert "there is no systemd here (no systemctl)" in told
+    assert "`make install` will do" in told
+
+
+def test_wsl_without_systemd_is_told_where_to_turn_it_on(tree: Path, home: Path) -> None:
+    path = stand_in(home / "bin", "uname", "echo 5.15.90.1-microsoft-standard-WSL2")
+    stand_in(home / "old", "systemctl", "exit 1")
+    told = refused(tree, home, "install-systemd", PATH=f"{home}/old:{path}")
+    assert "systemd=true under [boot] in /etc/wsl.conf" in told
+
+
+def test_under_sudo_the_way_out_is_told(tree: Path, home: Path) -> None:
+    path = stand_in(home / "bin", "systemctl", "exit 1")
+    told = refused(tree, home, "install-systemd", PATH=path, SUDO_USER="someone")
+    assert "without sudo" in told
+
+
+@pytest.mark.parametrize("name", ["CONFIG_DIR", "SYSTEMD_USER_DIR"])
+@pytest.mark.parametrize("value", ["~/x", "/a\tb"])
+def test_a_path_that_no_unit_can_name_is_refused(
+    tree: Path, home: Path, name: str, value: str
+) -> None:
+    argv = ["make", f"PYTHON={sys.executable}", f"{name}={value}", "install-systemd"]
+    answer = run(argv, cwd=tree, env=clean_env(home), check=False)
+    assert answer.returncode != 0
+    assert value in answer.stderr.decode()
+    assert not (home / ".local").exists()
+
+
+# ---------------------------------------------------------------- where there can be no sandbox
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[Manager]:
+    """No user namespaces, as on a hardened system."""
+    manager = boot("-c")
+    yield manager
+    manager.stop()
+
+
+def test_without_user_namespaces_the_drop_in_is_left_out(strict: Manager) -> None:
+    strict.wipe()
+    told = strict.make("install-systemd").stdout.decode()
+    assert "sandbox.conf does not start on this system: it allows no user namespaces" in told
+    assert "217/USER" in told
+    assert not strict.exists(SANDBOX.parent)
+    assert strict.show("ActiveState") == "active"
+    assert strict.curl(f"{URL}/healthz").stdout == b"ok\n"
+    assert "trial" not in strict.text("systemctl", "--user", "list-units", "--all")
+
+
+def test_a_drop_in_that_does_not_start_any_more_is_removed(strict: Manager) -> None:
+    strict.wipe()
+    strict.write(SANDBOX, (ROOT / "contrib/systemd/sandbox.conf").read_text(), 0o644)
+    told = strict.make("install-systemd").stdout.decode()
+    assert f"Removed: {SANDBOX}\n" in told
+    assert not strict.exists(SANDBOX.parent)
+    assert strict.curl(f"{URL}/healthz").stdout == b"ok\n"
+    pid = strict.main_pid()
+    strict.make("install-systemd")
+    assert strict.main_pid() == pid
+
+
+def test_a_drop_in_that_can_not_be_mounted_is_left_out(manager: Manager) -> None:
+    # Ends as it does where users may have namespaces, but mount nothing in them.
+    drop_in = manager.outside(HOME / "tree/contrib/systemd/sandbox.conf")
+    before = drop_in.read_text()
+    drop_in.write_text(before + "BindReadOnlyPaths=/nonexistent\n")
+    try:
+        told = manager.make("install-systemd").stdout.decode()
+    finally:
+        drop_in.write_text(before)
+    assert "does not start on this system: it lets no user mount anything, 226/NAMESPACE." in told
+    assert not manager.exists(SANDBOX.parent)
+    assert not manager.exists(RUNTIME / "systemd/user")
+    assert manager.curl(f"{URL}/healthz").stdout == b"ok\n"
+
+
+# ---------------------------------------------------------------- signing
+
+
+PLACES = {
+    "runtime": RUNTIME / "ssh-agent.socket",
+    "home": HOME / ".1password/agent.sock",
+    "tmp": Path("/tmp/ssh-0123456789ab/agent.7"),
+}
+
+COMMIT = """
+rm -rf ~/repository
+git init -q ~/repository
+cd ~/repository
+git config user.name Tester
+git config user.email tester@example.com
+git config gpg.format ssh
+git config gpg.ssh.program "$HOME/.local/bin/ssh-agent-proxy-sign"
+git config gpg.ssh.defaultKeyCommand "$HOME/.local/bin/ssh-agent-proxy-sign key"
+git commit -q -S --allow-empty -m 'A commit'
+git cat-file commit HEAD
+echo "tester@example.com $1" >~/signers
+git -c gpg.ssh.program=ssh-keygen -c gpg.ssh.allowedSignersFile="$HOME/signers" \
+    verify-commit HEAD 2>&1
+"""
+
+
+def commit(manager: Manager, key: str) -> None:
+    told = manager.text("sh", "-euc", COMMIT, "sh", key)
+    assert 'Good "git" signature for tester@example.com' in told
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_commit_is_signed_by_an_agent_in(manager: Manager, keys: Keys, place: str) -> None:
+    # In the whole sandbox, and by an agent that was started anew under it, too.
+    path = PLACES[place]
+    number = manager.agent(path, keys["ed25519"])
+    manager.make("install-systemd")
+    manager.settings(UPSTREAM=path)
+    assert manager.show("DropInPaths") == str(SANDBOX)
+    commit(manager, keys.line("ed25519"))
+    manager.kill_agent(number, path)
+    manager.agent(path, keys["other"])
+    commit(manager, keys.line("other"))
+
+
+def test_status_tells_address_and_agent(manager: Manager, keys: Keys) -> None:
+    path = PLACES["runtime"]
+    manager.agent(path, keys["ed25519"])
+    manager.make("install-systemd")
+    wanted = f"listening on 127.0.0.1:7221, using the agent at '{path}'"
+    wait_for(lambda: manager.show("StatusText") == wanted, 5, f"the status {wanted}")
+    assert f'Status: "{wanted}"' in manager.make("status").stdout.decode()
+
+
+def test_pubkey_prints_the_key_of_the_service(manager: Manager, keys: Keys) -> None:
+    manager.agent(PLACES["runtime"], keys["ed25519"])
+    manager.make("install-systemd")
+    elsewhere = {"SSH_AGENT_PROXY_PUBKEY_URL": "http://127.0.0.1:9/"}
+    assert manager.make("pubkey", **elsewhere).stdout.decode().strip() == keys.line("ed25519")
+
+
+def test_pubkey_asks_a_socket_too_with_a_token(manager: Manager, keys: Keys) -> None:
+    manager.agent(PLACES["runtime"], keys["ed25519"])
+    manager.make("install-systemd")
+    tokens = ENV.with_name("tokens")
+    token = manager.text(f"{HOME}/.local/bin/ssh-agent-proxy", "token", "me",
+                         "--token-file", tokens)  # fmt: skip
+    manager.settings(ADDR="unix:$XDG_RUNTIME_DIR/ssh-agent-proxy/socket", TOKEN_FILE=tokens)
+    url = f"PROXY_URL=unix:{RUNTIME}/ssh-agent-proxy/socket"
+    told = manager.make("pubkey", url, SSH_AGENT_PROXY_TOKEN=token).stdout.decode()
+    assert told.strip() == keys.line("ed25519")
+    answer = manager.make("pubkey", url, check=False)
+    assert answer.returncode != 0
+    assert "a token is needed" in answer.stderr.decode()
+
+
+def test_the_folder_of_a_socket_outlives_the_service(manager: Manager) -> None:
+    # As a container has it mounted.
+    manager.make("install-systemd")
+    manager.settings(ADDR="unix:$XDG_RUNTIME_DIR/ssh-agent-proxy/socket")
+    path = RUNTIME / NAME / "socket"
+    folder = manager.text("stat", "-c", "%i %a", path.parent)
+    assert folder.endswith(" 700")
+    for _ in range(2):
+        assert manager.curl("--unix-socket", path, "http://localhost/healthz").stdout == b"ok\n"
+        manager.ctl("stop", NAME)
+        assert not manager.exists(path)
+        assert manager.text("stat", "-c", "%i %a", path.parent) == folder
+        manager.ctl("start", NAME)
+
+
+EXEC_AGENT = """\
+import os, socket, sys, threading
+s = socket.socket(socket.AF_UNIX)
+s.connect(sys.argv[1])
+def there():
+    while True:
+        data = os.read(0, 65536)
+        if not data:
+            break
+        s.sendall(data)
+    s.shutdown(socket.SHUT_WR)
+threading.Thread(target=there, daemon=True).start()
+while True:
+    data = s.recv(65536)
+    if not data:
+        break
+    os.write(1, data)
+"""
+
+
+def test_a_program_of_the_settings_runs_in_the_sandbox(manager: Manager, keys: Keys) -> None:
+    manager.agent(PLACES["runtime"], keys["ed25519"])
+    manager.write(HOME / "relay.py", EXEC_AGENT)
+    manager.make("install-systemd")
+    manager.settings(UPSTREAM=f"exec:{manager.python} {HOME}/relay.py {PLACES['runtime']}")
+    assert manager.show("DropInPaths") == str(SANDBOX)
+    commit(manager, keys.line("ed25519"))
+
+
+# ---------------------------------------------------------------- how it ends, and comes back
+
+
+def sign(manager: Manager) -> subprocess.Popen[bytes]:
+    """A request for a signature, under way."""
+    enter = ["nsenter", "-t", str(manager.pid), "--net"]
+    return subprocess.Popen(
+        [*enter, "curl", "-qsS", "--noproxy", "*", "-m", "30", "-w", "%{http_code}",
+         "--data-binary", "hello", f"{URL}/sign"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def busy(manager: Manager) -> bool:
+    """Whether the proxy has a connection of a client."""
+    found = manager.root("cat", "/proc/net/tcp").stdout.decode().splitlines()
+    ours = f"0100007F:{7221:04X}"
+    return any(line.split()[1] == ours and line.split()[3] == "01" for line in found)
+
+
+def test_what_is_in_flight_is_finished_when_it_stops(manager: Manager, keys: Keys) -> None:
+    path = PLACES["runtime"]
+    number = manager.agent(path, keys["ed25519"])
+    manager.make("install-systemd")
+    manager.settings(UPSTREAM=path)
+    wait_for(lambda: "using the agent" in manager.show("StatusText"))
+    manager.run("kill", "-STOP", number)
+    try:
+        request = sign(manager)
+        wait_for(lambda: busy(manager), message="the request is there")
+        manager.ctl("stop", "--no-block", NAME)
+        wait_for(lambda: manager.show("ActiveState") == "deactivating")
+    finally:
+        manager.run("kill", "-CONT", number)
+    out, _ = request.communicate(timeout=20)
+    assert out.endswith(b"-----END SSH SIGNATURE-----\n200"), out
+    wait_for(lambda: manager.show("ActiveState") == "inactive")
+    assert manager.show("Result") == "success"
+    assert manager.show("ExecMainStatus") == "0"
+
+
+ASKPASS = """\
+#!/bin/sh
+: >"$RUNTIME_DIRECTORY/asked"
+until [ -e "$RUNTIME_DIRECTORY/yes" ]; do sleep 0.05; done
+"""
+
+
+def test_a_prompt_is_no_yes_and_no_no_when_it_stops(manager: Manager, keys: Keys) -> None:
+    # The askpass program must not get the signal that is meant for the proxy.
+    manager.agent(PLACES["runtime"], keys["ed25519"])
+    manager.write(HOME / "askpass", ASKPASS, 0o700)
+    manager.make("install-systemd")
+    manager.settings(UPSTREAM=PLACES["runtime"], CONFIRM=HOME / "askpass")
+    request = sign(manager)
+    folder = RUNTIME / NAME
+    wait_for(lambda: manager.exists(folder / "asked"), message="the prompt is there")
+    manager.ctl("stop", "--no-block", NAME)
+    wait_for(lambda: manager.show("ActiveState") == "deactivating")
+    manager.run("touch", folder / "yes")
+    out, _ = request.communicate(timeout=20)
+    assert out.endswith(b"-----END SSH SIGNATURE-----\n200"), out
+    wait_for(lambda: manager.show("ActiveState") == "inactive")
+    assert manager.show("Result") == "success"
+
+
+def test_one_that_dies_comes_back(manager: Manager) -> None:
+    manager.make("install-systemd")
+    manager.quick()
+    pid = manager.main_pid()
+    manager.run("kill", "-KILL", str(pid))
+    wait_for(lambda: manager.show("NRestarts") == "1" and manager.show("ActiveState") == "active")
+    assert manager.main_pid() not in (0, pid)
+    assert manager.curl(f"{URL}/healthz").stdout == b"ok\n"
+
+
+# ---------------------------------------------------------------- the log
+
+
+def journal(manager: Manager, *args: str) -> List[Dict[str, Any]]:
+    argv = ["journalctl", "--user", "--quiet", f"--user-unit={NAME}", "--output=json", *args]
+    return [json.loads(line) for line in manager.text(*argv).splitlines()]
+
+
+def test_landlock_is_in_force_in_the_service(manager: Manager) -> None:
+    manager.make("install-systemd")
+    invocation = f"_SYSTEMD_INVOCATION_ID={manager.show('InvocationID')}"
+
+    def landlock() -> List[str]:
+        lines = journal(manager, invocation)
+        return [line["MESSAGE"] for line in lines if line["MESSAGE"].startswith("Landlock: ")]
+
+    told = wait_for(landlock, message="what the log says of Landlock")
+    if "this kernel has none" in told[0] or "not enabled at boot" in told[0]:
+        cannot_run("a kernel with Landlock")
+    assert told[0].startswith("Landlock: in force "), told
+
+
+def test_a_signature_is_in_the_journal_with_its_priority(manager: Manager, keys: Keys) -> None:
+    manager.agent(PLACES["runtime"], keys["ed25519"])
+    manager.make("install-systemd")
+    commit(manager, keys.line("ed25519"))
+    invocation = f"_SYSTEMD_INVOCATION_ID={manager.show('InvocationID')}"
+
+    def signed() -> List[Dict[str, Any]]:
+        lines = journal(manager, invocation)
+        return [line for line in lines if line["MESSAGE"].startswith("outcome=signed ")]
+
+    lines = wait_for(signed, message="the line of the signature")
+    assert [line["PRIORITY"] for line in lines] == ["5"]
+    assert lines[0]["SYSLOG_IDENTIFIER"] == NAME
+    told = manager.make("logs", "ARGS=--output=cat --lines=5 --no-pager").stdout.decode()
+    assert lines[0]["MESSAGE"] in told
+
+
+# ---------------------------------------------------------------- uninstalling
+
+
+def test_uninstalling_leaves_the_settings_alone(manager: Manager) -> None:
+    manager.make("install-systemd")
+    manager.make("uninstall")
+    told = manager.make("uninstall-systemd").stdout.decode()
+    assert manager.files() == [str(ENV.relative_to(HOME))]
+    assert f"Kept: {ENV}\n" in told
+    assert f"Removed: {UNIT}\n" in told
+    assert manager.show("LoadState") == "not-found"
+    assert manager.show("ActiveState") == "inactive"
+    assert not manager.exists(RUNTIME / NAME)
+    assert manager.curl(f"{URL}/healthz", check=False).returncode == 7
+    told = manager.make("uninstall-systemd").stdout.decode()
+    assert "No service is installed" in told
+    assert manager.files() == [str(ENV.relative_to(HOME))]
+
+
+def test_uninstalling_leaves_the_users_own_drop_in(manager: Manager) -> None:
+    manager.make("install-systemd")
+    manager.quick()
+    told = manager.make("uninstall-systemd").stdout.decode()
+    mine = SANDBOX.with_name("zz.conf")
+    assert f"Kept: {mine}\n" in told
+    assert manager.exists(mine)
+    assert not manager.exists(SANDBOX)
+
+
+def test_uninstalling_ends_a_service_whose_unit_is_gone(manager: Manager) -> None:
+    manager.make("install-systemd")
+    manager.outside(UNIT).unlink()
+    manager.make("uninstall-systemd")
+    assert not manager.exists(SANDBOX)
+    assert manager.curl(f"{URL}/healthz", check=False).returncode == 7
+
+
+@pytest.mark.parametrize("target", ["status", "logs"])
+def test_what_is_not_installed_is_told_how_to_be(manager: Manager, target: str) -> None:
+    answer = manager.make(target, check=False)
+    assert answer.returncode != 0
+    assert "no service is installed: make install-systemd" in answer.stderr.decode()
+
+
+# ---------------------------------------------------------------- for packagers
+
+
+def test_a_package_gets_files_and_no_manager_is_asked(tree: Path, home: Path, short: Path) -> None:
+    package = short / "the package"
+    settings = ["PREFIX=/usr", f"DESTDIR={package}", "SYSTEMD_USER_DIR=/usr/lib/systemd/user",
+                "CONFIG_DIR=/etc/ssh-agent-proxy"]  # fmt: skip
+    argv = ["make", "--no-print-directory", f"PYTHON={os.path.realpath(sys.executable)}"]
+    env = clean_env(home, PATH=stand_in(home / "bin", "systemctl", "echo asked >&2; exit 1"))
+    answer = run([*argv, "install-systemd", *settings], cwd=tree, env=env)
+    assert b"asked" not in answer.stderr
+    found = {str(path.relative_to(package)): oct(path.stat().st_mode & 0o777)
+             for path in package.rglob("*") if path.is_file()}  # fmt: skip
+    assert found == {
+        "usr/bin/ssh-agent-proxy": "0o755",
+        "usr/bin/ssh-agent-proxy-sign": "0o755",
+        "usr/lib/systemd/user/ssh-agent-proxy.service": "0o644",
+        "etc/ssh-agent-proxy/env": "0o644",
+    }
+    unit = (package / "usr/lib/systemd/user/ssh-agent-proxy.service").read_text()
+    assert '\nExecStart=:"/usr/bin/ssh-agent-proxy"\n' in unit
+    assert "\nEnvironmentFile=-/etc/ssh-agent-proxy/env\n" in unit
+    assert "\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_VSOCK\n" in unit
+    assert str(home) not in unit
+    run([*argv, "uninstall-systemd", *settings], cwd=tree, env=env)
+    assert not (package / "usr/lib/systemd/user/ssh-agent-proxy.service").exists()
+
+
+# ---------------------------------------------------------------- the template of the settings
+
+
+def examples() -> List[Tuple[str, str]]:
+    """Name and value of each setting in the template, commented out or not."""
+    found = re.findall(r"(?m)^#?(SSH_AGENT_PROXY_[A-Z_]+)=(.*)$", TEMPLATE.read_text())
+    return [(name, value) for name, value in found]
+
+
+def test_the_template_has_every_setting_of_the_program() -> None:
+    from ssh_agent_proxy import OPTIONS
+
+    assert {name for name, _ in examples()} == {f"SSH_AGENT_PROXY_{o.variable}" for o in OPTIONS}
+
+
+def test_nothing_of_the_template_is_set() -> None:
+    lines = TEMPLATE.read_text().splitlines()
+    assert [line for line in lines if line and not line.startswith("#")] == []
+
+
+@pytest.mark.parametrize(("name", "value"), examples())
+def test_the_program_takes_the_example(home: Path, name: str, value: str) -> None:
+    from ssh_agent_proxy import COMMANDS, Config
+
+    stand_in(home / "bin", "ssh-askpass", "exit 0")
+    (home / ".ssh").mkdir()
+    (home / ".ssh/id_ed25519.pub").write_text(dict(examples())["SSH_AGENT_PROXY_PUBKEY"])
+    env = {"HOME": str(home), "XDG_RUNTIME_DIR": "/run/user/1", "PATH": str(home / "bin")}
+    alone = dict(env, SSH_AGENT_PROXY_CONFIRM="ssh-askpass") if "_FOR" in name else env
+    default = Config.from_env(alone, [], COMMANDS)
+    config = Config.from_env({**alone, name: value}, [], COMMANDS)
+    field = name[len("SSH_AGENT_PROXY_") :].lower()
+    assert getattr(config, field) != getattr(default, field)
+
+
+def test_systemd_hands_the_examples_on_as_they_stand(manager: Manager) -> None:
+    text = re.sub(r"(?m)^#(SSH_AGENT_PROXY_)", r"\1", TEMPLATE.read_text())
+    manager.write(HOME / "all", text)
+    unit = "[Service]\nType=oneshot\nEnvironmentFile=%h/all\nExecStart=/bin/sh -c 'env >%h/env'\n"
+    manager.write(UNITS / "show.service", unit, 0o644)
+    manager.ctl("daemon-reload")
+    manager.ctl("start", "show")
+    got = manager.outside(HOME / "env").read_text().splitlines()
+    assert {f"{name}={value}" for name, value in dict(examples()).items()} <= set(got)
