@@ -169,7 +169,7 @@ absolute-bindir:
 PLIST = $(HOME)/Library/LaunchAgents/ssh-agent-proxy.plist
 PLIST_LOG = $(HOME)/Library/Logs/ssh-agent-proxy.log
 
-install-launchd: have-launchd install  ## and has launchd run it, as CONFIG_DIR/env says
+install-launchd: have-launchd install  ## macOS: the proxy as a LaunchAgent, set as CONFIG_DIR/env says
 	"$(PYTHON)" -I contrib/launchd/fill.py $(call quote,$(BINDIR)/ssh-agent-proxy) \
 	    $(call quote,$(PLIST_LOG)) $(call quote,$(CONFIG_DIR)/env) $(call quote,$(PLIST))
 	sh contrib/launchd/agent.sh load $(call quote,$(PLIST))
@@ -177,7 +177,7 @@ install-launchd: have-launchd install  ## and has launchd run it, as CONFIG_DIR/
 	    $(call quote,$(PLIST_LOG)) $(call quote,$(CONFIG_DIR)/env)
 
 # (The log and the settings stay, and so do the programs, which uninstall removes.)
-uninstall-launchd: have-launchd  ## has launchd run it no longer
+uninstall-launchd: have-launchd  ## macOS: ends it and removes it; its settings are kept
 	sh contrib/launchd/agent.sh unload $(call quote,$(PLIST))
 	rm -f $(call quote,$(PLIST))
 
@@ -188,33 +188,29 @@ have-launchd:
 
 # ---- the service of systemd
 
-# Through the environment, where no shell reads them.
-install-systemd uninstall-systemd status logs systemd-ready: export BINDIR := $(BINDIR)
-install-systemd uninstall-systemd status logs systemd-ready: export CONFIG_DIR := $(CONFIG_DIR)
-install-systemd uninstall-systemd status logs systemd-ready: export DESTDIR := $(DESTDIR)
-install-systemd uninstall-systemd status logs systemd-ready: \
-    export SYSTEMD_USER_DIR := $(SYSTEMD_USER_DIR)
-pubkey: export PROXY_URL := $(PROXY_URL)
+SERVICE = BINDIR=$(call quote,$(BINDIR)) CONFIG_DIR=$(call quote,$(CONFIG_DIR)) \
+    DESTDIR=$(call quote,$(DESTDIR)) SYSTEMD_USER_DIR=$(call quote,$(SYSTEMD_USER_DIR)) \
+    sh contrib/systemd.sh
 
 # What stands in the way is said before anything is installed.
 install-systemd: systemd-ready install  ## the proxy as a user service, now and at each login
-	@sh contrib/systemd.sh install
+	@$(SERVICE) install
 
 uninstall-systemd: absolute-bindir  ## stops the service and removes it; its settings are kept
-	@sh contrib/systemd.sh uninstall
+	@$(SERVICE) uninstall
 
 status:  ## how the service is
-	@sh contrib/systemd.sh status
+	@$(SERVICE) status
 
 logs:  ## what it logged, in the journal; ARGS=-f follows
-	@sh contrib/systemd.sh logs $(ARGS)
+	@$(SERVICE) logs $(ARGS)
 
 pubkey:  ## the public key that it signs with
-	@case "$$PROXY_URL" in unix:*) url=$$PROXY_URL ;; *) url=$${PROXY_URL%/}/sign ;; esac; \
+	@url=$(call quote,$(PROXY_URL)); case $$url in unix:*) ;; *) url=$${url%/}/sign ;; esac; \
 	unset SSH_AGENT_PROXY_PUBKEY_URL; SSH_AGENT_PROXY_URL=$$url sh shim.sh pubkey
 
 systemd-ready: absolute-bindir
-	@sh contrib/systemd.sh ready
+	@$(SERVICE) ready
 
 clean:  ## removes what the other targets made here
 	rm -rf dist .venv __pycache__ tests/__pycache__ contrib/__pycache__ \

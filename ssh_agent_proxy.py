@@ -756,7 +756,7 @@ def list_keys(exchange: Exchange) -> list[Listed]:
     """The keys that can be used, in the agent's order; AgentError where there is none."""
     identities = parse_identities_answer(exchange.ask(request_identities()))
     if not identities:  # or it refuses to list them
-        raise AgentError("the agent lists no keys (none added, or it is locked)")
+        raise AgentError("the agent lists no keys (none added, or it is locked); ssh-add adds one")
     listed = []
     for key_blob, comment in identities:
         # What the agent holds besides is its own business: keys of types that nobody here knows.
@@ -846,7 +846,7 @@ class Agents:
             with contextlib.suppress(ProxyError), Exchange(Upstream(path), deadline) as exchange:
                 keys = count(len(list_keys(exchange)), "key")
                 return f"; another has {keys}: set SSH_AGENT_PROXY_UPSTREAM={printable(path)}"
-        return "; SSH_AGENT_PROXY_UPSTREAM chooses another" if self.upstream else ""
+        return "; SSH_AGENT_PROXY_UPSTREAM, else SSH_AUTH_SOCK, says which" if self.upstream else ""
 
 
 # -------------------------------------------------------------------------------------- Policy
@@ -1252,7 +1252,8 @@ class Address(NamedTuple):
     port: int
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        host = printable(self.host)
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
 
 class UnixAddress(NamedTuple):
@@ -1431,7 +1432,9 @@ class Config(NamedTuple):
         given = Parser(commands).parse_intermixed_args(argv)
         prefix = "SSH_AGENT_PROXY_"
         known = {prefix + name for name in ("URL", "PUBKEY_URL", "CURL")}  # the shim's own
-        sock = env.get("SSH_AUTH_SOCK")
+        sock = env.get("SSH_AUTH_SOCK", "")
+        with contextlib.suppress(ConfigError):  # in an env file it is nobody's but ours to expand
+            sock = expand(sock, env)
         values: dict[str, Any] = {"upstream": Upstream(sock)} if sock else {}
         for option in OPTIONS:
             field, name = option.variable.lower(), prefix + option.variable
@@ -1468,11 +1471,12 @@ class Config(NamedTuple):
 
     def pinned(self, token: Optional[Token] = None) -> Wanted:
         """The key that alone signs, for TOKEN's client, if any."""
-        file = self.pubkey_file
-        pin = self.pubkey or (file and file.read(lambda text: parse_pin(text, {})))
+        pin, setting, file = self.pubkey, "SSH_AGENT_PROXY_PUBKEY", self.pubkey_file
+        if file and not pin:
+            pin, setting = file.read(lambda text: parse_pin(text, {})), file.setting
         if token and token.key and not (pin and pin.key.fingerprint == token.key):
             return Wanted(fingerprint=token.key, pinned="the key= of this token")
-        return Wanted(pin.key, "", "SSH_AGENT_PROXY_PUBKEY", pin.comment) if pin else Wanted()
+        return Wanted(pin.key, "", setting, pin.comment) if pin else Wanted()
 
     def tokens(self, added: str = "") -> Sequence[Token]:
         """Those who may ask, with a line ADDED; none where everyone may."""
@@ -2248,14 +2252,14 @@ def agent_findings(config: Config, agents: Agents) -> Iterator[Finding]:
     try:
         wanted = config.pinned()
         with agents.exchange() as exchange:
+            yield logging.DEBUG, f"the {exchange.upstream} answers"
             listed = list_keys(exchange)
+            for found, comment in listed:
+                yield logging.DEBUG, f"it holds {found.type} {found.name} {printable(comment)}"
             key = choose(listed, wanted).key
     except ProxyError as e:
         yield logging.ERROR, f"/sign can't work yet: {e}"
         return
-    for found, comment in listed:
-        text = f"the {exchange.upstream} holds {found.type} {found.name} {printable(comment)}"
-        yield logging.DEBUG, text.rstrip()
     why = f", pinned by {wanted.pinned}" if wanted.pinned else " unless another is named"
     yield logging.INFO, f"signing with {key.name}{why}"
     if len(listed) > 1 and not wanted.pinned:
@@ -2332,7 +2336,7 @@ def serve(config: Config) -> int:
 
 def who_listens(address: Union[Address, UnixAddress]) -> str:
     """The Server field of what answers there, or ""."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeError):
         if isinstance(address, UnixAddress):
             sock = socket.socket(socket.AF_UNIX)
             sock.settimeout(2)
@@ -2348,23 +2352,24 @@ def who_listens(address: Union[Address, UnixAddress]) -> str:
 
 def address_findings(config: Config) -> Iterator[Finding]:
     """Whether the proxy could listen there now, or does already."""
-    for address in config.addr:
-        try:
-            for listener in listen(address):
-                where = listener.socket.getsockname()
-                listener.close()
-                yield logging.INFO, f"{listener.name} is free to listen on"
-                if isinstance(address, Address):
-                    with socket.socket(listener.socket.family) as probe:
-                        probe.bind((where[0], 0, *where[2:]))  # without IP_FREEBIND
-        except OSError:
-            yield logging.WARNING, f"{address} is no address of this machine (yet)"
-        except ProxyError as e:
-            server = who_listens(address)
-            if server.startswith(f"{PROGRAM}/"):
-                yield logging.INFO, f"{server} listens on {address} already"
-            else:
-                yield logging.ERROR, str(e)
+    with contextlib.ExitStack() as opened:
+        for address in config.addr:
+            try:
+                for listener in listen(address):
+                    opened.callback(listener.close)
+                    if isinstance(address, Address):
+                        host, _, *scope = listener.socket.getsockname()
+                        with socket.socket(listener.socket.family) as probe:
+                            probe.bind((host, 0, *scope))  # without IP_FREEBIND
+                    yield logging.INFO, f"{listener.name} is free to listen on"
+            except OSError:
+                yield logging.WARNING, f"{address} is no address of this machine (yet)"
+            except ProxyError as e:
+                server = who_listens(address)
+                if server.startswith(f"{PROGRAM}/"):
+                    yield logging.INFO, f"{server} listens on {address} already"
+                else:
+                    yield logging.ERROR, str(e)
 
 
 def service_findings() -> Iterator[Finding]:
@@ -2501,7 +2506,7 @@ def main(argv: Sequence[str]) -> int:
     except OSError as e:  # of the system: no file descriptors, say
         status, why = 1, f"cannot run: {e.strerror or e}"
     fd, line = 2, f"{PROGRAM}: {why}\n"
-    if status == 2 and argv[:1] == ["check"]:
+    if status == 2 and "check" in argv and "token" not in argv:
         fd, line = 1, f"{MARKS[logging.ERROR]} {why}\n"
     with contextlib.suppress(OSError):  # nobody can be told
         os.write(fd, line.encode("utf-8", "backslashreplace"))

@@ -53,14 +53,25 @@ ready() {
         ;;
     esac
     for file in "$unit" "$sandbox"; do
-        [ ! -e "$file" ] || is_ours "$file" ||
-            fail "$file was not written by make: move it away, then run this again" \
-                "(nothing was changed)"
+        ! is_foreign "$file" || [ ! -e "$file.old" ] ||
+            fail "$file was not written by make, and is to become $file.old, which is there" \
+                "already: move one of them away, then run this again (nothing was changed)"
     done
 }
 
 is_ours() {
     grep -qF "$MARK" "$1"
+}
+
+is_foreign() {
+    [ -e "$1" ] && ! is_ours "$1"
+}
+
+# A unit of the same name that somebody else wrote (another program of this name, say) is kept.
+put_aside() {
+    is_foreign "$1" || return 0
+    mv "$1" "$1.old"
+    printf 'Kept: %s, as %s.old\n' "$1" "$1"
 }
 
 # Leaves in $units the folders that the manager reads.
@@ -210,6 +221,8 @@ update() {
     fi
     [ -n "$changed" ] || return 0
     user stop "$UNIT" 2>/dev/null || : # where it was not there
+    put_aside "$unit"
+    put_aside "$sandbox"
     place 755 644 "$tmp/unit" "$unit"
     printf 'Written: %s\n' "$unit"
     if [ -z "$refused" ]; then

@@ -29,13 +29,11 @@ URL = "http://127.0.0.1:7221"
 IGNORED = shutil.ignore_patterns(".git", ".venv", "dist", "tests", "__pycache__", ".*_cache")
 
 
-def python_inside() -> Tuple[List[str], str]:
-    """The Python of these tests, as the account can run it: its home may well be closed to it."""
-    executable = Path(os.path.realpath(sys.executable))
-    if executable.is_relative_to("/usr"):
-        return [], str(executable)
-    prefix = Path(os.path.realpath(sys.base_prefix))
-    return ["-p", str(prefix)], str(Path("/srv/python") / executable.relative_to(prefix))
+def closed(folder: Path) -> bool:
+    """Whether the account can't look into it, or finds another there."""
+    above = [folder, *folder.parents]
+    private = any(path.stat().st_mode & 0o005 != 0o005 for path in above)
+    return private or bool({Path("/home"), Path("/tmp")} & set(above))
 
 
 class Manager:
@@ -45,7 +43,9 @@ class Manager:
         self.folder = Path(tempfile.mkdtemp(prefix="sap.", dir="/tmp"))
         self.installed = False
         self.agents: List[str] = []
-        mount, self.python = python_inside()
+        self.python = os.path.realpath(sys.executable)
+        prefix = Path(os.path.realpath(sys.base_prefix))
+        mount = ["-p", str(prefix)] if closed(prefix) else []
         shutil.copytree(ROOT, self.folder / "tree", ignore=IGNORED)
         run(["chown", "-R", f"{UID}:{UID}", self.folder])
         self.process = subprocess.Popen(
@@ -354,13 +354,40 @@ def test_a_bindir_with_a_blank_works_through_make(manager: Manager) -> None:
     assert manager.curl(f"{URL}/healthz").stdout == b"ok\n"
 
 
-def test_a_unit_of_the_users_is_not_replaced(manager: Manager) -> None:
-    manager.write(UNIT, "[Service]\nExecStart=/bin/true\n", 0o644)
+OTHER = """\
+[Service]
+Type=exec
+ExecStart=/bin/sleep 1000
+EnvironmentFile=%h/.config/ssh-agent-proxy/env
+[Install]
+WantedBy=default.target
+"""
+
+
+def test_the_service_of_another_program_of_that_name_is_replaced_and_kept(
+    manager: Manager, keys: Keys
+) -> None:
+    manager.agent(HOME / "agent", keys["ed25519"])
+    settings = "SSH_AUTH_SOCK=%h/agent\nSSH_AGENT_PROXY_ADDR=127.0.0.1:7221\n"
+    manager.write(ENV, settings, 0o600)
+    manager.write(UNIT, OTHER, 0o644)
+    manager.ctl("daemon-reload")
+    manager.ctl("enable", "--now", UNIT.name)
+    manager.make("install-systemd")
+    assert manager.outside(UNIT.with_name(UNIT.name + ".old")).read_text() == OTHER
+    assert manager.outside(ENV).read_text() == settings
+    assert manager.curl(f"{URL}/publickey").stdout.decode().strip() == keys.line("ed25519")
+
+
+def test_what_was_kept_is_not_overwritten(manager: Manager) -> None:
+    old = UNIT.with_name(UNIT.name + ".old")
+    manager.write(UNIT, OTHER, 0o644)
+    manager.write(old, "# the first\n", 0o644)
     answer = manager.make("install-systemd", check=False)
     assert answer.returncode != 0
     assert f"{UNIT} was not written by make" in answer.stderr.decode()
-    assert manager.files() == [str(UNIT.relative_to(HOME))]
-    assert manager.outside(UNIT).read_text() == "[Service]\nExecStart=/bin/true\n"
+    assert sorted(manager.files()) == sorted(str(p.relative_to(HOME)) for p in (UNIT, old))
+    assert manager.outside(UNIT).read_text() == OTHER
 
 
 def test_a_folder_that_systemd_does_not_read_is_refused(manager: Manager) -> None:
