@@ -846,7 +846,7 @@ class Agents:
             with contextlib.suppress(ProxyError), Exchange(Upstream(path), deadline) as exchange:
                 keys = count(len(list_keys(exchange)), "key")
                 return f"; another has {keys}: set SSH_AGENT_PROXY_UPSTREAM={printable(path)}"
-        return "; SSH_AGENT_PROXY_UPSTREAM, else SSH_AUTH_SOCK, says which" if self.upstream else ""
+        return "; SSH_AGENT_PROXY_UPSTREAM or SSH_AUTH_SOCK names it" if self.upstream else ""
 
 
 # -------------------------------------------------------------------------------------- Policy
@@ -1532,10 +1532,8 @@ class Head(NamedTuple):
 
 
 def read_line(stream: BinaryIO, limit: int, what: str) -> str:
-    """A line of at most LIMIT bytes off STREAM, a character for each, without its CR LF.
-
-    A bare CR or LF is where two readers disagree on what a line is: RequestError 400.
-    """
+    """A line of at most LIMIT bytes off STREAM, a character for each, without its CR LF. A bare CR
+    or LF is where two readers disagree on what a line is: RequestError 400."""
     line = stream.readline(limit)
     if line.endswith(b"\r\n") and line.find(b"\r") == len(line) - 2:
         return line[:-2].decode("latin-1")
@@ -1596,10 +1594,8 @@ def read_head(stream: BinaryIO) -> Head:
 
 
 def chunk_sizes(stream: BinaryIO) -> Iterator[int]:
-    """The chunks' sizes of a chunked body (RFC 9112 section 7.1); RequestError 400, 413 or 431.
-
-    The caller reads that many bytes off STREAM before it asks for the next.
-    """
+    """The chunks' sizes of a chunked body (RFC 9112 section 7.1), each of which is to be read off
+    STREAM before the next is asked for; RequestError 400, 413 or 431."""
     total = 0
     while True:
         line = read_line(stream, MAX_LINE, "a chunk's size")
@@ -1645,9 +1641,8 @@ STATUSES: dict[type[ProxyError], int] = {
 def read_shim() -> bytes:
     """shim.sh from beside this file or from the same zip; 404 where only this file was copied."""
     try:
-        loader = globals()["__loader__"]
-        folder = os.path.dirname(os.path.realpath(__file__))
-        return bytes(loader.get_data(os.path.join(folder, "shim.sh")))
+        path = os.path.join(os.path.dirname(os.path.realpath(__file__)), "shim.sh")
+        return bytes(globals()["__loader__"].get_data(path))
     except OSError as e:
         raise RequestError(404, "no shim.sh here: copy it too, from where this program came") from e
 
@@ -1659,7 +1654,7 @@ class Client(io.RawIOBase):
         self.socket = sock
         self.since = time.monotonic()  # when its last byte came
         self.limit = self.since + HEAD_SECONDS
-        self.gap: float = GAP_SECONDS  # 0: what is here now, or nothing; below, not even that
+        self.gap: float = GAP_SECONDS  # 0: what is here now, or nothing; below 0: not even that
         self.begun = False  # it has sent something
 
     def readable(self) -> bool:
@@ -1669,17 +1664,14 @@ class Client(io.RawIOBase):
         """RequestError 408 where nothing came in time; ClientGone."""
         left = min(self.limit - time.monotonic(), self.gap)
         try:
-            if left < 0:
-                raise socket.timeout
-            self.socket.settimeout(left)
+            self.socket.settimeout(left)  # ValueError where it is below 0
             size = self.socket.recv_into(buffer)
-        except (socket.timeout, BlockingIOError) as e:
+        except (socket.timeout, BlockingIOError, ValueError) as e:
             raise RequestError(408, "the request took too long to arrive") from e
         except OSError as e:
             raise ClientGone(f"the connection broke: {e.strerror or e}") from e
-        if size:
-            self.since = time.monotonic()
-            self.begun = True
+        self.since = time.monotonic()
+        self.begun = self.begun or size > 0
         return size
 
 
@@ -1705,13 +1697,12 @@ class Handler:
     """One connection: one request, one answer, one line in the log."""
 
     def __init__(self, connection: socket.socket, proxy: "Server") -> None:
-        self.command = ""  # until the head is read
         self.request = connection
         self.proxy = proxy
         self.accepted = time.monotonic()
         self.client = Client(connection)
         self.stream = io.BufferedReader(self.client, BUFFER // 4)
-        self.whole = False  # the request is read to its end
+        self.whole = False  # the request ends with its head
         # Under the server's lock, for it may give the place to another connection:
         self.reading = True  # it may; once False, the answer is the thread's own to give
         self.told = False  # it did, and has answered in our stead
@@ -1722,12 +1713,8 @@ class Handler:
 
     def handle(self, address: Any) -> None:
         self.peer = peer_fields(self.request, address)
-        answer = BUSY
         try:
-            if self.proxy.admit(self):
-                answer = self.answer()
-            else:
-                self.client.begun = True  # it has its answer before it has sent a byte
+            answer = self.answer()
         except ProxyError as e:
             status = e.status if isinstance(e, RequestError) else STATUSES.get(type(e), 503)
             answer = plain(status, str(e), *getattr(e, "fields", ()))
@@ -1764,19 +1751,16 @@ class Handler:
         total, nul, kept = 0, False, bytearray()
         for left in chunk_sizes(self.stream) if head.chunked else [head.length or 0]:
             total += left
-            data = bytearray(min(left, BUFFER))
-            buffer = memoryview(data)
             while left:
-                size = self.stream.readinto1(buffer[:left])
-                if not size:
+                piece = self.stream.read1(min(left, BUFFER))
+                if not piece:
                     raise RequestError(400, "the request ended inside its body")
-                hasher.update(buffer[:size])
-                nul = nul or data.find(0, 0, size) >= 0
-                kept += buffer[: min(size, KEPT - len(kept))]
-                left -= size
+                hasher.update(piece)
+                nul = nul or b"\0" in piece
+                kept += piece[: KEPT - len(kept)]
+                left -= len(piece)
         if not total:
             raise RequestError(400, "an empty body: there is nothing to sign")
-        self.whole = True
         self.payload = parse_payload(bytes(kept), total, nul)
         digest = f"{hash_algorithm}:{hasher.hexdigest()}"
         self.noted.update(kind=self.payload.kind, digest=digest)
@@ -1784,21 +1768,23 @@ class Handler:
 
     def answer(self) -> Answer:
         """Decides in the order of what costs least."""
+        if not self.proxy.admit(self):
+            self.client.begun = True  # it has its answer before it has sent a byte
+            return BUSY
         first = self.stream.peek(5)[:5]
-        self.command = "HEAD" if first == b"HEAD " else ""  # for errors too
+        self.noted = {"method": "HEAD"} if first == b"HEAD " else {}  # for errors too
         if first[:1] == b"\x16":
             raise RequestError(400, "this is TLS: use http://, not https://")
         head = read_head(self.stream)
         self.client.limit = self.accepted + REQUEST_SECONDS
-        self.whole = not head.chunked and not head.length
-        self.command = head.method
+        # A POST may bring a body that it does not announce.
+        self.whole = not head.chunked and not head.length and head.method != "POST"
         self.noted = {"method": head.method, "path": head.path.partition("?")[0]}  # no secret
         for host in head.hosts:
             check_host(host, self.proxy.config.allowed_hosts)
         check_browser(head.fields)
         if head.path not in self.ROUTES:
-            known = ", ".join(self.ROUTES)
-            raise RequestError(404, f"no such path: there are {known}, without a query")
+            raise RequestError(404, f"no path but {', '.join(self.ROUTES)}, without a query")
         methods, route = self.ROUTES[head.path]
         if head.method not in methods.split(", "):
             raise RequestError(405, f"{head.path} takes {methods}", ("Allow", methods))
@@ -1819,7 +1805,6 @@ class Handler:
     def answer_sign(self, head: Head) -> Answer:
         namespace, hash_algorithm, wanted = self.choices(head)
         if not head.chunked and head.length is None:
-            self.whole = False  # it may send one all the same
             raise RequestError(411, "a body with Content-Length or chunked is needed")
         if head.length and head.length > MAX_BODY:
             raise RequestError(413, "more than 1 GiB to sign")
@@ -1849,8 +1834,8 @@ class Handler:
         holds = f"for {consent.hold:g} s, and every {payload.kind}" if consent.hold else ""
         facts = {"asked by": ", ".join(names), "key": key or "the first that the agent lists",
                  "namespace": namespace, "a yes holds": holds}  # fmt: skip
-        what = (who, payload.kind, namespace, key)
-        consent.obtain(consent_prompt(payload, facts), what, self.request)
+        prompt = consent_prompt(payload, facts)
+        consent.obtain(prompt, (who, payload.kind, namespace, key), self.request)
 
     def answer_publickey(self, head: Head) -> Answer:
         wanted = self.choices(head)[2]
@@ -1883,12 +1868,10 @@ class Handler:
 
     def send(self, answer: Answer) -> None:
         """The log's line, and then the answer: no signature leaves that is not on record."""
-        status, body = answer.status, answer.body
-        outcome = "served" if status < 400 else "refused" if status < 500 else "failed"
+        status, content_type, body, fields = answer
+        kind = "busy" if answer is BUSY else {2: "served", 4: "refused", 5: "failed"}[status // 100]
         ms = round(1000 * (time.monotonic() - self.accepted))
-        noted = {"outcome": outcome, "status": f"{status}", **self.peer, "ms": f"{ms}"} | self.noted
-        if answer is BUSY:
-            noted["outcome"] = "busy"
+        noted = {"outcome": kind, "status": f"{status}", **self.peer, "ms": f"{ms}"} | self.noted
         if self.payload:
             noted.update({n: v for n, v in self.payload.fields.items() if n in NOTED})
         if status >= 400:
@@ -1897,15 +1880,13 @@ class Handler:
         LOG.log(logging.INFO if noted["outcome"] == "served" else AUDIT, "%s", line)
 
         when = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
-        head = (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+        head = (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
                 f"Server: {PROGRAM}/{VERSION}\r\nDate: {when}\r\n"
-                f"Content-Type: {answer.content_type}\r\nContent-Length: {len(body)}\r\n"
-                "Connection: close\r\n")  # fmt: skip
-        head += "".join([f"{name}: {value}\r\n" for name, value in answer.fields]) + "\r\n"
-        data = head.encode() + (b"" if self.command == "HEAD" else body)
+                f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n")  # fmt: skip
+        head += "".join([f"{name}: {value}\r\n" for name, value in fields]) + "\r\n"
         with contextlib.suppress(OSError):  # it went away: the log has what it would have got
             self.request.settimeout(ANSWER_SECONDS)
-            self.request.sendall(data)
+            self.request.sendall(head.encode() + (b"" if noted.get("method") == "HEAD" else body))
             # Here, not at the close: a client that reads to the end need not wait for what is left.
             self.request.shutdown(socket.SHUT_WR)
 
@@ -1915,7 +1896,7 @@ class Handler:
         self.client.limit = time.monotonic() + LINGER_SECONDS
         self.client.gap = 0
         with contextlib.suppress(ProxyError):
-            if self.whole and not self.stream.peek(1):
+            if (self.whole or self.payload) and not self.stream.peek(1):
                 return
             self.proxy.linger(self)
             self.client.gap = LINGER_GAP
@@ -1995,8 +1976,7 @@ def listen(address: Union[Address, UnixAddress]) -> list[Listener]:
             raise error
     except (OSError, UnicodeError) as e:
         why = getattr(e, "strerror", None) or e
-        message = f"cannot listen on {address}: {why} (SSH_AGENT_PROXY_ADDR chooses another)"
-        raise ProxyError(message) from e
+        raise ProxyError(f"cannot listen on {address}: {why} (SSH_AGENT_PROXY_ADDR sets it)") from e
     return listeners
 
 
@@ -2505,11 +2485,12 @@ def main(argv: Sequence[str]) -> int:
         status, why = 2 if isinstance(e, ConfigError) else 1, str(e)
     except OSError as e:  # of the system: no file descriptors, say
         status, why = 1, f"cannot run: {e.strerror or e}"
-    fd, line = 2, f"{PROGRAM}: {why}\n"
+    told = {2: PROGRAM + ":"}
     if status == 2 and "check" in argv and "token" not in argv:
-        fd, line = 1, f"{MARKS[logging.ERROR]} {why}\n"
-    with contextlib.suppress(OSError):  # nobody can be told
-        os.write(fd, line.encode("utf-8", "backslashreplace"))
+        told[1] = MARKS[logging.ERROR]  # where its reader looks
+    for fd, mark in told.items():
+        with contextlib.suppress(OSError):  # nobody can be told
+            os.write(fd, f"{mark} {why}\n".encode("utf-8", "backslashreplace"))
     return status
 
 
