@@ -2235,7 +2235,8 @@ def agent_findings(config: Config, agents: Agents) -> Iterator[Finding]:
             yield logging.DEBUG, f"the {exchange.upstream} answers"
             listed = list_keys(exchange)
             for found, comment in listed:
-                yield logging.DEBUG, f"it holds {found.type} {found.name} {printable(comment)}"
+                line = f"it holds {found.type} {found.name} {printable(comment)}"
+                yield logging.DEBUG, line.rstrip()
             key = choose(listed, wanted).key
     except ProxyError as e:
         yield logging.ERROR, f"/sign can't work yet: {e}"

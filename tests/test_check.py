@@ -86,10 +86,12 @@ class Report(NamedTuple):
 
 
 def parse(done: subprocess.CompletedProcess[bytes]) -> Report:
-    assert done.stderr == b""
     text = done.stdout.decode()
     assert text.endswith("\n")
     lines = text[:-1].split("\n")
+    # As with every other command, a wrong setting is told on stderr too.
+    told = lines[0].replace("FAIL ", "ssh-agent-proxy: ") + "\n" if done.returncode == 2 else ""
+    assert done.stderr.decode() == told
     for line in lines:
         assert re.match(r"(ok  |warn|FAIL) \S", line), lines
         assert line.isprintable(), lines
@@ -175,16 +177,17 @@ def test_an_agent_with_a_key_is_exit_0(home: Path, agent: Agent, key: str) -> No
 
 def test_the_agent_and_its_key_are_told_to_the_letter(home: Path, agent: Agent, key: str) -> None:
     report = check(home, "--upstream", agent.sock)
-    assert report.lines[0] == (
-        f"ok   the agent at '{agent.sock}' holds ssh-ed25519 {fingerprint(key)} ed25519@test"
-    )
+    assert report.lines[:2] == [
+        f"ok   the agent at '{agent.sock}' answers",
+        f"ok   it holds ssh-ed25519 {fingerprint(key)} ed25519@test",
+    ]
 
 
 def test_every_key_is_a_line_in_the_agents_order(home: Path, agent: Agent, keys: Keys) -> None:
     names = ["rsa2048", "ed25519", "ecdsa256"]
     for name in names:
         agent.add(keys[name])
-    found = check(home, "--upstream", agent.sock).found(r"^ok   the agent at \S+ holds ")
+    found = check(home, "--upstream", agent.sock).found("^ok   it holds ")
     listed = run(["ssh-add", "-l"], env=agent.env).stdout.decode().splitlines()
     assert [line.split()[-2:] for line in found] == [line.split()[1:3] for line in listed]
     assert [line.split()[-3] for line in found] == [keys.line(n).split()[0] for n in names]
@@ -225,7 +228,7 @@ def test_several_keys_of_which_one_is_pinned_are_no_warning(
 
 def test_the_agent_of_ssh_auth_sock_is_used(home: Path, agent: Agent, key: str) -> None:
     report = check(home, SSH_AUTH_SOCK=agent.sock)
-    assert report.one(" holds ").startswith(f"ok   the agent at '{agent.sock}' ")
+    assert report.one(" answers$") == f"ok   the agent at '{agent.sock}' answers"
 
 
 def test_the_upstream_wins_over_ssh_auth_sock(home: Path, agent: Agent, key: str) -> None:
@@ -238,13 +241,13 @@ def test_without_any_setting_a_well_known_agent_is_used(
     agent = start_agent(short / "ssh-agent.socket")
     agent.add(keys["ed25519"])
     report = check(home, XDG_RUNTIME_DIR=short)
-    assert report.one(" holds ").startswith(f"ok   the agent at '{agent.sock}' ")
+    assert report.one(" answers$") == f"ok   the agent at '{agent.sock}' answers"
     report.works()
 
 
 def test_no_agent_at_all_is_told_with_all_the_places(home: Path, short: Path) -> None:
     line = check(home, XDG_RUNTIME_DIR=short).fails()
-    for word in (NAME + "UPSTREAM", "SSH_AUTH_SOCK is not set"):
+    for word in (NAME + "UPSTREAM", "SSH_AUTH_SOCK (unset)"):
         assert word in line
     for path in p.well_known_sockets(sys.platform, str(home), str(short)):
         assert path in line
@@ -312,7 +315,9 @@ def test_an_agent_without_keys_is_named_with_the_cause_and_the_ways_out(
 
 
 def test_an_agent_without_keys_is_told_by_its_path(home: Path, agent: Agent) -> None:
-    assert f"'{agent.sock}'" in check(home, "--upstream", agent.sock).fails()
+    report = check(home, "--upstream", agent.sock)
+    report.fails()
+    assert report.one(" answers$") == f"ok   the agent at '{agent.sock}' answers"
 
 
 def test_an_agent_with_an_empty_list_is_not_told_of_as_one_that_signs(
@@ -344,7 +349,7 @@ def test_another_well_known_agent_with_keys_is_named_with_the_setting_that_selec
     environment = {"XDG_RUNTIME_DIR": short, "SSH_AUTH_SOCK": first.sock}
     line = check(home, **environment).fails()
     assert "has 1 key" in line
-    match = re.search(r"(SSH_AGENT_PROXY_UPSTREAM)=(\S+) selects it", line)
+    match = re.search(r"set (SSH_AGENT_PROXY_UPSTREAM)=(\S+)$", line)
     assert match
     check(home, **environment, **{match[1]: match[2]}).works()
 
@@ -379,12 +384,12 @@ UNUSABLE = [
 ]
 
 
-def test_an_agent_with_unusable_keys_only_is_told_with_their_number(
+def test_an_agent_with_unusable_keys_only_is_told(
     home: Path, scripted_agent: Scripted
 ) -> None:
     path = scripted_agent(answering(identities(*UNUSABLE)))
     line = check(home, "--upstream", path).fails()
-    for word in (f"'{path}'", "3 keys", "none of a type", NAME + "UPSTREAM"):
+    for word in (f"'{path}'", "none of a type", NAME + "UPSTREAM"):
         assert word in line
 
 
@@ -423,7 +428,7 @@ LIES = [
     ("announces 4 GiB", answering(b"\xff\xff\xff\xff"), "announced a message of 4294967295 bytes"),
     ("announces nothing", answering(b"\0\0\0\0"), "announced a message of 0 bytes"),
     ("sends more than announced", answering(message(b"\x0c\0\0\0\0") + b"x"), "1 bytes more"),
-    ("refuses to list", answering(message(b"\x05")), "refuses to list its keys (is it locked?)"),
+    ("refuses to list", answering(message(b"\x05")), "lists no keys (none added, or it is locked)"),
 ]
 
 
@@ -432,9 +437,9 @@ def test_an_agent_that_breaks_the_protocol_is_named_with_what_it_did(
     handler: Callable[[socket.socket], None], cause: str, home: Path, scripted_agent: Scripted
 ) -> None:
     path = scripted_agent(handler)
-    line = check(home, "--upstream", path).fails()
-    assert f"'{path}'" in line
-    assert cause in line
+    report = check(home, "--upstream", path)
+    assert cause in report.fails()
+    assert report.one(" answers$") == f"ok   the agent at '{path}' answers"
 
 
 NO_LISTS = [
@@ -453,9 +458,9 @@ def test_a_list_that_is_none_is_told(
     assert cause in line
 
 
-def test_an_agent_whose_list_is_none_is_named(home: Path, scripted_agent: Scripted) -> None:
+def test_an_agent_whose_list_is_none_is_told(home: Path, scripted_agent: Scripted) -> None:
     path = scripted_agent(answering(message(b"\x0e")))
-    assert f"'{path}'" in check(home, "--upstream", path).fails()
+    assert "identities answer: message type 14" in check(home, "--upstream", path).fails()
 
 
 def test_an_agent_that_hangs_is_named_once_the_timeout_is_over(
@@ -527,9 +532,8 @@ def bridge(short: Path, agent: Agent) -> str:
 
 def test_an_agent_behind_a_command_is_told(home: Path, bridge: str, key: str) -> None:
     report = check(home, "--upstream", f"exec:{bridge}")
-    line = report.one(" holds ")
-    assert line.startswith(f"ok   the agent command '{bridge}' holds ")
-    assert fingerprint(key) in line
+    report.one(f"^ok   the agent command '{bridge}' answers$")
+    assert fingerprint(key) in report.one(" holds ")
     report.works()
 
 
@@ -880,7 +884,7 @@ def test_a_host_that_is_none_is_one_line(host: str, home: Path, agent: Agent, ke
 def test_a_host_without_an_address_is_named(on: On) -> None:
     line = on("[::1%nosuchif]:7221").fails()
     assert "[::1%nosuchif]:7221" in line
-    assert "no such name" in line
+    assert "SSH_AGENT_PROXY_ADDR" in line
 
 
 def test_the_same_port_twice_is_told_for_serve_would_not_start(on: On) -> None:
@@ -921,7 +925,11 @@ def test_a_unix_address_is_told(
     assert mark == "ok   " or NAME + "ADDR" in line
 
 
-@pytest.mark.parametrize("make", [row[1] for row in UNIX], ids=[row[0] for row in UNIX])
+# (A stale socket is removed, as by serve: nobody can have any use for it.)
+LEFT = [row for row in UNIX if row[0] != "stale"]
+
+
+@pytest.mark.parametrize("make", [row[1] for row in LEFT], ids=[row[0] for row in LEFT])
 def test_a_unix_address_is_left_as_it_was(
     make: Callable[[Path], None], on: On, short: Path
 ) -> None:
@@ -1456,7 +1464,7 @@ def test_without_sign_no_signature_is_asked_for(
 
 def test_with_sign_a_refusal_is_exit_1(home: Path, requests: Tuple[Path, List[int]]) -> None:
     line = check(home, "--upstream", requests[0], "--sign").fails()
-    for word in ("test signature", f"'{requests[0]}'", "refused to sign"):
+    for word in ("test signature", "refused to sign"):
         assert word in line
     assert p.SSH_AGENTC_SIGN_REQUEST in requests[1]
 
