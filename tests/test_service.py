@@ -795,6 +795,35 @@ def test_another_agent_changes_the_status_under_landlock_too(
     manager.wait_status(re.escape(f"{where}, using the agent at '{second.sock}'"))
 
 
+# The first request is served as soon as there is a thread for it.
+EARLY = f"""\
+import socket, sys
+sys.path.insert(0, {str(ROOT)!r})
+import ssh_agent_proxy as p
+def start_thread(server, listener, real=p.Server.start_thread):
+    p.Server.start_thread = real
+    real(server, listener)
+    with socket.socket(socket.AF_UNIX) as s:
+        s.connect(listener.socket.getsockname())
+        s.sendall(b"GET /publickey HTTP/1.0\\r\\n\\r\\n")
+        while s.recv(65536):
+            pass
+p.Server.start_thread = start_thread
+sys.exit(p.main(sys.argv[2:]))
+"""
+
+
+def test_a_first_request_that_comes_early_is_in_the_status(
+    manager: Manager, start_notifying: Callable[..., Proxy], agent: Agent, keys: Keys, short: Path
+) -> None:
+    agent.add(keys["ed25519"])
+    script = short / "start"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-c", EARLY])} "$@"\n')
+    script.chmod(0o755)
+    start_notifying(upstream=agent.sock, addr=f"unix:{short}/s", python=str(script))
+    manager.wait_status(rf"listening on unix:{short}/s, using the agent at '{agent.sock}'")
+
+
 def test_an_agent_that_is_not_there_is_told_until_it_is(
     manager: Manager, start_notifying: Callable[..., Proxy], start_agent: Callable[..., Agent],
     keys: Keys, short: Path,
