@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,12 +11,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import pytest
-from conftest import PROXY, ROOT, Agent, Keys, Proxy, cannot_run, http, run, wait_for
+from conftest import PROXY, ROOT, Agent, Keys, Proxy, cannot_run, clean_env, http, run, wait_for
 
 import ssh_agent_proxy as p
 
@@ -94,55 +96,6 @@ def test_no_core_dump(start_limited: Callable[..., Proxy]) -> None:
 def test_no_new_privileges(proxy: Proxy) -> None:
     assert status(proxy.pid)["NoNewPrivs"] == "1"
     assert status(os.getpid())["NoNewPrivs"] == "0", "it is so for the tests already"
-
-
-ATTACH = """\
-import ctypes, os, sys
-pid = int(sys.argv[1])
-PTRACE_SEIZE, PTRACE_O_EXITKILL = 0x4206, 0x100000
-libc = ctypes.CDLL(None, use_errno=True)
-libc.ptrace.argtypes = 4 * [ctypes.c_long]
-libc.ptrace.restype = ctypes.c_long
-try:
-    with open(f"/proc/{pid}/mem", "rb"):
-        print("memory open")
-except OSError as e:
-    print(e.strerror)
-print("attached" if libc.ptrace(PTRACE_SEIZE, pid, 0, 0) == 0 else os.strerror(ctypes.get_errno()))
-"""
-
-
-@pytest.fixture
-def attach(short: Path, launcher: List[str]) -> Callable[[int], List[str]]:
-    """Tries to look into a process, as the same user: what came of reading, and of attaching."""
-    script = short / "attach.py"
-    script.write_text(ATTACH)
-
-    def attempt(pid: int) -> List[str]:
-        done = run([*launcher, "", "drop", sys.executable, script, pid])
-        return done.stdout.decode().splitlines()
-
-    return attempt
-
-
-@pytest.fixture
-def neighbour(launcher: List[str]) -> Iterator[int]:
-    """The pid of a process of the same user's that has given up nothing."""
-    argv = [*launcher, "", "drop", sys.executable, "-c", "print(); input()"]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        process.stdout.readline()  # it runs
-        yield process.pid
-        process.kill()
-
-
-def test_no_other_process_of_the_user_looks_into_it(
-    start_limited: Callable[..., Proxy], attach: Callable[[int], List[str]], neighbour: int
-) -> None:
-    if attach(neighbour) != ["memory open", "attached"]:
-        cannot_run("no process may trace another here: see kernel.yama.ptrace_scope")
-    proxy = start_limited()
-    assert attach(proxy.pid) == ["Permission denied", "Operation not permitted"]
 
 
 # ---------------------------------------------------------------- memory that is locked, or not
@@ -333,3 +286,406 @@ def test_a_step_that_fails_is_one_warning_and_no_end(
 
 def test_an_unknown_system_is_left_alone() -> None:
     assert p.harden("plan9") == []
+
+
+# ---------------------------------------------------------------- what is said, and what is so
+
+# The program with a hook: GET /shim answers what the system says of the process (in one of its
+# worker threads); after `check` that is printed.
+INSIDE = f"""\
+import ctypes, json, os, resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+libc = ctypes.CDLL(None)  # before anything is put in its place
+import ssh_agent_proxy as p
+flags, argv = sys.argv[1].split(","), sys.argv[3:]
+{{pretend}}
+def facts():
+    with open("/proc/thread-self/status") as f:
+        status = dict(line.rstrip("\\n").split(":\\t", 1) for line in f if ":\\t" in line)
+    with open("/proc/self/limits") as f:
+        core = next(line.split()[4:6] for line in f if line.startswith("Max core file size"))
+    try:
+        os.close(os.open("/dev/null", os.O_WRONLY))
+        confined = False
+    except PermissionError:
+        confined = True
+    return [core == ["0", "0"], libc.prctl(3, 0, 0, 0, 0) == 0, status["NoNewPrivs"] == "1",
+            status["VmLck"].split()[0] != "0", confined]
+def harden(platform, real=p.harden):
+    steps = real(platform) if "unhardened" not in flags else []
+    if "dumpable" in flags:
+        libc.prctl(4, 1, 0, 0, 0)
+    return steps
+p.harden = harden
+p.read_shim = lambda: json.dumps(facts()).encode()
+status = p.main(argv)
+if "check" in argv:
+    print(json.dumps(facts()))
+sys.exit(status)
+"""
+
+# Memory that may be locked without a limit, where that can't be had: as PRETEND does.
+WITHOUT_LIMIT = """\
+if "unlimited" in flags:
+    get, put = resource.getrlimit, resource.setrlimit
+    def getrlimit(which):
+        return 2 * (resource.RLIM_INFINITY,) if which == resource.RLIMIT_MEMLOCK else get(which)
+    def setrlimit(which, limits):
+        if which != resource.RLIMIT_MEMLOCK:
+            put(which, limits)
+    resource.getrlimit, resource.setrlimit = getrlimit, setrlimit
+"""
+INSIDE = INSIDE.replace("{pretend}\n", WITHOUT_LIMIT)
+
+# Runs the rest of its command line where the kernel answers some system calls with an error, or
+# with 0 and does nothing: [name, error, [[number of an argument, value, whether it has it], ...]].
+SECCOMP = """\
+import ctypes, errno, json, os, platform, struct, sys
+rules, argv = json.loads(sys.argv[1]), sys.argv[2:]
+NUMBERS = {"landlock_create_ruleset": 444, "landlock_add_rule": 445, "landlock_restrict_self": 446}
+ARCHITECTURES = {
+    "x86_64": (0xC000003E, {"prctl": 157, "mlockall": 151, "setrlimit": 160, "prlimit64": 302}),
+    "aarch64": (0xC00000B7, {"prctl": 167, "mlockall": 230, "setrlimit": 164, "prlimit64": 261}),
+}
+if platform.machine() not in ARCHITECTURES:
+    sys.exit("its system calls are not known here")
+audit, more = ARCHITECTURES[platform.machine()]
+NUMBERS.update(more)
+LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
+KILL, ERROR, ALLOW = 0x80000000, 0x50000, 0x7FFF0000
+code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, audit), (RETURN, 0, 0, KILL)]
+for name, number, conditions in rules:
+    left = 2 * len(conditions) + 1
+    code += [(LOAD, 0, 0, 0), (EQUAL, 0, left, NUMBERS[name])]
+    for index, value, equal in conditions:
+        left -= 2
+        skip = (0, left) if equal else (left, 0)
+        code += [(LOAD, 0, 0, 16 + 8 * index), (EQUAL, *skip, value)]
+    code += [(RETURN, 0, 0, ERROR | number)]
+code += [(RETURN, 0, 0, ALLOW)]
+data = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *one) for one in code))
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+program = Program(len(code), ctypes.addressof(data))
+libc = ctypes.CDLL(None, use_errno=True)
+PR_SET_SECCOMP, FILTER, PR_SET_NO_NEW_PRIVS = 22, 2, 38
+def install():
+    return libc.prctl(PR_SET_SECCOMP, FILTER, ctypes.byref(program), 0, 0) == 0
+if not install() and (libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or not install()):
+    sys.exit(os.strerror(ctypes.get_errno()))
+os.execv(argv[0], argv)
+"""
+
+STEPS = [
+    "no core dumps",
+    "no debugger, no reading of memory",
+    "no new privileges",
+    MEMLOCK_LINE,
+    "Landlock",
+]
+CORE, DEBUGGER, PRIVILEGES, MEMORY, LANDLOCK = range(5)
+
+Rule = Tuple[str, int, List[List[Any]]]
+LANDLOCK_CALLS = ["landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"]
+
+
+def landlock_answers(number: int, *calls: str) -> List[Rule]:
+    return [(name, number, []) for name in calls or LANDLOCK_CALLS]
+
+
+NO_NEW_LIMIT: List[List[Any]] = [[2, 0, False]]
+
+
+class Surroundings(NamedTuple):
+    """Where the program is started; what is known of it: which steps can't be, and why."""
+
+    rules: List[Rule] = []
+    powers: str = "drop"  # or "keep": those of root
+    limit: str = str(8 << 20)
+    flags: str = ""
+    refused: Dict[int, str] = {MEMORY: "RLIMIT_MEMLOCK is 8192 KiB"}
+    known: bool = True  # else whatever is so has to be said, and no more is known
+
+
+SURROUNDINGS: List[Tuple[str, Surroundings]] = [
+    ("a plain shell", Surroundings(powers="keep", limit="", known=False)),
+    ("no powers", Surroundings()),
+    ("no powers, no limit", Surroundings(limit="none", flags="unlimited", known=False)),
+    ("a limit of 64 KiB", Surroundings(
+        limit=str(64 << 10), refused={MEMORY: "RLIMIT_MEMLOCK is 64 KiB"})),
+    ("a limit of 0", Surroundings(limit="0", refused={MEMORY: "RLIMIT_MEMLOCK is 0 KiB"})),
+    ("mlockall refused", Surroundings(
+        [("mlockall", errno.EPERM, [])], flags="unlimited",
+        refused={MEMORY: os.strerror(errno.EPERM)})),
+    ("mlockall that does nothing", Surroundings(
+        [("mlockall", 0, [])], flags="unlimited", refused={MEMORY: "VmLck 0 kB"})),
+    ("Linux without Landlock", Surroundings(
+        landlock_answers(errno.ENOSYS), "keep", known=False,
+        refused={LANDLOCK: "this kernel has none"})),
+    ("Landlock not switched on", Surroundings(
+        landlock_answers(errno.EOPNOTSUPP), "keep", known=False,
+        refused={LANDLOCK: "not enabled at boot"})),
+    ("Landlock forbidden", Surroundings(
+        landlock_answers(errno.EPERM), "keep", known=False,
+        refused={LANDLOCK: os.strerror(errno.EPERM)})),
+    ("Landlock forbidden at the last", Surroundings(
+        landlock_answers(errno.EPERM, "landlock_restrict_self"), "keep", known=False,
+        refused={LANDLOCK: os.strerror(errno.EPERM)})),
+    ("too many rulesets", Surroundings(
+        landlock_answers(errno.E2BIG, "landlock_restrict_self"), "keep", known=False,
+        refused={LANDLOCK: os.strerror(errno.E2BIG)})),
+    ("Landlock that does nothing", Surroundings(
+        landlock_answers(0, "landlock_restrict_self"), "keep", known=False,
+        refused={LANDLOCK: "could be written"})),
+    ("dumpable not to be changed", Surroundings(
+        [("prctl", errno.EPERM, [[0, 4, True]])], "keep", known=False,
+        refused={DEBUGGER: "PR_GET_DUMPABLE 1"})),
+    ("limits not to be changed", Surroundings(
+        [("prlimit64", errno.EPERM, NO_NEW_LIMIT), ("setrlimit", errno.EPERM, [])],
+        "keep", known=False)),
+    ("no new privileges refused", Surroundings(
+        [("prctl", errno.EINVAL, [[0, 38, True]])], "keep", known=False,
+        refused={PRIVILEGES: "PR_GET_NO_NEW_PRIVS 0"})),
+    ("no new privileges refused, no powers", Surroundings(
+        [("prctl", errno.EINVAL, [[0, 38, True]])],
+        refused={PRIVILEGES: "PR_GET_NO_NEW_PRIVS 0", LANDLOCK: os.strerror(errno.EPERM),
+                 MEMORY: "RLIMIT_MEMLOCK is 8192 KiB"})),
+]  # fmt: skip
+
+
+@pytest.fixture
+def surrounded(short: Path) -> Callable[[Surroundings], List[str]]:
+    """The command that starts the program in such surroundings, hook included."""
+
+    def words(where: Surroundings) -> List[str]:
+        limit = where.limit
+        if limit == "none":
+            limit = str(UNLIMITED) if may_be_unlimited() else str(8 << 20)
+        scripts = {"seccomp": SECCOMP, "launcher": LAUNCHER, "inside": INSIDE}
+        for name, text in scripts.items():
+            (short / name).write_text(text)
+        python = [sys.executable, "-I", "-S"]
+        argv = [*python, str(short / "inside"), where.flags]
+        if where.powers == "drop":
+            argv = [*python, str(short / "launcher"), "", "drop", *argv]
+        if where.rules:
+            argv = [*python, str(short / "seccomp"), json.dumps(where.rules), *argv]
+        if os.geteuid() and any([0, 38, True] in given for _, _, given in where.rules):
+            cannot_run("only root has a seccomp filter without giving up new privileges")
+        return [*python, str(short / "launcher"), limit, "keep", *argv]
+
+    return words
+
+
+def claims(lines: List[str], good: str, bad: str) -> List[bool]:
+    """Which of the steps LINES say are in force, each once, behind such a mark or level."""
+    found = []
+    for step in STEPS:
+        about = [line for line in lines if step in line]
+        assert len(about) == 1, f"{step}: {about}"
+        refused = "not in force" in about[0]
+        assert re.match(bad if refused else good, about[0]), about
+        assert refused or "in force" in about[0]
+        found.append(not refused)
+    return found
+
+
+def reasons(where: Surroundings, lines: List[str]) -> None:
+    for step, why in where.refused.items():
+        if where.known or step != MEMORY:
+            assert any(STEPS[step] in line and why in line for line in lines), (why, lines)
+
+
+@pytest.mark.parametrize("where", [pytest.param(w, id=name) for name, w in SURROUNDINGS])
+def test_the_log_says_what_is_so(
+    where: Surroundings, surrounded: Callable[[Surroundings], List[str]], short: Path, agent: Agent,
+    start_proxy: Callable[..., Proxy],
+) -> None:  # fmt: skip
+    proxy = start_proxy(upstream=agent.sock, python=program(short, *surrounded(where)))
+    proxy.wait_log("listening on")
+    lines = proxy.log().split("listening on")[0].splitlines()
+    said = claims(lines, r"\S+ INFO ", r"\S+ WARNING ")
+    so = json.loads(http(proxy.port, "GET", "/shim").body)
+    assert said == so
+    outside = status(proxy.pid)
+    limits = Path(f"/proc/{proxy.pid}/limits").read_text()
+    assert so[CORE] == bool(re.search(r"^Max core file size +0 +0 ", limits, re.M))
+    assert so[PRIVILEGES] == (outside["NoNewPrivs"] == "1")
+    assert so[MEMORY] == (outside["VmLck"] != "0 kB")
+    reasons(where, lines)
+    if where.known:
+        assert [step for step in range(5) if not so[step]] == sorted(where.refused)
+
+
+@pytest.mark.parametrize("where", [pytest.param(w, id=name) for name, w in SURROUNDINGS])
+def test_check_says_what_is_so(
+    where: Surroundings, surrounded: Callable[[Surroundings], List[str]], home: Path, agent: Agent,
+    keys: Keys,
+) -> None:  # fmt: skip
+    agent.add(keys["ed25519"])
+    argv = [*surrounded(where), PROXY, "check", "--addr", "127.0.0.1:0", "--upstream", agent.sock]
+    *lines, so = run(argv, env=clean_env(home)).stdout.decode().splitlines()
+    assert claims(lines, "ok +", "warn +") == json.loads(so)
+    reasons(where, lines)
+
+
+# ---------------------------------------------------------------- another process of the same user
+
+# Looks into a process, in one way after the other: "" where it could, else why not.
+LOOK = """\
+import ctypes, errno, json, os, re, struct, sys
+pid = int(sys.argv[1])
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long] * 4
+libc.ptrace.restype = libc.syscall.restype = ctypes.c_long
+ATTACH, DETACH, SEIZE = 16, 17, 0x4206
+PIDFD_OPEN, PIDFD_GETFD = 434, 438
+def check(result):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "")
+    return result
+def read(name, start=0):
+    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
+    try:
+        return os.pread(fd, 64, start)
+    finally:
+        os.close(fd)
+def somewhere():
+    # Where it can't be known any address will do: who may not look gets to hear that first.
+    try:
+        return int(read("maps").split(b"-")[0], 16)
+    except OSError:
+        return 0x10000
+def memory():
+    assert read("mem", somewhere())
+def write_memory():
+    os.close(os.open(f"/proc/{pid}/mem", os.O_RDWR))
+def copy_memory():
+    mine = ctypes.create_string_buffer(64)
+    here = struct.pack("PN", ctypes.addressof(mine), 64)
+    there = struct.pack("PN", somewhere(), 64)
+    check(libc.process_vm_readv(pid, here, ctypes.c_ulong(1), there, ctypes.c_ulong(1),
+                                ctypes.c_ulong(0)))
+def attach():
+    check(libc.ptrace(ATTACH, pid, 0, 0))
+    os.waitpid(pid, 0x40000000)  # __WALL
+    check(libc.ptrace(DETACH, pid, 0, 0))
+def seize():
+    check(libc.ptrace(SEIZE, pid, 0, 0))  # until this process ends
+def environment():
+    read("environ")
+def layout():
+    read("maps")
+def files():
+    os.readlink(f"/proc/{pid}/fd/2")
+def descriptor():
+    fd = check(libc.syscall(PIDFD_OPEN, pid, 0))
+    check(libc.syscall(PIDFD_GETFD, fd, 2, 0))
+found = {}
+for look in (memory, write_memory, copy_memory, environment, layout, files, descriptor, attach,
+             seize):
+    try:
+        look()
+        found[look.__name__] = ""
+    except OSError as e:
+        found[look.__name__] = errno.errorcode[e.errno]
+print(json.dumps(found))
+"""
+LOOKS = ["memory", "write_memory", "copy_memory", "environment", "layout", "files", "descriptor",
+         "attach", "seize"]  # fmt: skip
+
+# As somebody who is not root, by a number that is nobody's.
+SOMEBODY = """\
+import os, sys
+os.setgroups([])
+os.setresgid(*3 * [int(sys.argv[1])])
+os.setresuid(*3 * [int(sys.argv[1])])
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+NUMBER = 54321
+
+
+def as_somebody(python: str, *words: str) -> List[str]:
+    return [sys.executable, "-c", SOMEBODY, str(NUMBER), python, *words]
+
+
+def anyones_python() -> str:
+    """A Python that users other than root can run, too."""
+    for python in filter(os.path.exists, (sys.executable, "/usr/bin/python3")):
+        argv = as_somebody(python, "-c", "import ctypes, sys; assert sys.version_info >= (3, 9)")
+        if not run(argv, check=False).returncode:
+            return python
+    return cannot_run("no Python that users other than root can run: install python3")
+
+
+@pytest.fixture(scope="module", params=["root without powers", "somebody"])
+def looked(request: pytest.FixtureRequest) -> Iterator[Dict[str, Dict[str, str]]]:
+    """What the same user's other process sees of the program, and of one that is dumpable."""
+    folder = Path(tempfile.mkdtemp(prefix="sap.", dir="/tmp"))
+    try:
+        for name in ("ssh_agent_proxy.py", "shim.sh"):
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+        (folder / "inside").write_text(INSIDE.replace(repr(str(ROOT)), repr(str(folder))))
+        (folder / "look").write_text(LOOK)
+        (folder / "launcher").write_text(LAUNCHER)
+        launcher = [str(folder / "launcher"), "", "drop"]
+        env = clean_env(folder / "home")
+        if request.param == "somebody" and os.geteuid() == 0:
+            for path in (folder, *folder.rglob("*")):
+                os.chown(path, NUMBER, NUMBER)
+            python = anyones_python()
+            words = [*as_somebody(python), *launcher, python]
+        else:
+            words = [sys.executable, *launcher, sys.executable]
+        found = {}
+        for flags in ("", "dumpable"):
+            argv = [*words, str(folder / "inside"), flags, "-", "--addr", "127.0.0.1:0"]
+            proxy = Proxy([*argv, "--upstream", str(folder / "nowhere")], env)
+            try:
+                owner = os.stat(f"/proc/{proxy.pid}").st_uid
+                assert owner == (NUMBER if "somebody" in words[2] else owner)
+                found[flags] = json.loads(run([*words, folder / "look", proxy.pid]).stdout)
+            finally:
+                assert proxy.stop() == 0, proxy.log()
+        yield found
+    finally:
+        run(["rm", "-rf", folder])
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_no_other_process_of_the_user_looks_into_it(
+    look: str, looked: Dict[str, Dict[str, str]]
+) -> None:
+    if looked["dumpable"][look]:
+        cannot_run(f"no process may look into another here, {looked['dumpable'][look]}: see "
+                   "kernel.yama.ptrace_scope")  # fmt: skip
+    assert looked[""][look] in ("EACCES", "EPERM")
+
+
+def end_by(number: int, argv: List[Any], folder: Path) -> bool:
+    """Whether a process that such a signal ends leaves a core."""
+    core = ["--addr", "127.0.0.1:0", "--upstream", str(folder / "nowhere")]
+    with subprocess.Popen([*argv, *core], env=clean_env(folder / "home"), cwd=folder,
+                          stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:  # fmt: skip
+        assert process.stderr
+        for line in process.stderr:
+            if b"listening on" in line:
+                break
+        process.send_signal(number)
+        end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert end
+        assert end.si_status == number
+        return end.si_code == 3  # CLD_DUMPED
+
+
+@pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGSEGV])
+def test_its_end_leaves_no_core(
+    number: int, surrounded: Callable[[Surroundings], List[str]], short: Path, home: Path
+) -> None:
+    words = [*surrounded(Surroundings(flags="unhardened")), str(PROXY)]
+    if not end_by(number, words, short):
+        cannot_run("no process leaves a core here: see ulimit -Hc, kernel.core_pattern")
+    for core in short.glob("core*"):
+        core.unlink()
+    assert not end_by(number, [*surrounded(Surroundings()), str(PROXY)], short)
+    assert not list(short.glob("core*"))

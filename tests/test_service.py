@@ -18,7 +18,7 @@ import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 import pytest
 from conftest import (
@@ -27,12 +27,15 @@ from conftest import (
     Agent,
     Keys,
     Proxy,
+    cannot_run,
     clean_env,
     http,
     message,
     parse_answer,
     raw,
     read_message,
+    rows,
+    run,
     wait_for,
 )
 
@@ -298,15 +301,17 @@ def test_a_signature_is_on_record_before_it_leaves(proxy: Proxy) -> None:
 class Running:
     """The proxy with a standard error of the test's own making, on a port picked beforehand."""
 
-    def __init__(self, home: Path, agent: Agent, stderr: int, redirection: str = "") -> None:
+    def __init__(self, home: Path, agent: Agent, stderr: int, redirection: str = "",
+                 options: Sequence[str] = (), program: Sequence[str] = (str(PROXY),),
+                 **env: str) -> None:  # fmt: skip
         with socket.create_server(("127.0.0.1", 0)) as s:
             self.port = s.getsockname()[1]
-        words = [sys.executable, str(PROXY), "--addr", f"127.0.0.1:{self.port}"]
-        words += ["--upstream", str(agent.sock)]
+        words = [sys.executable, *program, "--addr", f"127.0.0.1:{self.port}"]
+        words += ["--upstream", str(agent.sock), *options]
         line = "exec " + " ".join(map(shlex.quote, words)) + " " + redirection
         self.process = subprocess.Popen(
             ["sh", "-c", line],
-            env=clean_env(home),
+            env=clean_env(home, **env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
@@ -337,12 +342,12 @@ class Running:
 
 @pytest.fixture
 def run_with(home: Path, agent: Agent, keys: Keys) -> Iterator[Callable[..., Running]]:
-    """run_with(stderr, redirection=""): the proxy, writing its log there."""
+    """run_with(stderr, redirection="", …): the proxy, writing its log there."""
     agent.add(keys["ed25519"])
     started: List[Running] = []
 
-    def start(stderr: int, redirection: str = "") -> Running:
-        started.append(Running(home, agent, stderr, redirection))
+    def start(stderr: int, redirection: str = "", **more: Any) -> Running:
+        started.append(Running(home, agent, stderr, redirection, **more))
         return started[-1]
 
     yield start
@@ -528,3 +533,429 @@ def test_a_line_that_a_terminal_took_in_part_is_counted_and_ended() -> None:
         os.close(master)
     assert not taken.endswith(b"\n")
     assert re.fullmatch(r"\n\(2 lines before this one could not be written\) .* the next\n", last)
+
+
+# ---------------------------------------------------------------- the journal
+
+
+def journal() -> Tuple[socket.socket, socket.socket, str]:
+    """What the journal reads, what a service has as stderr, and what JOURNAL_STREAM then is."""
+    ours, theirs = socket.socketpair()
+    found = os.fstat(theirs.fileno())
+    return ours, theirs, f"{found.st_dev}:{found.st_ino}"
+
+
+PRIORITIES = [
+    ("debug", 7, "the agent at .* holds"),
+    ("info", 6, "listening on"),
+    ("audit", 5, "outcome=signed"),
+    ("warning", 4, "the agent holds 2 keys"),
+]
+
+
+@linux
+def test_in_the_journal_lines_have_priorities_and_no_time(
+    run_with: Callable[..., Running], agent: Agent, keys: Keys
+) -> None:
+    agent.add(keys["other"])
+    ours, theirs, stream = journal()
+    with ours, theirs:
+        running = run_with(theirs.fileno(), options=["-v"], JOURNAL_STREAM=stream)
+        running.sign(1)
+        text = ""
+
+        def complete() -> bool:
+            nonlocal text
+            text += read_all(ours.fileno()).decode()
+            return all(re.search(what, text) for _, _, what in PRIORITIES)
+
+        wait_for(complete, message="a line of each level")
+        assert running.stop() == 0
+    lines = text.splitlines()
+    assert all(re.fullmatch(r"<[3-7]>\S.*", line) for line in lines), text
+    assert not any(re.match(r"<\d>(\d{4}-|DEBUG|INFO|AUDIT|WARNING|ERROR)", line) for line in lines)
+    for name, number, what in PRIORITIES:
+        about = [line for line in lines if re.search(what, line)]
+        assert about[0].startswith(f"<{number}>"), name
+
+
+# A request for /shim is an internal error there.
+FAILING = f"""\
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import ssh_agent_proxy as p
+def fail():
+    raise ZeroDivisionError("a test's own")
+p.read_shim = fail
+sys.exit(p.main(sys.argv[1:]))
+"""
+
+@linux
+def test_in_the_journal_an_internal_error_is_an_error(run_with: Callable[..., Running]) -> None:
+    ours, theirs, stream = journal()
+    with ours, theirs:
+        running = run_with(theirs.fileno(), program=["-c", FAILING], JOURNAL_STREAM=stream)
+        raw(running.port, b"GET /shim HTTP/1.0\r\n\r\n")
+        lines = read_all(ours.fileno()).decode().splitlines()
+    assert [line[:3] for line in lines if "internal error: ZeroDivisionError" in line] == ["<3>"]
+
+
+@pytest.mark.parametrize(
+    ("level", "priority"),
+    [(logging.DEBUG, 7), (logging.INFO, 6), (AUDIT, 5), (logging.WARNING, 4), (logging.ERROR, 3)],
+)
+def test_each_level_has_its_priority(level: int, priority: int) -> None:
+    reader, writer = os.pipe()
+    handler = StderrHandler("")
+    handler.fd, handler.journal = writer, True
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.emit(logging.LogRecord("x", level, "", 0, "text", None, None))
+    assert os.read(reader, 100) == f"<{priority}>text\n".encode()
+    os.close(reader)
+    os.close(writer)
+
+
+NOT_THE_JOURNAL = rows([
+    ("another socket's", "{device}:{other}"),
+    ("another device's", "1{device}:{inode}"),
+    ("the other way round", "{inode}:{device}"),
+    ("no inode", "{device}:"),
+    ("no device", ":{inode}"),
+    ("a blank before it", " {device}:{inode}"),
+    ("a line after it", "{device}:{inode}\n"),
+    ("more after it", "{device}:{inode}:1"),
+    ("words", "the journal"),
+    ("empty", ""),
+])  # fmt: skip
+
+
+@linux
+@pytest.mark.parametrize("value", NOT_THE_JOURNAL)
+def test_where_stderr_is_not_the_journal_lines_have_time_and_level(
+    value: str, run_with: Callable[..., Running]
+) -> None:
+    ours, theirs, stream = journal()
+    device, _, inode = stream.partition(":")
+    value = value.format(device=device, inode=inode, other=os.fstat(ours.fileno()).st_ino)
+    with ours, theirs:
+        running = run_with(theirs.fileno(), JOURNAL_STREAM=value)
+        assert running.stop() == 0
+        lines = read_all(ours.fileno()).decode().splitlines()
+    assert any("listening on" in line for line in lines)
+    assert all(re.fullmatch(LINE, line) for line in lines)
+
+
+@linux
+def test_a_journal_that_stalls_holds_up_no_signature(run_with: Callable[..., Running]) -> None:
+    ours, theirs, stream = journal()
+    with ours, theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # full after some lines
+        running = run_with(theirs.fileno(), JOURNAL_STREAM=stream)
+        running.sign(60)
+        kept = read_all(ours.fileno()).decode().splitlines()
+        signed = sum("outcome=signed" in line for line in kept)
+        assert kept
+        assert signed < 60, "it did not stall"
+        assert all(re.fullmatch(r"<[3-7]>\S.*", line) for line in kept)
+        running.sign(1)
+        more = wait_for(lambda: read_all(ours.fileno()).decode(), message="a line after the stall")
+        match = re.match(r"<5>\((\d+) lines before this one could not be written\) ", more)
+        assert match
+        assert signed + int(match.group(1)) >= 60
+        assert running.stop() == 0
+
+
+@linux
+def test_a_journal_that_goes_away_holds_up_no_signature(run_with: Callable[..., Running]) -> None:
+    ours, theirs, stream = journal()
+    running = run_with(theirs.fileno(), JOURNAL_STREAM=stream)
+    theirs.close()
+    ours.close()
+    running.sign(20)
+    assert running.stop() == 0
+
+
+# ---------------------------------------------------------------- the service manager
+
+
+class Manager:
+    """The socket on which a service manager is told."""
+
+    def __init__(self, variable: str) -> None:
+        """VARIABLE is NOTIFY_SOCKET: a path, or an abstract name behind an @."""
+        self.variable = variable
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind("\0" + variable[1:] if variable.startswith("@") else variable)
+        self.socket.setblocking(False)
+        self.told: List[str] = []
+
+    def listen(self) -> List[str]:
+        """All that it was told until now."""
+        while True:
+            try:
+                self.told.append(self.socket.recv(65536).decode())
+            except BlockingIOError:
+                return self.told
+
+    def wait(self, pattern: str) -> str:
+        """The first message with it."""
+        found: str = wait_for(
+            lambda: next((text for text in self.listen() if re.search(pattern, text, re.M)), ""),
+            message=f"{pattern} to the service manager",
+        )
+        return found
+
+    @property
+    def status(self) -> str:
+        """The last one that it was told."""
+        found = re.findall(r"^STATUS=(.*)$", "\n".join(self.listen()), re.M)
+        return str(found[-1]) if found else ""
+
+    def wait_status(self, pattern: str) -> None:
+        wait_for(lambda: re.fullmatch(pattern, self.status), message=f"STATUS={pattern}")
+
+
+FORMS = ["{folder}/notify", "@{folder}/notify"]
+either = pytest.mark.parametrize(
+    "manager", FORMS, ids=["a path", "an abstract name"], indirect=True
+)
+
+
+@pytest.fixture
+def manager(request: pytest.FixtureRequest, short: Path) -> Iterator[Manager]:
+    manager = Manager(getattr(request, "param", FORMS[0]).format(folder=short))
+    yield manager
+    manager.socket.close()
+
+
+@pytest.fixture
+def start_notifying(start_proxy: Callable[..., Proxy], manager: Manager) -> Callable[..., Proxy]:
+    """Nothing but the message says that it is ready; PORT is what that names, where it is one."""
+
+    def start(*args: Any, **options: Any) -> Proxy:
+        env = {"NOTIFY_SOCKET": manager.variable, **options.pop("env", {})}
+        proxy = start_proxy(*args, env=env, wait=False, **options)
+        port = re.search(r"127\.0\.0\.1:(\d+)", manager.wait("^READY=1$"))
+        proxy.port = int(port.group(1)) if port else 0
+        return proxy
+
+    return start
+
+
+@linux
+@either
+def test_ready_is_told_once_it_answers(
+    manager: Manager, start_notifying: Callable[..., Proxy], agent: Agent
+) -> None:
+    proxy = start_notifying(upstream=agent.sock)
+    assert http(proxy.port, "GET", "/healthz").status == 200
+    assert manager.listen()[0] == f"READY=1\nSTATUS=listening on 127.0.0.1:{proxy.port}"
+    assert proxy.stop() == 0
+    assert sum("READY=1" in text for text in manager.listen()) == 1
+
+
+def test_what_cannot_listen_is_not_ready(
+    manager: Manager, start_proxy: Callable[..., Proxy], agent: Agent
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        addr = f"127.0.0.1:{s.getsockname()[1]}"
+        proxy = start_proxy(upstream=agent.sock, addr=addr, wait=False,
+                            env={"NOTIFY_SOCKET": manager.variable})  # fmt: skip
+        assert end(proxy, 10) == 1
+    assert manager.listen() == []
+
+
+def test_the_status_names_all_addresses_and_the_agent(
+    manager: Manager, start_notifying: Callable[..., Proxy], agent: Agent, keys: Keys, short: Path
+) -> None:
+    agent.add(keys["ed25519"])
+    proxy = start_notifying(upstream=agent.sock, addr=f"127.0.0.1:0,unix:{short}/s")
+    where = f"listening on 127.0.0.1:{proxy.port}, unix:{short}/s"
+    assert manager.listen()[0] == f"READY=1\nSTATUS={where}"
+    manager.wait_status(re.escape(f"{where}, using the agent at '{agent.sock}'"))
+
+
+@linux
+@either
+def test_another_agent_changes_the_status_under_landlock_too(
+    manager: Manager, start_notifying: Callable[..., Proxy], start_agent: Callable[..., Agent],
+    keys: Keys, short: Path,
+) -> None:  # fmt: skip
+    (short / "gcr").mkdir()
+    first, second = start_agent(short / "ssh-agent.socket"), start_agent(short / "gcr/ssh")
+    for agent in (first, second):
+        agent.add(keys["ed25519"])
+    proxy = start_notifying(env={"XDG_RUNTIME_DIR": str(short)})
+    if not re.search("Landlock.*: in force", proxy.log()):
+        cannot_run("Landlock is needed: Linux 5.13 or newer, with landlock in its LSMs")
+    where = f"listening on 127.0.0.1:{proxy.port}"
+    manager.wait_status(re.escape(f"{where}, using the agent at '{first.sock}'"))
+    first.stop()
+    assert http(proxy.port, "POST", "/sign", b"x").status == 200
+    manager.wait_status(re.escape(f"{where}, using the agent at '{second.sock}'"))
+
+
+# The first request is served as soon as there is a thread for it.
+EARLY = f"""\
+import socket, sys
+sys.path.insert(0, {str(ROOT)!r})
+import ssh_agent_proxy as p
+def start_thread(server, listener, real=p.Server.start_thread):
+    p.Server.start_thread = real
+    real(server, listener)
+    with socket.socket(socket.AF_UNIX) as s:
+        s.connect(listener.socket.getsockname())
+        s.sendall(b"GET /publickey HTTP/1.0\\r\\n\\r\\n")
+        while s.recv(65536):
+            pass
+p.Server.start_thread = start_thread
+sys.exit(p.main(sys.argv[2:]))
+"""
+
+
+def test_a_first_request_that_comes_early_is_in_the_status(
+    manager: Manager, start_notifying: Callable[..., Proxy], agent: Agent, keys: Keys, short: Path
+) -> None:
+    agent.add(keys["ed25519"])
+    script = short / "start"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-c", EARLY])} "$@"\n')
+    script.chmod(0o755)
+    start_notifying(upstream=agent.sock, addr=f"unix:{short}/s", python=str(script))
+    manager.wait_status(rf"listening on unix:{short}/s, using the agent at '{agent.sock}'")
+
+
+def test_an_agent_that_is_not_there_is_told_until_it_is(
+    manager: Manager, start_notifying: Callable[..., Proxy], start_agent: Callable[..., Agent],
+    keys: Keys, short: Path,
+) -> None:  # fmt: skip
+    proxy = start_notifying(upstream=short / "later")
+    manager.wait_status(rf"listening on 127.0.0.1:{proxy.port}, .*no such socket.*")
+    start_agent(short / "later").add(keys["ed25519"])
+    assert http(proxy.port, "POST", "/sign", b"x").status == 200
+    manager.wait_status(rf"listening on 127.0.0.1:{proxy.port}, using the agent at '{short}/later'")
+
+
+def test_an_agent_without_keys_is_told_until_it_has_one(
+    manager: Manager, start_notifying: Callable[..., Proxy], agent: Agent, keys: Keys
+) -> None:
+    proxy = start_notifying(upstream=agent.sock)
+    manager.wait_status(r"listening on .*, .*the agent lists no keys.*")
+    agent.add(keys["ed25519"])
+    assert http(proxy.port, "POST", "/sign", b"x").status == 200
+    manager.wait_status(rf"listening on 127.0.0.1:{proxy.port}, using the agent at '{agent.sock}'")
+
+
+def test_an_agent_that_ends_is_told(
+    manager: Manager, start_notifying: Callable[..., Proxy], agent: Agent, keys: Keys
+) -> None:
+    agent.add(keys["ed25519"])
+    proxy = start_notifying(upstream=agent.sock)
+    manager.wait_status(r".*, using the agent at .*")
+    agent.stop()
+    assert http(proxy.port, "POST", "/sign", b"x").status == 503
+    manager.wait_status(r"listening on .*, .*no answer from the agent at .*")
+
+
+def test_a_line_break_in_a_path_tells_nothing_of_its_own(
+    manager: Manager, start_notifying: Callable[..., Proxy], short: Path
+) -> None:
+    start_notifying(upstream=f"{short}/x\nMAINPID=1")
+    manager.wait_status(r"listening on .*MAINPID=1.*")
+    assert not [line for text in manager.listen() for line in text.splitlines()
+                if not line.startswith(("READY=1", "STATUS="))]  # fmt: skip
+
+
+@linux
+@either
+def test_the_end_is_told_while_requests_are_finished(
+    manager: Manager, start_notifying: Callable[..., Proxy], waiting: Waiting
+) -> None:
+    proxy = start_notifying(upstream=waiting.sock)
+    waiting.begin(proxy)
+    assert "STOPPING=1" not in "".join(manager.listen())
+    proxy.process.send_signal(signal.SIGTERM)
+    manager.wait("^STOPPING=1$")
+    assert proxy.process.poll() is None
+    waiting.released.set()
+    assert waiting.answer() == 200
+    assert end(proxy) == 0
+
+
+@linux
+@either
+def test_a_manager_that_does_not_read_holds_up_nothing(
+    manager: Manager, start_proxy: Callable[..., Proxy], agent: Agent, keys: Keys
+) -> None:
+    agent.add(keys["ed25519"])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as flood:
+        flood.setblocking(False)
+        flood.connect(manager.socket.getsockname())
+        with pytest.raises(BlockingIOError):
+            while True:
+                flood.send(b"x")
+        proxy = start_proxy(upstream=agent.sock, env={"NOTIFY_SOCKET": manager.variable})
+        assert http(proxy.port, "POST", "/sign", b"x").status == 200
+        assert proxy.stop() == 0
+        assert proxy.log().count("NOTIFY_SOCKET") <= 1
+
+
+NOBODY = rows([
+    ("a socket that is missing", "{folder}/missing"),
+    ("an abstract one that is missing", "@{folder}/missing"),
+    ("a socket whose owner has gone", "{folder}/gone"),
+    ("a stream socket", "{folder}/stream"),
+    ("a file", "{folder}/file"),
+    ("a folder", "{folder}"),
+    ("a path that is too long", "{folder}/" + 200 * "x"),
+    ("an abstract name that is too long", "@" + 200 * "x"),
+    ("an @ alone", "@"),
+    ("a machine's socket", "vsock:2:1234"),
+    ("words", "the service manager"),
+    ("a line break", "{folder}/x\nERROR forged"),
+    ("bytes that are no text", "{folder}/\udcff"),
+])  # fmt: skip
+
+
+@linux
+@pytest.mark.parametrize("value", NOBODY)
+def test_where_nobody_can_be_told_one_warning_says_so(
+    value: str, short: Path, start_proxy: Callable[..., Proxy], agent: Agent, keys: Keys
+) -> None:
+    agent.add(keys["ed25519"])
+    Manager(f"{short}/gone").socket.close()
+    (short / "file").touch()
+    with socket.socket(socket.AF_UNIX) as stream:
+        stream.bind(f"{short}/stream")
+        stream.listen()
+        env = {"NOTIFY_SOCKET": value.format(folder=short)}
+        proxy = start_proxy(upstream=agent.sock, env=env)
+        assert http(proxy.port, "POST", "/sign", b"x").status == 200
+        assert proxy.stop() == 0
+    lines = [line for line in proxy.log().splitlines() if "NOTIFY_SOCKET" in line]
+    assert len(lines) == 1
+    assert re.fullmatch(LINE, lines[0])
+    assert " WARNING " in lines[0]
+
+
+def test_only_serve_tells_the_manager(
+    manager: Manager, home: Path, agent: Agent, keys: Keys
+) -> None:
+    agent.add(keys["ed25519"])
+    env = clean_env(home, NOTIFY_SOCKET=manager.variable)
+    options = ["--addr", "127.0.0.1:0", "--upstream", str(agent.sock)]
+    for command in (["check"], ["shim"], ["token", "x", "--token-file", str(home / "tokens")]):
+        run([sys.executable, PROXY, *command, *options], env=env)
+    # (systemctl, which check asks, tells it errors of its own.)
+    assert not re.search("^(READY|STATUS|STOPPING)=", "\n".join(manager.listen()), re.M)
+
+
+def test_without_the_variable_nobody_is_told(
+    manager: Manager, start_proxy: Callable[..., Proxy], agent: Agent, keys: Keys
+) -> None:
+    # An empty one counts as none, and is no reason for a warning.
+    agent.add(keys["ed25519"])
+    proxy = start_proxy(upstream=agent.sock, env={"NOTIFY_SOCKET": ""})
+    assert http(proxy.port, "POST", "/sign", b"x").status == 200
+    assert proxy.stop() == 0
+    assert manager.listen() == []
+    assert "NOTIFY_SOCKET" not in proxy.log()
