@@ -70,22 +70,17 @@ class ProxyError(Exception):
 class WireError(ProxyError):
     """Bytes that are not what their specification says."""
 
-
 class AgentError(ProxyError):
     """The agent can't be used now: nobody answers there, or it lists no key to sign with."""
-
 
 class AgentTimeout(ProxyError):
     """The agent did not answer in time."""
 
-
 class AgentRefused(ProxyError):
     """The agent holds the key and does not want to sign with it."""
 
-
 class KeyNotHeld(ProxyError):
     """The key that the request names is not among those that the agent lists."""
-
 
 class ConfigError(ProxyError):
     """A setting that can't be right."""
@@ -756,7 +751,7 @@ def list_keys(exchange: Exchange) -> list[Listed]:
     """The keys that can be used, in the agent's order; AgentError where there is none."""
     identities = parse_identities_answer(exchange.ask(request_identities()))
     if not identities:  # or it refuses to list them
-        raise AgentError("the agent lists no keys (none added, or it is locked); ssh-add adds one")
+        raise AgentError("the agent lists no keys (none added, or it is locked)")
     listed = []
     for key_blob, comment in identities:
         # What the agent holds besides is its own business: keys of types that nobody here knows.
@@ -821,10 +816,12 @@ class Agents:
                 if exchange.upstream != self.last:
                     self.last = exchange.upstream
                     LOG.info("using the %s", exchange.upstream)
-                    self.tell(f"using the {exchange.upstream}")
                 yield exchange
+                self.tell(f"using the {exchange.upstream}")
         except AgentError as e:
-            raise AgentError(f"{e}{self.hint()}") from e
+            error = AgentError(f"{e}{self.hint()}")
+            self.tell(str(error))
+            raise error from e
 
     def _connect(self, client: Optional[socket.socket]) -> Exchange:
         deadline = time.monotonic() + self.timeout
@@ -846,7 +843,7 @@ class Agents:
             with contextlib.suppress(ProxyError), Exchange(Upstream(path), deadline) as exchange:
                 keys = count(len(list_keys(exchange)), "key")
                 return f"; another has {keys}: set SSH_AGENT_PROXY_UPSTREAM={printable(path)}"
-        return "; SSH_AGENT_PROXY_UPSTREAM or SSH_AUTH_SOCK names it" if self.upstream else ""
+        return ""
 
 
 # -------------------------------------------------------------------------------------- Policy
@@ -1172,7 +1169,8 @@ def confine(folders: Sequence[str]) -> Step:
     # LANDLOCK_ACCESS_FS_*, by the ABI that brought them: all but READ_FILE and READ_DIR.
     RIGHTS = {1: 0x1FF3, 2: 0x2000, 3: 0x4000, 5: 0x8000}
     REMOVE_FILE, BIND_CONNECT_TCP, SCOPE_SOCKET_SIGNAL = 0x20, 3, 3
-    COVERED = {1: "no file written, no program started", 4: "no TCP", 6: "no signal outside"}
+    COVERED = {1: "no program started, no file made", 3: "no file written",
+               4: "no TCP connect or bind", 6: "no signal outside"}  # fmt: skip
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.argtypes = [ctypes.c_long, *4 * [ctypes.c_void_p]]  # each an int or bytes
     libc.syscall.restype = ctypes.c_long
@@ -1450,7 +1448,7 @@ class Config(NamedTuple):
         if "token_file" in values:
             known.add(prefix + "TOKEN")  # the shim's: without that file it protects nothing
         config = cls(
-            command=tuple(given.command),
+            command=tuple(given.command) or ("serve",),
             level=logging.DEBUG if given.verbose else AUDIT if given.quiet else logging.INFO,
             sign=given.sign,
             journal_stream=env.get("JOURNAL_STREAM", ""),
@@ -2089,9 +2087,7 @@ PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, AUDIT: 5, logging.WARNING: 4, l
 
 class StderrHandler(logging.Handler):
     """The log on stderr: what would have to wait is dropped and counted, but see emit().
-
-    JOURNAL_STREAM is stderr's device and inode where that leads to the journal, else anything.
-    """
+    JOURNAL_STREAM is stderr's device and inode, as systemd gives it, where that is the journal."""
 
     # What a pipe takes whole or not at all, and without waiting where it says that it can be
     # written to (pipe(7), PIPE_BUF).
@@ -2149,15 +2145,19 @@ def notifier(path: str) -> Callable[[str], None]:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     sock.setblocking(False)
     try:
-        # An abstract one can't be reached any more under Landlock, unless by a socket that was
-        # connected before.
+        # Now: under Landlock no abstract one can be connected to any more.
         sock.connect("\0" + path[1:] if path.startswith("@") else path)
     except OSError as e:
         LOG.warning("the service manager can't be told: NOTIFY_SOCKET %s: %s", quoted(path), e)
 
+    told = ""
+
     def tell(state: str) -> None:
+        nonlocal told
         with contextlib.suppress(OSError):  # nothing that signing would have to wait for
-            sock.send(state.encode())
+            if state != told:
+                sock.send(state.encode())
+        told = state
 
     return tell
 
@@ -2209,6 +2209,7 @@ def output(data: bytes) -> int:
 # What serve logs at its start and check prints: a level of logging, and a line.
 Finding = tuple[int, str]
 MARKS = {10: "ok  ", 20: "ok  ", 30: "warn", 40: "FAIL"}
+WAYS_OUT = "; SSH_AGENT_PROXY_UPSTREAM or SSH_AUTH_SOCK names the agent, ssh-add adds keys to it"
 
 
 def weak_settings(config: Config) -> Iterator[Finding]:
@@ -2239,7 +2240,8 @@ def agent_findings(config: Config, agents: Agents) -> Iterator[Finding]:
                 yield logging.DEBUG, line.rstrip()
             key = choose(listed, wanted).key
     except ProxyError as e:
-        yield logging.ERROR, f"/sign can't work yet: {e}"
+        ways_out = "" if "SSH_AGENT_PROXY_" in str(e) else WAYS_OUT
+        yield logging.ERROR, f"/sign can't work yet: {e}{ways_out}"
         return
     why = f", pinned by {wanted.pinned}" if wanted.pinned else " unless another is named"
     yield logging.INFO, f"signing with {key.name}{why}"
@@ -2284,10 +2286,10 @@ def serve(config: Config) -> int:
     server = Server(config, agents, listeners)
     for finding in (*weak_settings(config), *hardening_findings(config, steps)):
         LOG.log(*finding)
+    tell(f"READY=1\n{where}")  # before the first request has something to tell
     threading.stack_size(256 * 1024)
     for listener in listeners:
         server.start_thread(listener)
-    tell(f"READY=1\n{where}")
     names = ", ".join(f'"{name}"' for name in config.namespace)
     for listener in listeners:
         LOG.info("listening on %s (namespace %s)", listener.name, names)
@@ -2295,8 +2297,6 @@ def serve(config: Config) -> int:
     def report_agent() -> None:
         for level, text in agent_findings(config, agents):
             LOG.log(min(level, logging.WARNING), "%s", text)
-            if level == logging.ERROR:
-                agents.tell(text)
 
     # An agent that hangs must hold up neither requests nor a signal.
     threading.Thread(target=report_agent, daemon=True).start()
@@ -2457,7 +2457,7 @@ def run(env: Env, argv: Sequence[str]) -> int:
         output(b"")
         return int(e.code or 0)
     start_log(config.level, config.journal_stream)
-    words = config.command or ("serve",)
+    words = config.command
     if config.sign and words != ("check",):
         raise ConfigError("--sign: check alone makes a test signature")
     if words == ("serve",):

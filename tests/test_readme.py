@@ -118,7 +118,7 @@ def test_the_container_set_up_makes_commits_that_git_calls_good(
     env = clean_env(home, SSH_AGENT_PROXY_URL=url)
     env["PATH"] = f"{home}/bin:{env['PATH']}"
     run(["git", "config", "--global", "user.email", "author@example.com"], env=env)
-    run(["sh", "-eu"], env=env, input=script.encode())
+    run(["sh", "-eu"], env=env, cwd=home, input=script.encode())
     repository = home / "repository"
     run(["git", "init", "-q", repository], env=env)
     run(["git", "commit", "-q", "--allow-empty", "-m", "first"], env=env, cwd=repository)

@@ -546,7 +546,7 @@ def journal() -> Tuple[socket.socket, socket.socket, str]:
 
 
 PRIORITIES = [
-    ("debug", 7, "the agent at .* holds"),
+    ("debug", 7, "it holds ssh-ed25519"),
     ("info", 6, "listening on"),
     ("audit", 5, "outcome=signed"),
     ("warning", 4, "the agent holds 2 keys"),
