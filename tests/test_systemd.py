@@ -198,11 +198,10 @@ def booted() -> Iterator[Manager]:
 
 
 @pytest.fixture
-def manager(booted: Manager) -> Iterator[Manager]:
+def manager(booted: Manager) -> Manager:
     """Nothing is installed."""
     booted.wipe()
-    yield booted
-    booted.wipe()
+    return booted
 
 
 @pytest.fixture
