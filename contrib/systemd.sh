@@ -17,6 +17,11 @@ main() {
     unit=${DESTDIR:-}$SYSTEMD_USER_DIR/$UNIT
     sandbox=$unit.d/sandbox.conf
     env=${DESTDIR:-}$CONFIG_DIR/env
+    config=$CONFIG_DIR
+    if [ -n "${DESTDIR:-}" ]; then
+        # A package is not for the home of the one who makes it.
+        case $CONFIG_DIR in "$HOME"/*) config=%h${CONFIG_DIR#"$HOME"} ;; esac
+    fi
     action=$1
     shift
     "$action" "$@"
@@ -113,11 +118,16 @@ install() {
     trap 'exit 130' INT
     trap 'exit 143' TERM HUP
     if [ -n "${DESTDIR:-}" ]; then
-        place 755 644 "$sources/env" "$env"
         render >"$tmp/unit"
         place 755 644 "$tmp/unit" "$unit"
-        printf 'Written: %s\n' "$unit" "$env"
-        printf 'Not written: %s\n' "$sandbox (whether it starts, the user's system must show)"
+        printf 'Written: %s\n' "$unit"
+        if [ "$config" = "$CONFIG_DIR" ]; then
+            place 755 644 "$sources/env" "$env"
+            printf 'Written: %s\n' "$env"
+        else
+            printf 'Not written: %s (it is each user'"'"'s own)\n' "$config/env"
+        fi
+        printf 'Not written: %s (whether it starts, only a try shows)\n' "$sandbox"
         return
     fi
     "$program" --version >"$tmp/version" ||
@@ -161,7 +171,8 @@ render() {
     *[\'\"\\]*) exec_start="/bin/sh -c 'exec \"\$0\" \"\$@\"' $exec_start" ;;
     esac
     # It is looked for as a pattern.
-    env_file=$(printf '%s\n' "$CONFIG_DIR/env" | sed 's/[][\\*?]/\\&/g; s/%/%%/g')
+    env_file=$(printf '%s\n' "${config#%h}/env" | sed 's/[][\\*?]/\\&/g; s/%/%%/g')
+    [ "$config" = "$CONFIG_DIR" ] || env_file=%h$env_file
     MADE_OF=$made_of PROGRAM=$exec_start ENV_FILE=$env_file VSOCK=$vsock awk '
         function fill(name,   mark, at) {
             mark = "@" name "@"

@@ -243,6 +243,20 @@ def test_the_trial_of_the_sandbox_leaves_no_traces(installed: Manager) -> None:
     assert not installed.exists(RUNTIME / "ssh-agent-proxy-trial")
 
 
+def test_a_trial_that_is_interrupted_leaves_no_traces(manager: Manager) -> None:
+    real = manager.text("sh", "-c", "command -v systemctl")
+    manager.write(HOME / "stand-in/systemctl", "#!/bin/sh\n"
+                  'case $* in *"start ssh-agent-proxy-trial"*) kill $PPID ;; esac\n'
+                  f'exec {real} "$@"\n', 0o755)  # fmt: skip
+    answer = manager.make("install-systemd", check=False,
+                          PATH=f"{HOME}/stand-in:/usr/local/bin:/usr/bin:/bin")  # fmt: skip
+    assert answer.returncode != 0
+    assert not manager.exists(UNIT)
+    assert not manager.exists(RUNTIME / "systemd/user")
+    assert "trial" not in manager.text("systemctl", "--user", "list-units", "--all")
+    assert manager.sh("ls /tmp") == ""
+
+
 def test_the_settings_are_the_users_alone(installed: Manager) -> None:
     assert installed.text("stat", "-c", "%a", ENV.parent, ENV).split() == ["700", "600"]
     assert installed.outside(ENV).read_bytes() == TEMPLATE.read_bytes()
@@ -543,6 +557,13 @@ def test_under_sudo_the_way_out_is_told(tree: Path, home: Path) -> None:
     path = stand_in(home / "bin", "systemctl", "exit 1")
     told = refused(tree, home, "install-systemd", PATH=path, SUDO_USER="someone")
     assert "without sudo" in told
+
+
+def test_help_shows_where_the_service_would_be(tree: Path, home: Path) -> None:
+    told = run(["make", "help"], cwd=tree, env=clean_env(home)).stdout.decode()
+    assert re.search(rf"(?m)^CONFIG_DIR +{home}/.config/ssh-agent-proxy ", told)
+    assert re.search(rf"(?m)^SYSTEMD_USER_DIR +{home}/.config/systemd/user ", told)
+    assert re.search(r"(?m)^PROXY_URL +http://127.0.0.1:7221 ", told)
 
 
 @pytest.mark.parametrize("name", ["CONFIG_DIR", "SYSTEMD_USER_DIR"])
@@ -911,6 +932,17 @@ def test_a_package_gets_files_and_no_manager_is_asked(tree: Path, home: Path, sh
     assert str(home) not in unit
     run([*argv, "uninstall-systemd", *settings], cwd=tree, env=env)
     assert not (package / "usr/lib/systemd/user/ssh-agent-proxy.service").exists()
+
+
+def test_a_package_leaves_the_settings_to_each_user(tree: Path, home: Path, short: Path) -> None:
+    package = short / "package"
+    settings = ["PREFIX=/usr", f"DESTDIR={package}", "SYSTEMD_USER_DIR=/usr/lib/systemd/user"]
+    argv = ["make", f"PYTHON={os.path.realpath(sys.executable)}", "install-systemd", *settings]
+    told = run(argv, cwd=tree, env=clean_env(home)).stdout.decode()
+    assert "Not written: %h/.config/ssh-agent-proxy/env (it is each user's own)\n" in told
+    unit = package / "usr/lib/systemd/user/ssh-agent-proxy.service"
+    assert "\nEnvironmentFile=-%h/.config/ssh-agent-proxy/env\n" in unit.read_text()
+    assert not list(package.rglob("env"))
 
 
 # ---------------------------------------------------------------- the template of the settings
