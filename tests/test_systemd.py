@@ -178,7 +178,9 @@ class Manager:
         return self.run("curl", "-qsS", "--noproxy", "*", *args, check=check)
 
 
-def boot(*options: str) -> Manager:
+@pytest.fixture
+def possible() -> None:
+    """What a manager needs is there: said for each test, not for the first one alone."""
     for program, package in [("systemctl", "systemd"), ("systemd-analyze", "systemd"),
                              ("nsenter", "util-linux"), ("setpriv", "util-linux"),
                              ("make", "make")]:  # fmt: skip
@@ -187,26 +189,27 @@ def boot(*options: str) -> Manager:
         cannot_run("systemd is missing: install systemd")
     if os.geteuid() != 0:
         cannot_run("a systemd user manager of the tests' own: run them as root")
-    return Manager(*options)
 
 
 @pytest.fixture(scope="module")
 def booted() -> Iterator[Manager]:
-    manager = boot("-j")
+    manager = Manager("-j")
     yield manager
     manager.stop()
 
 
 @pytest.fixture
-def manager(booted: Manager) -> Manager:
+def manager(possible: None, request: pytest.FixtureRequest) -> Manager:
     """Nothing is installed."""
+    booted: Manager = request.getfixturevalue("booted")
     booted.wipe()
     return booted
 
 
 @pytest.fixture
-def installed(booted: Manager) -> Manager:
+def installed(possible: None, request: pytest.FixtureRequest) -> Manager:
     """The service runs, with the settings that it comes with; the test changes nothing of it."""
+    booted: Manager = request.getfixturevalue("booted")
     if not booted.installed:
         booted.wipe()
         booted.make("install-systemd")
@@ -582,15 +585,21 @@ def test_a_path_that_no_unit_can_name_is_refused(
 
 
 @pytest.fixture(scope="module")
-def strict() -> Iterator[Manager]:
-    """No user namespaces, as on a hardened system."""
-    manager = boot("-c")
+def hardened() -> Iterator[Manager]:
+    manager = Manager("-c")
     yield manager
     manager.stop()
 
 
+@pytest.fixture
+def strict(possible: None, request: pytest.FixtureRequest) -> Manager:
+    """No user namespaces, as on a hardened system; nothing is installed."""
+    manager: Manager = request.getfixturevalue("hardened")
+    manager.wipe()
+    return manager
+
+
 def test_without_user_namespaces_the_drop_in_is_left_out(strict: Manager) -> None:
-    strict.wipe()
     told = strict.make("install-systemd").stdout.decode()
     assert "sandbox.conf does not start on this system: it allows no user namespaces" in told
     assert "217/USER" in told
@@ -601,7 +610,6 @@ def test_without_user_namespaces_the_drop_in_is_left_out(strict: Manager) -> Non
 
 
 def test_a_drop_in_that_does_not_start_any_more_is_removed(strict: Manager) -> None:
-    strict.wipe()
     strict.write(SANDBOX, (ROOT / "contrib/systemd/sandbox.conf").read_text(), 0o644)
     told = strict.make("install-systemd").stdout.decode()
     assert f"Removed: {SANDBOX}\n" in told
