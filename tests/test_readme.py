@@ -151,6 +151,22 @@ def test_the_log_lines_shown_are_those_of_a_start(proxy: Proxy) -> None:
         assert re.search(pattern, log), line
 
 
+def test_the_report_of_check_is_one_that_check_gives(home: Path, agent: Agent, keys: Keys) -> None:
+    (shown,) = [b for b in blocks(section("## On the host"), "") if b.startswith("ok ")]
+    agent.add(keys["ed25519"])
+    argv = [sys.executable, PROXY, "check", "--upstream", agent.sock]
+    given = run(argv, env=clean_env(home)).stdout.decode()
+
+    def alike(report: str) -> List[str]:
+        """Without what differs from one machine to the next."""
+        report = re.sub(r"'\S+'", "'agent'", report)
+        report = re.sub(r"SHA256:\S+( \S+@\S+)?", "key", report)
+        report = re.sub(r"ABI \d.*\)", "ABI)", report)
+        return re.sub(r".{5}memory (.*?:).*", r"memory \1", report).splitlines()
+
+    assert alike(shown) == alike(given)
+
+
 def test_the_address_shown_is_the_default() -> None:
     (address,) = ssh_agent_proxy.Config.from_env({}, [], ssh_agent_proxy.COMMANDS).addr
     assert str(address) == "127.0.0.1:7221"
