@@ -782,7 +782,7 @@ def request_signature(exchange: Exchange, wanted: Wanted, data: bytes) -> tuple[
     if signature is None:
         if wanted.key:
             choose(list_keys(exchange), wanted)  # "not held" is another thing than "refused"
-        raise AgentRefused(f"the agent refused to sign with {key.name} (declined, locked?)")
+        raise AgentRefused(f"the agent refused to sign with {key.name} (declined, late, locked?)")
     check_signature(key, signature)
     return key, signature
 
