@@ -509,7 +509,8 @@ GOES_ON: List[Tuple[str, Callable[[Place], None]]] = [
     ("a signal to itself", signal_itself),
     ("a pair of sockets", pair_of_sockets),
 ]
-NEED_ROOT = [make_character_device, make_block_device]
+# (What /proc shows of a process without PR_SET_DUMPABLE is root's.)
+NEED_ROOT = [make_character_device, make_block_device, write_to_proc]
 NEED_IPV6 = [bind6, connect6]
 
 # ---------------------------------------------------------------- starting it
@@ -685,7 +686,7 @@ def free(outside: World) -> Dict[str, str]:
 
 def can_be_tried(do: Callable[[Place], None], outside: World) -> None:
     if do in NEED_ROOT and os.geteuid():
-        cannot_run("only root makes devices: run this as root")
+        cannot_run("only root makes devices, or writes to /proc there: run this as root")
     if do in NEED_IPV6 and not Place("", *outside.rest).tcp6:
         cannot_run("this machine has no [::1]: switch IPv6 on for lo")
 
