@@ -326,12 +326,16 @@ sys.exit(status)
 
 # Memory that may be locked without a limit, where that can't be had: as PRETEND does.
 WITHOUT_LIMIT = """\
-if "unlimited" in flags:
+if "unlimited" in flags or "raisable" in flags:
     get, put = resource.getrlimit, resource.setrlimit
+    soft = 65536 if "raisable" in flags else resource.RLIM_INFINITY
     def getrlimit(which):
-        return 2 * (resource.RLIM_INFINITY,) if which == resource.RLIMIT_MEMLOCK else get(which)
+        return (soft, resource.RLIM_INFINITY) if which == resource.RLIMIT_MEMLOCK else get(which)
     def setrlimit(which, limits):
-        if which != resource.RLIMIT_MEMLOCK:
+        global soft
+        if which == resource.RLIMIT_MEMLOCK:
+            soft = limits[0]
+        else:
             put(which, limits)
     resource.getrlimit, resource.setrlimit = getrlimit, setrlimit
 """
@@ -411,6 +415,8 @@ SURROUNDINGS: List[Tuple[str, Surroundings]] = [
     ("a plain shell", Surroundings(powers="keep", limit="", known=False)),
     ("no powers", Surroundings()),
     ("no powers, no limit", Surroundings(limit="none", flags="unlimited", known=False)),
+    ("powers, a limit that can be raised", Surroundings(
+        powers="keep", limit="", flags="raisable", known=False)),
     ("a limit of 64 KiB", Surroundings(
         limit=str(64 << 10), refused={MEMORY: "RLIMIT_MEMLOCK is 64 KiB"})),
     ("a limit of 0", Surroundings(limit="0", refused={MEMORY: "RLIMIT_MEMLOCK is 0 KiB"})),

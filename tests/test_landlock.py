@@ -83,7 +83,7 @@ def perform(plan: str) -> bytes:
 def inside(mode: str, folder: str, argv: List[str]) -> int:
     """The proxy in the process of its own: as it is ("with"), or without Landlock ("without")."""
     os.chdir(f"{folder}/cwd")
-    plan = f"{folder}/plan"
+    plan, own_plan = f"{folder}/plan", f"{folder}/plan.threads"
     confine, stop, findings = p.confine, p.Server.stop, p.agent_findings
 
     def confined(folders: Sequence[str]) -> p.Step:
@@ -92,11 +92,11 @@ def inside(mode: str, folder: str, argv: List[str]) -> int:
         return confine(folders) if mode == "with" else p.Step("Landlock", False, "left out")
 
     def from_the_main_thread(server: p.Server) -> None:
-        p.LOG.info("in the main thread: %s", perform(plan).decode())
+        p.LOG.info("in the main thread: %s", perform(own_plan).decode())
         stop(server)
 
     def from_the_reporting_thread(*args: Any) -> Iterator[Any]:
-        yield 20, f"in the reporting thread: {perform(plan).decode()}"
+        yield 20, f"in the reporting thread: {perform(own_plan).decode()}"
         yield from findings(*args)
 
     with contextlib.ExitStack() as replaced:
@@ -509,7 +509,8 @@ GOES_ON: List[Tuple[str, Callable[[Place], None]]] = [
     ("a signal to itself", signal_itself),
     ("a pair of sockets", pair_of_sockets),
 ]
-NEED_ROOT = [make_character_device, make_block_device]
+# (What /proc shows of a process without PR_SET_DUMPABLE is root's.)
+NEED_ROOT = [make_character_device, make_block_device, write_to_proc]
 NEED_IPV6 = [bind6, connect6]
 
 # ---------------------------------------------------------------- starting it
@@ -560,6 +561,8 @@ class World:
         self.process = subprocess.Popen(
             [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
         )
+        self.plan()
+        self.plan(name="plan.threads")
         self.rest = (self.process.pid, tcp4.getsockname()[1], tcp6, self.abstract,
                      f"{where}.stream", f"{where}.datagram")  # fmt: skip
 
@@ -573,9 +576,9 @@ class World:
             (path / "program").chmod(0o755)
         return [str(path), *self.rest]
 
-    def plan(self, *steps: Tuple[Callable[[Place], None], str]) -> None:
+    def plan(self, *steps: Tuple[Callable[[Place], None], str], name: str = "plan") -> None:
         plan = [[do.__name__, self.place(folder)] for do, folder in steps]
-        (self.folder / "plan").write_text(json.dumps(plan))
+        (self.folder / name).write_text(json.dumps(plan))
 
     def close(self) -> None:
         for s in self.sockets:
@@ -640,7 +643,7 @@ def snapshot(folder: Path) -> Dict[str, Tuple[int, int, int]]:
     """What there is, of which kind and size, and when it was last changed."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.name not in ("plan", "tmp") and path.parent.name != "tmp":
+        if path.name != "tmp" and path.parent.name != "tmp":
             seen = path.lstat()
             found[str(path)] = (seen.st_mode, seen.st_size, seen.st_mtime_ns)
     return found
@@ -652,14 +655,12 @@ def all_of_it(world: World, mode: str, powers: bool = True) -> Tuple[Dict[str, s
     env = clean_env(world.folder / "home")
     argv = [command(world, mode, powers), str(PROXY), "--addr", "127.0.0.1:0"]
     argv += ["--upstream", str(world.folder / "nowhere")]
-    world.plan()
     proxy = Proxy(argv, env)
     try:
         world.plan(*((do, f"{label}/{do.__name__}") for do in ALL))
         before = snapshot(world.folder)
         found = results(http(proxy.port, "GET", "/shim", seconds=60))
         touched = snapshot(world.folder) != before
-        world.plan()
     finally:
         assert proxy.stop() == 0, proxy.log()
     assert "Traceback" not in proxy.log()
@@ -685,7 +686,7 @@ def free(outside: World) -> Dict[str, str]:
 
 def can_be_tried(do: Callable[[Place], None], outside: World) -> None:
     if do in NEED_ROOT and os.geteuid():
-        cannot_run("only root makes devices: run this as root")
+        cannot_run("only root makes devices, or writes to /proc there: run this as root")
     if do in NEED_IPV6 and not Place("", *outside.rest).tcp6:
         cannot_run("this machine has no [::1]: switch IPv6 on for lo")
 
@@ -737,7 +738,6 @@ def start_inside(
 ) -> Callable[..., Proxy]:
     """start_inside(mode="with", *args, **options): with the hook, in front of a real agent."""
     agent.add(keys["ed25519"])
-    world.plan()
 
     def start(*args: Any, mode: str = "with", **options: Any) -> Proxy:
         options.setdefault("upstream", agent.sock)
@@ -754,6 +754,7 @@ def test_each_thread_is_refused(
 ) -> None:
     need_landlock()
     world.plan((write, "own"))
+    world.plan((write, "own"), name="plan.threads")
     proxy = start_inside(mode=mode)
     assert results(http(proxy.port, "GET", "/shim")) == [expected]
     proxy.wait_log(re.escape(f'in the reporting thread: ["{expected}"]'))
