@@ -1197,7 +1197,7 @@ def confine(folders: Sequence[str]) -> Step:
     except OSError as e:
         why = {errno.ENOSYS: "this kernel has none", errno.EOPNOTSUPP: "not enabled at boot"}
         return Step("Landlock", False, why.get(e.errno or 0, f"forbidden here: {e.strerror}"))
-    with contextlib.suppress(PermissionError):
+    with contextlib.suppress(OSError):
         os.close(os.open(os.devnull, os.O_WRONLY))
         return Step("Landlock", False, "asked for, and yet a file could be written")
     covered = [what for since, what in COVERED.items() if since <= abi]
