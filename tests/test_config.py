@@ -48,7 +48,7 @@ def option(variable: str) -> str:
 
 def test_defaults() -> None:
     c = config()
-    assert c.command == ()
+    assert c.command == ("serve",)
     assert c.addr == (("127.0.0.1", 7221),)
     assert c.namespace == ("git",)
     assert c.upstream is None

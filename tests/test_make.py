@@ -543,7 +543,7 @@ def test_a_home_may_have_any_name(tree: Path, home: Path, short: Path, name: str
     # All of this in each variable, at once.
     settings = [f"PREFIX={user}/{name}", f"DESTDIR={short}/{name}"]
     told = make(tree, home, "help", HOME=str(user)).stdout.decode()
-    assert f"PREFIX     {user}/.local " in told
+    assert f"PREFIX           {user}/.local " in told
     told = make(tree, home, "install", HOME=str(user)).stdout.decode()
     assert f"\n{user}/.local/bin is not on your PATH" in told
     assert without_folders(user) == {f".local/bin/{name}": 0o755 for name in INSTALLED}

@@ -594,7 +594,8 @@ def test_the_pinned_key_signs_and_no_other(
     for way in ways_to_name(keys.line("other")):
         for method, path in (("POST", "/sign"), ("GET", "/publickey")):
             answer = ask(proxy.port, method, path, {"SSHSIG-Key": way})
-            assert "SSH_AGENT_PROXY_PUBKEY" in refused(answer, 403).text
+            setting = "--pubkey-file" if source == "file" else "SSH_AGENT_PROXY_PUBKEY"
+            assert f"change {setting}" in refused(answer, 403).text
 
 
 def test_a_pin_in_a_file_counts_from_the_next_request(
