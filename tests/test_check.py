@@ -458,11 +458,6 @@ def test_a_list_that_is_none_is_told(
     assert cause in line
 
 
-def test_an_agent_whose_list_is_none_is_told(home: Path, scripted_agent: Scripted) -> None:
-    path = scripted_agent(answering(message(b"\x0e")))
-    assert "identities answer: message type 14" in check(home, "--upstream", path).fails()
-
-
 def test_an_agent_that_hangs_is_named_once_the_timeout_is_over(
     home: Path, agent: Agent, key: str
 ) -> None:
@@ -580,41 +575,27 @@ def names_setting(line: str, way: str) -> bool:
 
 
 @EACH_WAY
-def test_the_pinned_key_signs(way: str, home: Path, short: Path, agent: Agent, keys: Keys) -> None:
+def test_the_pinned_key_signs_and_its_setting_is_named(
+    way: str, home: Path, short: Path, agent: Agent, keys: Keys
+) -> None:
     agent.add(keys["other"])
     agent.add(keys["ed25519"])
     argv, env = pinned(way, keys.line("ed25519") + "\n", short)
     report = check(home, "--upstream", agent.sock, *argv, **env)
     line = report.one("signing with ")
     assert line.startswith(f"ok   signing with {fingerprint(keys.line('ed25519'))}, pinned by ")
+    assert names_setting(line, way), line
     report.works()
 
 
 @EACH_WAY
-def test_the_setting_that_pins_is_named(
-    way: str, home: Path, short: Path, agent: Agent, key: str
-) -> None:
-    argv, env = pinned(way, key, short)
-    line = check(home, "--upstream", agent.sock, *argv, **env).one("signing with ")
-    assert names_setting(line, way), line
-
-
-@EACH_WAY
-def test_a_pinned_key_that_is_not_held_is_named(
+def test_a_pinned_key_that_is_not_held_is_named_with_its_setting(
     way: str, home: Path, short: Path, agent: Agent, key: str, keys: Keys
 ) -> None:
     argv, env = pinned(way, keys.line("other"), short)
     line = check(home, "--upstream", agent.sock, *argv, **env).fails()
     assert fingerprint(keys.line("other")) in line
     assert "does not hold it, but 1 other" in line
-
-
-@EACH_WAY
-def test_the_setting_that_pins_a_key_that_is_not_held_is_named(
-    way: str, home: Path, short: Path, agent: Agent, key: str, keys: Keys
-) -> None:
-    argv, env = pinned(way, keys.line("other"), short)
-    line = check(home, "--upstream", agent.sock, *argv, **env).fails()
     assert names_setting(line, way), line
 
 
@@ -646,11 +627,9 @@ def test_a_pin_that_is_no_public_key_is_told(
     assert cause in line
 
 
-@EACH_WAY
-def test_two_pins_are_told(way: str, home: Path, short: Path, keys: Keys) -> None:
-    argv, env = pinned(way, keys.line("ed25519") + "\n" + keys.line("other"), short)
-    line = refused(home, *argv, **env)
-    assert line.startswith(f"FAIL {way}: ")
+def test_two_pins_are_told(home: Path, keys: Keys) -> None:
+    line = refused(home, "--pubkey", keys.line("ed25519") + "\n" + keys.line("other"))
+    assert line.startswith("FAIL --pubkey: ")
     assert "one line with a public key is needed, 2" in line
 
 
@@ -1072,11 +1051,15 @@ def test_a_token_file_that_can_not_be_used_is_named_with_the_cause(
     assert cause in line
 
 
-@pytest.mark.parametrize(("text", "mode", "cause"), rows(TOKENS))
+# Its line is broken such that any of the words might be what is complained of.
+QUOTABLE = [row[:2] for row in TOKENS if row[1].count(SECRET) > 1 or "!" in row[1]]
+
+
+@pytest.mark.parametrize("text", [row[1] for row in QUOTABLE], ids=[row[0] for row in QUOTABLE])
 def test_a_token_file_that_can_not_be_used_is_not_quoted(
-    text: str, mode: int, cause: str, home: Path, short: Path
+    text: str, home: Path, short: Path
 ) -> None:
-    assert SECRET[:8] not in refused(home, "--token-file", token_file(short, text, mode))
+    assert SECRET[:8] not in refused(home, "--token-file", token_file(short, text))
 
 
 def test_a_token_file_that_is_missing_is_named_with_the_way_out(home: Path, short: Path) -> None:
@@ -1151,12 +1134,10 @@ def test_a_bad_value_is_one_line_that_names_the_setting_and_exit_2(
     assert cause in line
 
 
-# (An empty address would be the one that everybody has.)
-@pytest.mark.parametrize("variable", [option.variable for option in p.OPTIONS[1:]])
-def test_an_empty_variable_counts_as_unset(
-    variable: str, home: Path, agent: Agent, key: str
-) -> None:
-    check(home, SSH_AUTH_SOCK=agent.sock, **{NAME + variable: ""}).works()
+def test_empty_variables_count_as_unset(home: Path, agent: Agent, key: str) -> None:
+    # (An empty address would be the one that everybody has.)
+    names = [NAME + option.variable for option in p.OPTIONS if option.variable != "ADDR"]
+    check(home, SSH_AUTH_SOCK=agent.sock, **dict.fromkeys(names, "")).works()
 
 
 TOGETHER = [
