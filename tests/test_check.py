@@ -178,7 +178,7 @@ def test_an_agent_with_a_key_is_exit_0(home: Path, agent: Agent, key: str) -> No
 def test_the_agent_and_its_key_are_told_to_the_letter(home: Path, agent: Agent, key: str) -> None:
     report = check(home, "--upstream", agent.sock)
     assert report.lines[:2] == [
-        f"ok   the agent at '{agent.sock}' answers",
+        f"ok   asking the agent at '{agent.sock}'",
         f"ok   it holds ssh-ed25519 {fingerprint(key)} ed25519@test",
     ]
 
@@ -228,7 +228,7 @@ def test_several_keys_of_which_one_is_pinned_are_no_warning(
 
 def test_the_agent_of_ssh_auth_sock_is_used(home: Path, agent: Agent, key: str) -> None:
     report = check(home, SSH_AUTH_SOCK=agent.sock)
-    assert report.one(" answers$") == f"ok   the agent at '{agent.sock}' answers"
+    assert report.one(" asking ") == f"ok   asking the agent at '{agent.sock}'"
 
 
 def test_the_upstream_wins_over_ssh_auth_sock(home: Path, agent: Agent, key: str) -> None:
@@ -241,7 +241,7 @@ def test_without_any_setting_a_well_known_agent_is_used(
     agent = start_agent(short / "ssh-agent.socket")
     agent.add(keys["ed25519"])
     report = check(home, XDG_RUNTIME_DIR=short)
-    assert report.one(" answers$") == f"ok   the agent at '{agent.sock}' answers"
+    assert report.one(" asking ") == f"ok   asking the agent at '{agent.sock}'"
     report.works()
 
 
@@ -317,7 +317,7 @@ def test_an_agent_without_keys_is_named_with_the_cause_and_the_ways_out(
 def test_an_agent_without_keys_is_told_by_its_path(home: Path, agent: Agent) -> None:
     report = check(home, "--upstream", agent.sock)
     report.fails()
-    assert report.one(" answers$") == f"ok   the agent at '{agent.sock}' answers"
+    assert report.one(" asking ") == f"ok   asking the agent at '{agent.sock}'"
 
 
 def test_an_agent_with_an_empty_list_is_not_told_of_as_one_that_signs(
@@ -439,7 +439,7 @@ def test_an_agent_that_breaks_the_protocol_is_named_with_what_it_did(
     path = scripted_agent(handler)
     report = check(home, "--upstream", path)
     assert cause in report.fails()
-    assert report.one(" answers$") == f"ok   the agent at '{path}' answers"
+    assert report.one("^ok .*agent") == f"ok   asking the agent at '{path}'"
 
 
 NO_LISTS = [
@@ -527,7 +527,7 @@ def bridge(short: Path, agent: Agent) -> str:
 
 def test_an_agent_behind_a_command_is_told(home: Path, bridge: str, key: str) -> None:
     report = check(home, "--upstream", f"exec:{bridge}")
-    report.one(f"^ok   the agent command '{bridge}' answers$")
+    report.one(f"^ok   asking the agent command '{bridge}'$")
     assert fingerprint(key) in report.one(" holds ")
     report.works()
 
