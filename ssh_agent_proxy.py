@@ -775,8 +775,10 @@ def choose(listed: Sequence[Listed], wanted: Wanted) -> Listed:
     raise KeyNotHeld(f"no key {wanted.name}: {others}; add it there, or sign with another")
 
 
-def request_signature(exchange: Exchange, wanted: Wanted, data: bytes) -> tuple[PublicKey, bytes]:
-    """The key that signed DATA, and its signature, checked; a known key costs no listing."""
+def request_signature(exchange: Exchange, wanted: Wanted, namespace: str, hash_algorithm: str,
+                      digest: bytes) -> tuple[PublicKey, bytes]:  # fmt: skip
+    """The key that signed, and the armored signature, checked; a known key costs no listing."""
+    data = signed_data(namespace, hash_algorithm, digest)
     key = wanted.key or choose(list_keys(exchange), wanted).key
     signature = parse_sign_response(exchange.ask(sign_request(key.blob, data, key.flags)))
     if signature is None:
@@ -784,14 +786,6 @@ def request_signature(exchange: Exchange, wanted: Wanted, data: bytes) -> tuple[
             choose(list_keys(exchange), wanted)  # "not held" is another thing than "refused"
         raise AgentRefused(f"the agent refused to sign with {key.name} (declined, late, locked?)")
     check_signature(key, signature)
-    return key, signature
-
-
-def request_block(exchange: Exchange, wanted: Wanted, namespace: str, hash_algorithm: str,
-                  digest: bytes) -> tuple[PublicKey, bytes]:  # fmt: skip
-    """The key that signed, and the armored SSHSIG block."""
-    data = signed_data(namespace, hash_algorithm, digest)
-    key, signature = request_signature(exchange, wanted, data)
     return key, armor(sshsig(key.blob, namespace, hash_algorithm, signature))
 
 
@@ -1445,6 +1439,8 @@ class Config(NamedTuple):
                     values[field] = File(value, name) if option.parse is expand else value
             except (ProxyError, ValueError) as e:
                 raise ConfigError(f"{name}: {e}") from e
+        if given.pubkey_file and not given.pubkey:  # an option wins, over that variable too
+            values.pop("pubkey", None)
         if "token_file" in values:
             known.add(prefix + "TOKEN")  # the shim's: without that file it protects nothing
         config = cls(
@@ -1817,7 +1813,7 @@ class Handler:
         if self.token != admitted:
             raise RequestError(403, "the line of this token was changed meanwhile: try again")
         with self.proxy.agents.exchange(self.request) as exchange:
-            key, block = request_block(exchange, wanted, namespace, hash_algorithm, digest)
+            key, block = request_signature(exchange, wanted, namespace, hash_algorithm, digest)
         self.noted.update(outcome="signed", key=key.fingerprint)
         if finished := payload.object_id(block):
             self.noted["id"] = finished
@@ -1973,7 +1969,7 @@ def listen(address: Union[Address, UnixAddress]) -> list[Listener]:
         if not listeners:
             raise error
     except (OSError, UnicodeError) as e:
-        why = getattr(e, "strerror", None) or e
+        why = getattr(e, "strerror", "no such name") or e
         raise ProxyError(f"cannot listen on {address}: {why} (SSH_AGENT_PROXY_ADDR sets it)") from e
     return listeners
 
@@ -2233,14 +2229,14 @@ def agent_findings(config: Config, agents: Agents) -> Iterator[Finding]:
     try:
         wanted = config.pinned()
         with agents.exchange() as exchange:
-            yield logging.DEBUG, f"the {exchange.upstream} answers"
+            yield logging.DEBUG, f"asking the {exchange.upstream}"
             listed = list_keys(exchange)
             for found, comment in listed:
                 line = f"it holds {found.type} {found.name} {printable(comment)}"
                 yield logging.DEBUG, line.rstrip()
             key = choose(listed, wanted).key
     except ProxyError as e:
-        ways_out = "" if "SSH_AGENT_PROXY_" in str(e) else WAYS_OUT
+        ways_out = "" if type(e) is not AgentError or "SSH_AGENT_PROXY_" in str(e) else WAYS_OUT
         yield logging.ERROR, f"/sign can't work yet: {e}{ways_out}"
         return
     why = f", pinned by {wanted.pinned}" if wanted.pinned else " unless another is named"
@@ -2258,7 +2254,8 @@ def hardening_findings(config: Config, steps: list[Step]) -> Iterator[Finding]:
     if sys.platform == "linux":
         folders = [os.path.dirname(a.path) for a in config.addr if isinstance(a, UnixAddress)]
         why = f"SSH_AGENT_PROXY_{runs} runs a program"
-        steps.append(Step("Landlock", False, why) if runs else confine(folders))
+        confined = confine(list(filter(os.path.isdir, folders))) if not runs else None
+        steps.append(confined or Step("Landlock", False, why))
     for step in steps:
         state = "in force" if step.in_force else "not in force"
         level = logging.INFO if step.in_force or step.expected else logging.WARNING
@@ -2348,7 +2345,7 @@ def address_findings(config: Config) -> Iterator[Finding]:
             except ProxyError as e:
                 server = who_listens(address)
                 if server.startswith(f"{PROGRAM}/"):
-                    yield logging.INFO, f"{server} listens on {address} already"
+                    yield logging.INFO, f"{server} answers at {address} already"
                 else:
                     yield logging.ERROR, str(e)
 
@@ -2381,14 +2378,15 @@ def sign_findings(config: Config, agents: Agents) -> Iterator[Finding]:
     digest = hashlib.new(HASHES[0], payload).digest()
     try:
         with agents.exchange() as exchange:
-            _, block = request_block(exchange, config.pinned(), namespace, HASHES[0], digest)
+            key, block = request_signature(exchange, config.pinned(), namespace, HASHES[0], digest)
         with tempfile.NamedTemporaryFile(suffix=".sig") as f:
             f.write(block)
             f.flush()
             argv = ("ssh-keygen", "-Y", "check-novalidate", "-n", namespace, "-s", f.name)
             done = subprocess.run(argv, input=payload, capture_output=True, timeout=10, check=False)
         said = printable((done.stdout or done.stderr).strip())
-        yield logging.ERROR if done.returncode else logging.INFO, f"test signature: {said}"
+        level = logging.ERROR if done.returncode else logging.INFO
+        yield level, f"test signature by {key.name}: {said}"
     except ProxyError as e:
         yield logging.ERROR, f"no test signature: {e}"
     except (OSError, subprocess.SubprocessError) as e:
@@ -2398,7 +2396,7 @@ def sign_findings(config: Config, agents: Agents) -> Iterator[Finding]:
 def check(config: Config) -> int:
     """Prints all there is to know, a line each; 0 where /sign would work, else 1."""
     steps = harden(sys.platform)
-    config.tokens()
+    tokens = config.tokens()
     agents = Agents(config.upstream, config.sockets, config.timeout)
     if config.level > logging.DEBUG:
         LOG.setLevel(logging.WARNING)  # what it has to say is said here
@@ -2414,6 +2412,9 @@ def check(config: Config) -> int:
     if config.sign and not failed:
         show(sign_findings(config, agents))
     show(address_findings(config))
+    who = f"who has one of {count(len(tokens), 'token')}" if tokens else "whoever reaches that"
+    what = f"payloads {','.join(config.payloads)}, namespaces {','.join(config.namespace)}"
+    show(iter([(logging.INFO, f"may ask: {who}; {what}")]))
     show(weak_settings(config))
     show(service_findings())
     show(hardening_findings(config, steps))  # the last: nothing can be tried after it
