@@ -133,11 +133,13 @@ build-all: build build-shiv  ## both
 BIN = $(DESTDIR)$(BINDIR)
 
 # $(call put,FILE,NAME): FILE becomes BIN/NAME whole, or nothing is changed and nothing left: a
-# commit made meanwhile finds the old one or the new one.
+# commit made meanwhile finds the old one or the new one. Of two at once, one waits (macOS has no
+# flock).
 define put
 @set -e; new=$(call quote,$(BIN)/.$(2).new); to=$(call quote,$(BIN)/$(2)); \
 if [ -d "$$to" ]; then \
     printf '%s is a folder, and no program: move it away\n' "$$to" >&2; exit 1; fi; \
+if command -v flock >/dev/null 2>&1; then exec 9<$(call quote,$(BIN)); flock 9; fi; \
 trap 'rm -f "$$new"' EXIT; trap 'exit 1' HUP INT TERM; \
 (set -x; install -m 755 $(1) "$$new"; mv -f "$$new" "$$to")
 endef
