@@ -9,7 +9,6 @@ set -eu
 NAME=ssh-agent-proxy
 UNIT=$NAME.service
 TRIAL=$NAME-trial.service
-MARK='make install-systemd' # stands in each file of ours
 
 main() {
     sources=$(dirname "$0")/systemd
@@ -50,13 +49,16 @@ ready() {
     need_manager
     [ -n "${XDG_RUNTIME_DIR:-}" ] ||
         fail "XDG_RUNTIME_DIR is not set here, where the service's sockets would be"
+    # One with a blank or a quote is told in double quotes.
+    quoted=\"$(printf '%s\n' "$SYSTEMD_USER_DIR" | sed 's/[\\"$`]/\\&/g')\"
     case " $units " in
-    *" $SYSTEMD_USER_DIR "*) ;;
+    *" $SYSTEMD_USER_DIR "* | *" $quoted "*) ;;
     *)
         fail "your systemd does not look for units in $SYSTEMD_USER_DIR; where it does:" \
             "  $units" "Choose one of yours: make install-systemd SYSTEMD_USER_DIR=…"
         ;;
     esac
+    check_settings
     for file in "$unit" "$sandbox"; do
         ! is_foreign "$file" || [ ! -e "$file.old" ] ||
             fail "$file was not written by make, and is to become $file.old, which is there" \
@@ -64,8 +66,42 @@ ready() {
     done
 }
 
+# What systemd passes over with a warning (`export NAME=…`, say), or unread, would be no setting: a
+# token file, a payload policy, that is not in force.
+check_settings() {
+    [ -e "$env" ] || return 0
+    if [ ! -f "$env" ] || [ ! -r "$env" ]; then
+        fail "$env is no file that you can read (nothing was changed)"
+    fi
+    wrong=$(tr '\r' '\n' <"$env" | awk '
+        going_on { going_on = /\\$/; next }
+        /^[ \t]*([#;]|$)/ { going_on = /\\$/; next }
+        !/^[ \t]*[A-Za-z_][A-Za-z0-9_]*[ \t]*=/ {
+            sub(/=.*/, "=…")
+            print
+            exit
+        }
+        {
+            # Where a quote is open, what follows is no line of its own.
+            value = $0
+            sub(/^[^=]*=[ \t]*/, "", value)
+            quote = substr(value, 1, 1)
+            if ((quote == "\"" || quote == "\047") && index(substr(value, 2), quote) == 0)
+                exit
+            going_on = /\\$/
+        }' | LC_ALL=C tr -d '\000-\010\013-\037\177')
+    [ -z "$wrong" ] || fail "$env: systemd would pass over this line: $wrong" \
+        "It takes NAME=VALUE alone, without export: mend that, then run this again (nothing was" \
+        "changed)."
+}
+
+# By its first line, which no version changes: others have a `make install-systemd` too.
 is_ours() {
-    grep -qF "$MARK" "$1"
+    case $1 in
+    *.conf) source=$sources/sandbox.conf ;;
+    *) source=$sources/$UNIT ;;
+    esac
+    [ "$(sed 1q "$1")" = "$(sed 1q "$source")" ]
 }
 
 is_foreign() {
@@ -86,6 +122,8 @@ need_manager() {
         units=''
     else
         why=$(user show --property=UnitPath --value 2>&1) && units=$why || units=''
+        # In a chroot it says that it does nothing, and is content.
+        case $units in *"ignoring command"* | *"ignoring request"*) units='' ;; esac
     fi
     [ -z "$units" ] || return 0
     printf 'no systemd runs for you here, so there is nothing to do with a service: %s\n' \
@@ -130,6 +168,9 @@ install() {
         printf 'Not written: %s (whether it starts, only a try shows)\n' "$sandbox"
         return
     fi
+    # One at a time: two would share the trial.
+    exec 9<"$XDG_RUNTIME_DIR"
+    ! command -v flock >/dev/null 2>&1 || flock 9
     "$program" --version >"$tmp/version" ||
         fail "$program does not run: no service was installed"
     if [ ! -e "$env" ] && [ ! -L "$env" ]; then
@@ -140,6 +181,7 @@ install() {
     try_sandbox
     update
     user --quiet enable "$UNIT"
+    is_program
     start
     report
 }
@@ -150,8 +192,10 @@ place() {
     mkdir -p "$(dirname "$folder")"
     [ -d "$folder" ] || mkdir -m "$1" "$folder"
     temporary=$folder/.$(basename "$4").new
-    command install -m "$2" "$3" "$temporary"
-    mv -f "$temporary" "$4"
+    if ! { command install -m "$2" "$3" "$temporary" && mv -f "$temporary" "$4"; }; then
+        rm -f "$temporary"
+        exit 1
+    fi
 }
 
 # The unit. What it was made of shows when a service that runs has to be started anew.
@@ -247,6 +291,25 @@ update() {
     user daemon-reload
 }
 
+# Other files than ours that have a say, of the user's or of the program that was here before.
+others() {
+    # (DropInPaths= is one line, in which some paths are quoted.)
+    user cat "$UNIT" 2>/dev/null | sed -n 's/^# \(\/.*\.conf\)$/\1/p' | grep -vxF "$sandbox" || :
+}
+
+# An `ExecStart=` in a file that another program of this name left would go on running that one.
+is_program() {
+    case $(user show --property=ExecStart --value "$UNIT") in
+    *"$BINDIR/$NAME"*) ;;
+    *)
+        user stop "$UNIT" 2>/dev/null || :
+        fail "$UNIT would not run $program: one of these has another ExecStart=, or it is" \
+            "another unit: move it away, then run this again" \
+            "$(user show --property=FragmentPath --value "$UNIT")" "$(others)"
+        ;;
+    esac
+}
+
 start() {
     user is-active --quiet "$UNIT" && return
     user start "$UNIT" 2>"$tmp/start" && return
@@ -261,7 +324,7 @@ explain() {
     invocation=$(user show --property=InvocationID --value "$UNIT")
     said='' try=0
     while [ -z "$said" ] && [ "$try" -lt 10 ] && command -v journalctl >/dev/null 2>&1; do
-        said=$(journalctl --user --quiet --no-pager --output=cat --lines=5 \
+        said=$(journalctl --quiet --no-pager --output=cat --lines=5 \
             "_SYSTEMD_INVOCATION_ID=$invocation" 2>/dev/null) || break
         try=$((try + 1))
         sleep 0.1 # the journal is behind
@@ -269,10 +332,17 @@ explain() {
     printf '\n%s did not start:\n' "$UNIT"
     if [ -n "$said" ]; then
         printf '%s\n' "$said"
+        case $said in *"Read-only file system"*) printf '%s\n' \
+            "The service can write in $XDG_RUNTIME_DIR/$NAME alone: see $sandbox" ;;
+        esac
     else
         systemd-analyze --user --man=no verify "$unit" || : # a file of the user's may be wrong
         user --no-pager --full --lines=0 status "$UNIT" || :
+        printf '%s\n' 'What it said itself, whoever may read the journal can see:' \
+            "  sudo journalctl --lines=20 _SYSTEMD_USER_UNIT=$UNIT"
     fi
+    others=$(others)
+    [ -z "$others" ] || printf '%s\n' 'These have a say too:' "$others"
 }
 
 report() {
@@ -285,7 +355,12 @@ report() {
     done
     printf '%s runs%s%s\n' "$UNIT" "${text:+: }" "$text"
     if [ -z "$refused" ]; then
-        printf 'The whole sandbox is in force.\n'
+        others=$(others)
+        if [ -z "$others" ]; then
+            printf 'The whole sandbox is in force.\n'
+        else
+            printf '%s\n' 'The sandbox is in force, but for what these change:' "$others"
+        fi
     else
         printf 'sandbox.conf does not start on this system: %s. It was left out.\n' "$refused"
     fi
@@ -358,7 +433,10 @@ status() {
 
 logs() {
     need_service
-    exec journalctl --user --unit="$UNIT" "$@"
+    command -v journalctl >/dev/null 2>&1 || fail 'there is no journalctl here to show the log'
+    # Not --user, which sees nothing where the journal is in memory alone, not even for those who
+    # may read all of it. (--quiet: nothing about what of others' is not shown.)
+    exec journalctl --quiet --user-unit="$UNIT" "$@"
 }
 
 main "$@"

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -395,6 +396,109 @@ def test_the_service_of_another_program_of_that_name_is_replaced_and_kept(
     assert manager.curl(f"{URL}/publickey").stdout.decode().strip() == keys.line("ed25519")
 
 
+def test_another_program_with_the_same_target_of_make_is_another_one(manager: Manager) -> None:
+    other = "# Installed by `make install-systemd`.\n" + OTHER
+    manager.write(UNIT, other, 0o644)
+    manager.make("install-systemd")
+    assert manager.outside(UNIT.with_name(UNIT.name + ".old")).read_text() == other
+
+
+def test_a_drop_in_of_another_program_does_not_go_on_running_it(manager: Manager) -> None:
+    left = SANDBOX.with_name("override.conf")
+    manager.write(left, "[Service]\nType=exec\nExecStart=\nExecStart=/bin/sleep 1000\n", 0o644)
+    answer = manager.make("install-systemd", check=False)
+    assert answer.returncode != 0
+    told = answer.stderr.decode()
+    assert f"would not run {HOME}/.local/bin/ssh-agent-proxy" in told
+    assert f"\n{left}\n" in told
+    assert manager.show("ActiveState") == "inactive"
+    manager.outside(left).unlink()
+    manager.make("install-systemd")
+    assert manager.curl(f"{URL}/healthz").stdout == b"ok\n"
+
+
+def test_the_users_drop_ins_are_named_with_the_sandbox(manager: Manager) -> None:
+    mine = SANDBOX.with_name("zz mine.conf")
+    manager.write(mine, "[Service]\nProtectHome=no\n", 0o644)
+    told = manager.make("install-systemd").stdout.decode()
+    assert f"The sandbox is in force, but for what these change:\n{mine}\n\n" in told
+
+
+def test_a_drop_in_that_does_not_start_is_named(manager: Manager) -> None:
+    mine = SANDBOX.with_name("zz.conf")
+    manager.write(mine, "[Service]\nPrivateUsers=no\n", 0o644)
+    answer = manager.make("install-systemd", check=False)
+    assert answer.returncode != 0
+    assert f"These have a say too:\n{mine}\n" in answer.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["export SSH_AGENT_PROXY_PAYLOADS=commit", " export A=b",
+     "\ufeffSSH_AGENT_PROXY_PAYLOADS=commit", "SSH-AGENT-PROXY-PAYLOADS=commit",
+     "SSH_AGENT_PROXY_PAYLOADS: commit"],
+)  # fmt: skip
+def test_a_line_that_systemd_passes_over_is_refused(manager: Manager, line: str) -> None:
+    manager.write(ENV, line + "\n")
+    answer = manager.make("install-systemd", check=False)
+    assert answer.returncode != 0
+    told = answer.stderr.decode()
+    assert f"{ENV}: systemd would pass over this line: {line.partition('=')[0]}" in told
+    assert manager.files() == [str(ENV.relative_to(HOME))]
+
+
+def test_lines_that_systemd_takes_are_no_reason_to_refuse(manager: Manager) -> None:
+    text = ("# a comment \\\nthat goes on\n\r\n  ; another\nSSH_AGENT_PROXY_TIMEOUT = 31  \r\n"
+            "A=\\\ngoes on\n\tB=\"two\n lines\"\nSSH_AGENT_PROXY_NAMESPACE='git'\n")  # fmt: skip
+    manager.write(ENV, text)
+    manager.make("install-systemd")
+    environ = manager.root("cat", f"/proc/{manager.main_pid()}/environ").stdout.split(b"\0")
+    assert {b"SSH_AGENT_PROXY_TIMEOUT=31", b"SSH_AGENT_PROXY_NAMESPACE=git", b"A=goes on",
+            b"B=two\n lines"} <= set(environ)  # fmt: skip
+
+
+def test_settings_that_can_not_be_read_are_refused(manager: Manager) -> None:
+    # systemd would start it without.
+    manager.write(ENV, "SSH_AGENT_PROXY_PAYLOADS=commit\n", 0)
+    answer = manager.make("install-systemd", check=False)
+    assert answer.returncode != 0
+    assert f"{ENV} is no file that you can read" in answer.stderr.decode()
+    assert manager.files() == [str(ENV.relative_to(HOME))]
+
+
+def test_several_at_once_are_as_good_as_one(manager: Manager) -> None:
+    manager.make("build")
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda _: manager.make("install-systemd"), range(3)))
+    for answer in answers:
+        assert b"The whole sandbox is in force.\n" in answer.stdout
+    assert manager.show("DropInPaths") == str(SANDBOX)
+    assert not [name for name in manager.files() if ".new" in name]
+
+
+def test_on_a_full_disk_no_half_of_a_file_is_left(manager: Manager) -> None:
+    # Room for the unit alone.
+    manager.run("mkdir", "-p", UNITS)
+    manager.root("mount", "-t", "tmpfs", "-o", f"size=4k,uid={UID},gid={UID}", "none", UNITS)
+    try:
+        answer = manager.make("install-systemd", check=False)
+        left = manager.text("find", UNITS, "-type", "f").split()
+    finally:
+        manager.root("umount", "-l", UNITS)
+    assert answer.returncode != 0
+    assert "No space left on device" in answer.stderr.decode()
+    assert left == [str(UNIT)]
+
+
+def test_a_socket_that_the_sandbox_forbids_is_told_why(manager: Manager) -> None:
+    manager.run("mkdir", "-m", "700", HOME / "sockets")
+    manager.write(ENV, "SSH_AGENT_PROXY_ADDR=unix:~/sockets/s\n")
+    answer = manager.make("install-systemd", check=False)
+    assert answer.returncode != 0
+    told = answer.stderr.decode()
+    assert f"can write in {RUNTIME}/ssh-agent-proxy alone: see {SANDBOX}" in told
+
+
 def test_what_was_kept_is_not_overwritten(manager: Manager) -> None:
     old = UNIT.with_name(UNIT.name + ".old")
     manager.write(UNIT, OTHER, 0o644)
@@ -534,6 +638,27 @@ def test_real_systemctl_without_a_user_manager(tree: Path, home: Path) -> None:
     need("systemctl", "systemd")
     told = refused(tree, home, "install-systemd", XDG_RUNTIME_DIR=str(home / "nothing"))
     assert "sudo loginctl enable-linger" in told
+
+
+def test_where_systemctl_takes_this_for_a_chroot_nothing_is_changed(
+    tree: Path, home: Path
+) -> None:
+    # It does nothing then, and exits 0.
+    need("systemctl", "systemd")
+    told = refused(tree, home, "install-systemd", SYSTEMD_OFFLINE="1")
+    assert "ignoring" in told
+
+
+def test_a_folder_of_units_with_a_blank_is_known_as_systemd_quotes_it(
+    tree: Path, home: Path
+) -> None:
+    units = home / """a b's "c" $d"""
+    path = stand_in(home / "bin", "systemctl",
+                    'printf \'%s\\n\' "/etc/systemd/user \\"$QUOTED\\" /usr/lib/systemd/user"')
+    env = clean_env(home, PATH=path, XDG_RUNTIME_DIR=str(home), BINDIR=f"{home}/bin",
+                    CONFIG_DIR=f"{home}/etc", SYSTEMD_USER_DIR=str(units),
+                    QUOTED=re.sub(r'([$"])', r"\\\1", str(units)))  # fmt: skip
+    assert run(["sh", "contrib/systemd.sh", "ready"], cwd=tree, env=env).stderr == b""
 
 
 def test_without_systemd_nothing_is_changed(tree: Path, home: Path) -> None:
@@ -905,6 +1030,17 @@ def test_uninstalling_ends_a_service_whose_unit_is_gone(manager: Manager) -> Non
     manager.make("uninstall-systemd")
     assert not manager.exists(SANDBOX)
     assert manager.curl(f"{URL}/healthz", check=False).returncode == 7
+
+
+def test_without_journalctl_there_is_no_log_to_show(installed: Manager) -> None:
+    # All the programs but that one.
+    installed.sh('mkdir ~/most; ln -s /usr/bin/* ~/most; rm ~/most/journalctl')
+    try:
+        answer = installed.make("logs", check=False, PATH=f"{HOME}/most")
+    finally:
+        installed.run("rm", "-r", HOME / "most")
+    assert answer.returncode != 0
+    assert "there is no journalctl here" in answer.stderr.decode()
 
 
 @pytest.mark.parametrize("target", ["status", "logs"])
