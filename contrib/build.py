@@ -22,6 +22,8 @@ SOURCES = ("shim.sh", "ssh_agent_proxy.py")
 # An `import ssh_agent_proxy` would do as well, but zipimport compiles a module twice then, to tell
 # its file name, which is most of the time that a start takes. The archive is the file itself, even
 # where it was started through a link: the proxy looks for the shim in there.
+# The shim is read at once: after an upgrade another file is at that path, and what the loader knows
+# of the old one would cut a piece out of it.
 MAIN = """\
 import sys
 
@@ -41,6 +43,10 @@ spec.has_location = True
 module = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = module
 exec(loader.get_code(spec.name), vars(module))
+shim = os.path.join(archive, "shim.sh")
+content = loader.get_data(shim)
+read = loader.get_data
+loader.get_data = lambda path: content if path == shim else read(path)
 sys.exit(module.main(sys.argv[1:]))
 """
 # shiv calls a function without arguments.

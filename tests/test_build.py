@@ -244,6 +244,21 @@ def works(proxy: Proxy) -> None:
     assert proxy.stop() == 0
 
 
+def test_one_that_runs_hands_out_its_own_shim_after_an_upgrade(
+    program: Path, agent: Agent, home: Path, start: Callable[..., Proxy]
+) -> None:
+    proxy = start([program], agent, clean_env(home))
+    longer = program.with_name("longer")
+    with zipfile.ZipFile(program) as old, zipfile.ZipFile(longer, "x") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, content if name == "__main__.py" else b"# another\n" + content)
+    longer.replace(program)
+    assert http(proxy.port, "GET", "/shim").body == SHIM.read_bytes()
+    program.unlink()
+    assert http(proxy.port, "GET", "/shim").body == SHIM.read_bytes()
+
+
 def test_it_tells_the_version_of_the_source(program: Path, home: Path) -> None:
     version = re.search(r'(?m)^VERSION = "(.+)"', PROXY.read_text("utf-8"))
     assert version
