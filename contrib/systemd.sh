@@ -217,6 +217,7 @@ render() {
     # It is looked for as a pattern.
     env_file=$(printf '%s\n' "${config#%h}/env" | sed 's/[][\\*?]/\\&/g; s/%/%%/g')
     [ "$config" = "$CONFIG_DIR" ] || env_file=%h$env_file
+    [ -z "${DESTDIR:-}" ] || env_file=-$env_file
     MADE_OF=$made_of PROGRAM=$exec_start ENV_FILE=$env_file VSOCK=$vsock awk '
         function fill(name,   mark, at) {
             mark = "@" name "@"
@@ -415,7 +416,7 @@ uninstall() {
 }
 
 kept() {
-    for file in "$env" "$unit.d"/*; do
+    for file in "$env" "$unit.old" "$unit.d"/*; do
         [ ! -e "$file" ] || printf 'Kept: %s\n' "$file"
     done
 }

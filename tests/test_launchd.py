@@ -134,7 +134,7 @@ def test_the_log_is_its_owners_and_the_plist_for_launchd_to_read(mac: Mac) -> No
     finally:
         os.umask(before)
     assert mode(mac.log) == 0o600
-    assert mode(mac.plist) == 0o644
+    assert mode(mac.plist) == 0o600
     assert files(mac.plist.parent) == ["ssh-agent-proxy.plist"]
 
 

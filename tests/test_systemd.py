@@ -343,6 +343,16 @@ def test_changed_settings_are_kept_and_take_effect(manager: Manager) -> None:
     assert manager.curl("http://127.0.0.1:7222/healthz").stdout == b"ok\n"
 
 
+def test_settings_that_can_not_be_read_any_more_are_not_left_out(manager: Manager) -> None:
+    manager.make("install-systemd")
+    manager.run("chmod", "000", ENV)
+    assert manager.ctl("restart", NAME, check=False).returncode != 0
+    assert manager.curl(f"{URL}/healthz", check=False).returncode != 0
+    manager.run("chmod", "600", ENV)
+    manager.ctl("restart", NAME)
+    assert manager.curl(f"{URL}/healthz").stdout == b"ok\n"
+
+
 def test_one_that_was_interrupted_is_made_good(manager: Manager) -> None:
     manager.make("install-systemd")
     manager.ctl("stop", NAME)

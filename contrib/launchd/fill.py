@@ -69,7 +69,7 @@ def write(target: Path, content: bytes) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content)
-        temporary.chmod(0o644)
+        temporary.chmod(0o600)  # the settings are in it
         temporary.replace(target)
     finally:
         if temporary.exists():
