@@ -1025,7 +1025,7 @@ def ask(shim: Shim, way: str, env: Dict[str, str]) -> Done[bytes]:
     if way == "pipe":
         argv = ["sh", "-c", 'mkfifo pipe && { cat m >pipe & exec "$@"; }', "sh", *shim.argv]
         return run([*argv, "-Y", "sign", "pipe"], {**shim.env, **env}, shim.folder, check=False)
-    more = {"TMPDIR": "/nowhere"} if way == "streamed" else {}
+    more = {"TMPDIR": f"{shim.folder}/nowhere"} if way == "streamed" else {}
     argv = {
         "file": ["-Y", "sign", "m"],
         "fetched": ["-Y", "sign", "-f", "./k", "m"],
@@ -2162,7 +2162,7 @@ def test_standard_input_is_read_whole_before_anyone_is_asked(shim: Shim, liar: A
 def test_where_standard_input_cannot_be_kept_it_is_streamed(
     any_shim: Shim, keys: Keys, served: Served
 ) -> None:
-    done = any_shim.sign(input=COMMIT, env={**served, "TMPDIR": "/nowhere"})
+    done = any_shim.sign(input=COMMIT, env={**served, "TMPDIR": f"{any_shim.folder}/nowhere"})
     assert (done.returncode, done.stderr) == (0, b"")
     verified(keys, done.stdout, COMMIT)
 
@@ -2173,7 +2173,7 @@ def test_a_streamed_lie_is_not_taken_for_a_signature(
 ) -> None:
     answered, fragment = LIES[lie]
     server = liar(answered)
-    env = {"SSH_AGENT_PROXY_URL": server.url, "TMPDIR": "/nowhere"}
+    env = {"SSH_AGENT_PROXY_URL": server.url, "TMPDIR": f"{any_shim.folder}/nowhere"}
     assert fragment in said(any_shim.sign(input=COMMIT, env=env))
     assert len(server.requests) == 1
 
@@ -2181,7 +2181,7 @@ def test_a_streamed_lie_is_not_taken_for_a_signature(
 def test_commands_work_where_nothing_can_be_written(
     any_shim: Shim, keys: Keys, served: Served
 ) -> None:
-    done = any_shim("pubkey", env={**served, "TMPDIR": "/nowhere"})
+    done = any_shim("pubkey", env={**served, "TMPDIR": f"{any_shim.folder}/nowhere"})
     assert done.stdout.decode() == f"{keys.line('ed25519')}\n"
 
 
