@@ -478,7 +478,7 @@ REFUSED: List[Tuple[str, Callable[[Place], None]]] = [
     ("a program", execute),
     ("a program in the home", execute_own),
     ("a program that is open", execute_what_is_open),
-    ("a program in memory", execute_from_memory),
+    ("a program in memory that needs the loader", execute_from_memory),
     ("a program, by the loader", execute_by_the_loader),
     ("a program, by posix_spawn", spawn),
     ("a program, by subprocess", start_program),
