@@ -13,7 +13,18 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Sequence,
+    Union,
+)
 
 import pytest
 
@@ -308,6 +319,10 @@ class Proxy:
     def log(self) -> str:
         return "".join(self._log)
 
+    def lines(self, what: str = "") -> List[str]:
+        """Those of the log that have WHAT in them."""
+        return [line for line in self.log().splitlines() if what in line]
+
     def wait_log(self, pattern: str, seconds: float = 10) -> re.Match[str]:
         def look() -> Optional[re.Match[str]]:
             over = self.process.poll() is not None
@@ -348,11 +363,13 @@ def start_proxy(home: Path) -> Iterator[Callable[..., Proxy]]:
         *args: Any,
         env: Optional[Dict[str, str]] = None,
         upstream: Any = None,
-        python: Optional[str] = None,
+        python: Union[str, Sequence[str]] = sys.executable,
         wait: bool = True,
         addr: Optional[str] = "127.0.0.1:0",
     ) -> Proxy:
-        argv = [python or sys.executable, str(PROXY)]
+        """PYTHON: a program, or a command line, which the script and its arguments follow."""
+        argv = [python] if isinstance(python, str) else list(python)
+        argv += [str(PROXY)]
         argv += ["--addr", addr] if addr else []
         argv += ["--upstream", str(upstream)] if upstream else []
         argv += [str(a) for a in args]
@@ -403,16 +420,21 @@ def parse_answer(data: bytes) -> Answer:
     return Answer(status, headers, body)
 
 
+def receive(connection: socket.socket) -> bytes:
+    """All that comes, to the end."""
+    received = b""
+    while True:
+        piece = connection.recv(65536)
+        if not piece:
+            return received
+        received += piece
+
+
 def raw(port: int, data: bytes, seconds: float = 10) -> bytes:
     """Sends DATA over a new connection and reads to the end of what comes back."""
     with socket.create_connection(("127.0.0.1", port), seconds) as s:
         s.sendall(data)
-        answer = b""
-        while True:
-            piece = s.recv(65536)
-            if not piece:
-                return answer
-            answer += piece
+        return receive(s)
 
 
 def http(
