@@ -99,6 +99,19 @@ def run(
     return done
 
 
+def call(home: Path, *argv: Any, **env: Any) -> subprocess.CompletedProcess[bytes]:
+    """The program, with those arguments, to its end."""
+    return run([sys.executable, PROXY, *argv], env=clean_env(home, **env), check=False, timeout=20)
+
+
+def one_line(said: bytes) -> str:
+    """SAID, which is one line of the program's."""
+    lines = said.decode().splitlines()
+    assert len(lines) == 1, said
+    assert lines[0].startswith("ssh-agent-proxy: ")
+    return lines[0]
+
+
 def wait_for(what: Callable[[], Any], seconds: float = 10, message: str = "") -> Any:
     """The first true value of WHAT(), or a failure once SECONDS have passed."""
     end = time.monotonic() + seconds
@@ -127,6 +140,21 @@ def clean_env(home: Path, **more: Any) -> Dict[str, str]:
     }
     env.update({name: str(value) for name, value in more.items()})
     return env
+
+
+def private_file(path: Path, text: str) -> Path:
+    """A file of TEXT at PATH that is the user's alone, as a token file must be."""
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
+
+
+def need_ipv6() -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as s:
+            s.bind(("::1", 0))
+    except OSError:
+        cannot_run("this machine has no [::1]: switch IPv6 on for lo")
 
 
 @pytest.fixture
@@ -168,6 +196,11 @@ class Keys(Dict[str, Path]):
 @pytest.fixture(scope="session")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
     return Keys(tmp_path_factory.mktemp("keys"))
+
+
+def fingerprint(key: Path) -> str:
+    """As ssh-keygen tells it."""
+    return run(["ssh-keygen", "-lf", key]).stdout.decode().split()[1]
 
 
 class Agent:
@@ -237,6 +270,17 @@ def start_agent(short: Path) -> Iterator[Callable[..., Agent]]:
 @pytest.fixture
 def agent(start_agent: Callable[..., Agent]) -> Agent:
     return start_agent()
+
+
+@pytest.fixture(scope="session")
+def agent_with_key(keys: Keys) -> Iterator[Agent]:
+    """One for all tests that leave it as it is: it holds the key ed25519."""
+    folder = Path(tempfile.mkdtemp(prefix="sap.", dir="/tmp"))
+    agent = Agent(folder / "agent")
+    agent.add(keys["ed25519"])
+    yield agent
+    agent.stop()
+    shutil.rmtree(folder)
 
 
 def read_message(connection: socket.socket) -> bytes:
@@ -451,3 +495,92 @@ def http(
     fields.update(headers or {})
     head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{n}: {v}\r\n" for n, v in fields.items())
     return parse_answer(raw(port, head.encode("latin-1") + b"\r\n" + (body or b""), seconds))
+
+
+# ---------------------------------------------------------------- what is signed
+
+ID = b"1234567890" * 4
+FINGERPRINT = b"SHA256:" + b"a" * 43
+AUTHOR = b"A U Thor <author@example.com>"
+COMMITTER = b"C O Mitter <committer@example.com>"
+WHEN = b" 1700000000 +0100\n"
+
+
+def commit(
+    subject: bytes = b"Subject",
+    author: bytes = AUTHOR,
+    committer: bytes = COMMITTER,
+    id: bytes = ID,
+) -> bytes:
+    """A commit without parents, as git hands it to its signer."""
+    head = b"tree " + id + b"\nauthor " + author + WHEN + b"committer " + committer + WHEN
+    return head + b"\n" + subject + b"\n"
+
+
+def tag(subject: bytes = b"Subject", tagger: bytes = COMMITTER) -> bytes:
+    head = b"object " + ID + b"\ntype commit\ntag v1\ntagger " + tagger + WHEN
+    return head + b"\n" + subject + b"\n"
+
+
+def push(ref: bytes = b"refs/heads/main", pushee: bytes = b"https://example.com/x.git") -> bytes:
+    head = b"certificate version 0.1\npusher " + FINGERPRINT + b" " + WHEN
+    ids = ID + b" " + ID
+    refs = ids + b" " + ref + b"\n" + ids + b" refs/heads/other\n"
+    return head + b"pushee " + pushee + b"\nnonce 1-a\n\n" + refs
+
+
+# ---------------------------------------------------------------- git
+
+GIT_CONFIG = """\
+[gpg]
+    format = ssh
+[gpg "ssh"]
+    program = {shim}
+    allowedSignersFile = {home}/signers
+[user]
+    signingkey = {public}
+[commit]
+    gpgsign = true
+[tag]
+    gpgsign = true
+[advice]
+    nestedTag = false
+"""
+
+
+class Repository:
+    """In a home whose git signs everything through the shim and the proxy at URL; PUBLIC is the
+    key's .pub file."""
+
+    def __init__(self, home: Path, url: str, public: Path, id_format: str = "sha1") -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self.path = home / "repository"
+        self.public = public
+        self.env = clean_env(home, SSH_AGENT_PROXY_URL=url, GIT_EDITOR="true")
+        self.now = 1700000000
+        config = GIT_CONFIG.format(shim=SHIM, home=home, public=public)
+        (home / ".gitconfig").write_text(config)
+        (home / "signers").write_text(f"committer@example.com {public.read_text()}")
+        init = ["git", "init", "-q", "-b", "main", f"--object-format={id_format}", self.path]
+        run(init, env=self.env)
+
+    def run(
+        self, *args: Any, input: Optional[bytes] = None, check: bool = True, **env: Any
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Git. No two objects are the same: each command has a second of its own."""
+        self.now += 1
+        when = f"{self.now} +0000"
+        dates = {"GIT_AUTHOR_DATE": when, "GIT_COMMITTER_DATE": when}
+        env = {**self.env, **dates, **env}
+        return run(["git", *args], env=env, cwd=self.path, input=input, check=check)
+
+    def git(self, *args: Any, **more: Any) -> str:
+        """What git prints, without blanks around."""
+        return self.run(*args, **more).stdout.decode("utf-8", "surrogateescape").strip()
+
+    def commit(self, text: str, *options: str) -> str:
+        """The id of a commit of a file of its own."""
+        (self.path / text.split()[0]).write_text(text)
+        self.git("add", ".")
+        self.git("commit", "-q", "-m", text, *options)
+        return self.git("rev-parse", "HEAD")

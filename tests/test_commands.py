@@ -20,9 +20,12 @@ from conftest import (
     Agent,
     Keys,
     Proxy,
+    call,
     cannot_run,
     clean_env,
     http,
+    need_ipv6,
+    one_line,
     parse_answer,
     raw,
     run,
@@ -33,23 +36,11 @@ import ssh_agent_proxy as p
 MAIN = "import sys, ssh_agent_proxy\nsys.exit(ssh_agent_proxy.main(sys.argv[1:]))\n"
 
 
-def call(home: Path, *argv: Any, **env: Any) -> subprocess.CompletedProcess[bytes]:
-    """The program, with those arguments, to its end."""
-    return run([sys.executable, PROXY, *argv], env=clean_env(home, **env), check=False, timeout=20)
-
-
 def shell(home: Path, redirection: str, *argv: str) -> subprocess.CompletedProcess[bytes]:
     """The same, with its streams redirected as the shell does it."""
     words = [sys.executable, str(PROXY), *argv]
     line = "exec " + " ".join(map(shlex.quote, words)) + f" {redirection}"
     return run(["sh", "-c", line], env=clean_env(home), check=False, timeout=20)
-
-
-def one_line(said: bytes) -> str:
-    lines = said.decode().splitlines()
-    assert len(lines) == 1, said
-    assert lines[0].startswith("ssh-agent-proxy: ")
-    return lines[0]
 
 
 def instead(folder: Path, line: str) -> str:
@@ -249,11 +240,6 @@ def has_ipv6() -> bool:
         return True
     except OSError:
         return False
-
-
-def need_ipv6() -> None:
-    if not has_ipv6():
-        cannot_run("this machine has no [::1]: switch IPv6 on for lo")
 
 
 def ask(host: str, port: int) -> bytes:
