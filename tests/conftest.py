@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from typing import (
     Any,
     Callable,
     Dict,
+    Iterable,
     Iterator,
     List,
     NamedTuple,
@@ -157,12 +159,18 @@ def need_ipv6() -> None:
         cannot_run("this machine has no [::1]: switch IPv6 on for lo")
 
 
-@pytest.fixture
-def short() -> Iterator[Path]:
+@contextlib.contextmanager
+def short_folder() -> Iterator[Path]:
     """A private directory with a short name: the path of a Unix socket holds 107 bytes."""
     path = Path(tempfile.mkdtemp(prefix="sap.", dir="/tmp"))
     yield path
     shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    with short_folder() as path:
+        yield path
 
 
 @pytest.fixture
@@ -275,12 +283,11 @@ def agent(start_agent: Callable[..., Agent]) -> Agent:
 @pytest.fixture(scope="session")
 def agent_with_key(keys: Keys) -> Iterator[Agent]:
     """One for all tests that leave it as it is: it holds the key ed25519."""
-    folder = Path(tempfile.mkdtemp(prefix="sap.", dir="/tmp"))
-    agent = Agent(folder / "agent")
-    agent.add(keys["ed25519"])
-    yield agent
-    agent.stop()
-    shutil.rmtree(folder)
+    with short_folder() as folder:
+        agent = Agent(folder / "agent")
+        agent.add(keys["ed25519"])
+        yield agent
+        agent.stop()
 
 
 def read_message(connection: socket.socket) -> bytes:
@@ -584,3 +591,126 @@ class Repository:
         self.git("add", ".")
         self.git("commit", "-q", "-m", text, *options)
         return self.git("rev-parse", "HEAD")
+
+
+# ---------------------------------------------------------------- requests as bytes
+
+HOST = b"Host: localhost\r\n"
+
+
+def lines(fields: Iterable[str]) -> bytes:
+    return "".join(f"{field}\r\n" for field in fields).encode("latin-1")
+
+
+def get(path: str, *fields: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\n".encode() + HOST + lines(fields) + b"\r\n"
+
+
+def post(body: bytes, *fields: str, length: Optional[int] = None) -> bytes:
+    """A POST to /sign; LENGTH, where the body is to differ from what is announced."""
+    length = len(body) if length is None else length
+    head = b"POST /sign HTTP/1.1\r\n" + HOST + f"Content-Length: {length}\r\n".encode()
+    return head + lines(fields) + b"\r\n" + body
+
+
+def post_chunked(body: bytes, *fields: str) -> bytes:
+    """A POST to /sign of a body that is already in chunks."""
+    head = b"POST /sign HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n"
+    return head + lines(fields) + b"\r\n" + body
+
+
+def connect(where: Union[int, Path]) -> socket.socket:
+    """A connection to the port of this machine, or to the Unix socket."""
+    if isinstance(where, int):
+        return socket.create_connection(("127.0.0.1", where), 10)
+    s = socket.socket(socket.AF_UNIX)
+    s.settimeout(10)
+    s.connect(str(where))
+    return s
+
+
+def read_all(connection: socket.socket, seconds: float = 10) -> bytes:
+    """What comes until the proxy ends the connection."""
+    connection.settimeout(seconds)
+    data = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := connection.recv(65536):
+            data += piece
+    return data
+
+
+def answers_in(data: bytes) -> int:
+    return len(re.findall(rb"^HTTP/1\.1 [1-5]\d\d ", data, re.M))
+
+
+def the_one_answer(data: bytes) -> Answer:
+    """The answer in all that came over a connection: there is one, and nothing behind it."""
+    answer = parse_answer(data)
+    assert answers_in(data) == 1, data
+    assert answer.headers["connection"] == "close"
+    assert re.fullmatch(r"ssh-agent-proxy/\d+\.\d+\.\d+", answer.headers["server"])
+    assert len(answer.body) == int(answer.headers["content-length"])
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+    return answer
+
+
+def ask(where: Union[int, Path], data: bytes) -> Answer:
+    """The one answer to DATA."""
+    with connect(where) as s:
+        s.sendall(data)
+        return the_one_answer(read_all(s))
+
+
+def refused(answer: Answer, status: int) -> Answer:
+    """An error that tells a person what to do, in one line."""
+    assert answer.status == status, answer
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert re.fullmatch(r"[^\n]{10,}\n", answer.text), answer.text
+    assert answer.text[:-1].isprintable(), answer.text
+    assert ("retry-after" in answer.headers) == ("busy" in answer.text)
+    assert ("allow" in answer.headers) == (status == 405)
+    return answer
+
+
+# ---------------------------------------------------------------- the log
+
+
+def request_lines(log: str) -> List[str]:
+    """The lines that the log has for requests."""
+    return [line for line in log.splitlines() if "outcome=" in line]
+
+
+def log_fields(line: str) -> Dict[str, str]:
+    return {
+        name: value[1:-1] if value.startswith('"') else value
+        for name, value in re.findall(r'([a-z_]+)=("(?:[^"\\]|\\.)*"|[^ "]*)(?= |$)', line)
+    }
+
+
+def audited(proxy: Proxy, number: int = 1) -> Dict[str, str]:
+    """The NUMBERth line that the log has for a request."""
+    wait_for(lambda: len(request_lines(proxy.log())) >= number, message="a line in the log")
+    return log_fields(request_lines(proxy.log())[number - 1])
+
+
+# ---------------------------------------------------------------- what OpenSSH makes of it
+
+
+@pytest.fixture
+def ssh_keygen(keys: Keys, short: Path) -> Callable[..., bytes]:
+    """What `ssh-keygen -Y sign` makes of a payload."""
+
+    def sign(
+        payload: bytes,
+        hash_algorithm: str = "sha512",
+        key: str = "ed25519",
+        namespace: str = "git",
+    ) -> bytes:
+        path = short / "payload"
+        path.write_bytes(payload)
+        path.with_suffix(".sig").unlink(missing_ok=True)
+        argv = ["ssh-keygen", "-q", "-Y", "sign", "-n", namespace, "-f", keys[key]]
+        run([*argv, "-O", f"hashalg={hash_algorithm}", path])
+        return path.with_suffix(".sig").read_bytes()
+
+    return sign
