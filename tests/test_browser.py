@@ -513,7 +513,7 @@ def chromium() -> str:
         path = shutil.which(name)
         if path:
             return path
-    return need("chromium", "chromium", "tests/test_browser.py")
+    return need("chromium", "chromium")
 
 
 NAMES = {page.origin[0] for page in COURSE} - {"127.0.0.1", "localhost"}

@@ -178,7 +178,7 @@ def test_demo_signs_a_commit_a_tag_and_a_merge(start_demo: Any) -> None:
 @pytest.mark.parametrize("shell", ["bash", "busybox", "dash", "ksh", "mksh", "yash", "zsh"])
 def test_demo_runs_as_well_under(start_demo: Any, home: Path, shell: str) -> None:
     (home / "bin").mkdir()
-    (home / "bin" / "sh").symlink_to(need(shell, shell, f"demo under {shell}"))
+    (home / "bin" / "sh").symlink_to(need(shell, shell))
     demo = start_demo(PATH=f"{home}/bin:{os.environ['PATH']}")
     out = demo.end()
     assert demo.process.returncode == 0, out
@@ -272,7 +272,7 @@ def test_demo_interrupted_before_it_started_a_process_ends_itself_alone(
 ) -> None:
     # In yash $! is 0 then, and `kill 0` means everybody.
     path = interrupt("after mktemp *", "sigterm")
-    (home / "interrupting" / "sh").symlink_to(need("yash", "yash", "demo under yash"))
+    (home / "interrupting" / "sh").symlink_to(need("yash", "yash"))
     demo = start_demo(PATH=path)
     out = demo.end()
     assert demo.process.returncode == 128 + signal.SIGTERM, out

@@ -146,7 +146,7 @@ class Shim:
 
 def make_shim(name: str, folder: Path, home: Path, test: str) -> Shim:
     argv, package = SHELLS[name]
-    need(argv[0], package, test)
+    need(argv[0], package)
     return Shim(argv, folder, home)
 
 
