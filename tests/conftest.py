@@ -358,57 +358,75 @@ def agent_with_key(keys: Keys) -> Iterator[Agent]:
 
 
 def read_message(connection: socket.socket) -> bytes:
-    """One message of the agent protocol without its length, b"" at the end."""
-    with connection.makefile("rb") as f:
-        size = f.read(4)
-        return f.read(int.from_bytes(size, "big")) if len(size) == 4 else b""
+    """One message of the agent protocol without its length, b"" at the end; nothing behind it."""
+
+    def exactly(size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            piece = connection.recv(size - len(data))
+            if not piece:
+                return b""
+            data += piece
+        return data
+
+    return exactly(int.from_bytes(exactly(4), "big"))
 
 
 def message(payload: bytes) -> bytes:
+    """A message of the agent protocol; a string of RFC 4251 looks the same."""
     return len(payload).to_bytes(4, "big") + payload
+
+
+class ScriptedAgent:
+    """An agent that does what no real one does: lies, stalls, dies. HANDLER has a connection each,
+    in a thread of its own."""
+
+    def __init__(self, sock: Path, handler: Callable[[socket.socket], None]) -> None:
+        self.sock = sock
+        self.handler = handler
+        self.connections: List[socket.socket] = []
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(sock))
+        self.listener.listen(256)
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return  # stopped
+            self.connections.append(connection)
+            threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+
+    def _talk(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                self.handler(connection)
+            except OSError:
+                pass  # the proxy went away first
+
+    def stop(self) -> None:
+        for sock in [self.listener, *self.connections]:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            sock.close()
 
 
 @pytest.fixture
 def scripted_agent(short: Path) -> Iterator[Callable[..., Path]]:
-    """An agent that does what no real one does: lies, stalls, dies."""
-    listeners: List[socket.socket] = []
-    connections: List[socket.socket] = []
-    stopping = threading.Event()
+    """Starts a ScriptedAgent with the handler given; its path."""
+    started: List[ScriptedAgent] = []
 
     def start(handler: Callable[[socket.socket], None]) -> Path:
-        path = short / f"scripted{len(listeners)}"
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(path))
-        listener.listen(256)
-        listeners.append(listener)
-
-        def one(connection: socket.socket) -> None:
-            with connection:
-                try:
-                    handler(connection)
-                except OSError:
-                    pass  # the proxy went away first
-
-        def serve() -> None:
-            while not stopping.is_set():
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return
-                connections.append(connection)
-                threading.Thread(target=one, args=(connection,), daemon=True).start()
-
-        threading.Thread(target=serve, daemon=True).start()
-        return path
+        started.append(ScriptedAgent(short / f"scripted{len(started)}", handler))
+        return started[-1].sock
 
     yield start
-    stopping.set()
-    for sock in listeners + connections:
-        try:
-            sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        sock.close()
+    for agent in started:
+        agent.stop()
 
 
 # ---------------------------------------------------------------- the proxy
