@@ -1,8 +1,7 @@
-"""RFC 4251 section 5: the data types, written and read."""
+"""The head's way for foreign text into a log; RFC 4251 section 5: the data types."""
 
 from __future__ import annotations
 
-import random
 import tracemalloc
 from typing import Callable
 
@@ -11,61 +10,102 @@ from conftest import rows
 
 import ssh_agent_proxy as sap
 
-# Section 5's own examples first. A name-list is read as the string that it is in.
-STRINGS = [
-    ("the string of the specification", "00000007 74657374696e67", b"testing"),
-    ("the empty name-list of the specification", "00000000", b""),
-    ("the name-list of the specification with one name", "00000004 7a6c6962", b"zlib"),
-    ("the name-list of the specification", "00000009 7a6c69622c6e6f6e65", b"zlib,none"),
-    ("a string with a NUL in it", "00000003 610062", b"a\0b"),
-    ("a string that looks like a length", "00000004 00000004", b"\0\0\0\4"),
-    ("a string of bytes that are no text", "00000002 fffe", b"\xff\xfe"),
+# ---------------------------------------------------------------- foreign text
+
+SHOWN = [
+    # name, text, as it is shown within 20 characters, special characters
+    ("plain text", "a plain: text", "a plain: text", ""),
+    ("text beyond ASCII", "hüben ☃", "hüben ☃", ""),
+    ("nothing", "", "", ""),
+    ("bytes", "hüben".encode(), "hüben", ""),
+    ("bytes that are no UTF-8", b"a\xff\xe2\x80", r"a\xff\xe2\x80", ""),
+    ("line breaks", "a\r\nb\x85c\u2028d", r"a\r\nb\x85c\u2028d", ""),
+    ("an escape sequence", "\x1b[2J\x7f", r"\x1b[2J\x7f", ""),
+    ("text that turns around", "a\u202eb", r"a\u202eb", ""),
+    ("a character without width", "a\u200bb", r"a\u200bb", ""),
+    ("a blank that is no blank", "a\u3164b\u2800", r"a\u3164b\u2800", ""),
+    ("a variation selector", "a\ufe0fb", r"a\ufe0fb", ""),
+    ("a tag character", "\U000e0041", r"\U000e0041", ""),
+    ("a surrogate", "a\udcff", r"a\udcff", ""),
+    ("special characters", 'a"b\\c', r"a\"b\\c", '"\\'),
+    ("as much as fits", "x" * 20, "x" * 20, ""),
+    ("one character too many", "x" * 21, "x" * 19 + "…", ""),
+    ("an escape that would be cut", "x" * 17 + "\x1b" * 9, "x" * 17 + "…", ""),
+    ("an escape that just fits", "x" * 16 + "\x1b", "x" * 16 + r"\x1b", ""),
+    ("far too many bytes", b"x" * 10**6, "x" * 19 + "…", ""),
 ]
 
-NUMBERS = [
+VALUES = [
+    ("a word", "git", "git"),
+    ("a path", "/run/user/0/agent.sock", "/run/user/0/agent.sock"),
+    ("nothing", "", '""'),
+    ("a blank", "a b", '"a b"'),
+    ("an equals sign", "a=b", '"a=b"'),
+    ("a quote and a backslash", 'a"\\', r'"a\"\\"'),
+    ("text beyond ASCII", "hüben", '"hüben"'),
+    ("a line break", "a\nb", r'"a\nb"'),
+    ("a long word", "x" * 1001, '"' + "x" * 999 + '…"'),
+]
+
+
+@pytest.mark.parametrize("text, shown, special", rows(SHOWN))
+def test_foreign_text_is_shown_as_one_harmless_line(text: str, shown: str, special: str) -> None:
+    assert sap.printable(text, 20, special) == shown
+
+
+def test_of_foreign_text_200_characters_are_shown_unless_told_otherwise() -> None:
+    assert sap.printable("x" * 200) == "x" * 200
+    assert sap.printable("x" * 201) == "x" * 199 + "…"
+
+
+@pytest.mark.parametrize("text, value", rows(VALUES))
+def test_a_value_in_the_log_is_one_that_can_be_read_back(text: str, value: str) -> None:
+    assert sap.quoted(text) == value
+
+
+# ---------------------------------------------------------------- the data types
+
+# Section 5's own examples first. A name-list is read as the string that it is in.
+READ = [
     ("the uint32 of the specification", "uint32", "29b7f4aa", 699921578),
     ("the least uint32", "uint32", "00000000", 0),
     ("the greatest uint32", "uint32", "ffffffff", 2**32 - 1),
-    ("a uint32 with its bytes in order", "uint32", "01020304", 0x01020304),
+    ("the string of the specification", "string", "00000007 74657374696e67", b"testing"),
+    ("the empty name-list of the specification", "string", "00000000", b""),
+    ("the name-list of the specification", "string", "00000009 7a6c69622c6e6f6e65", b"zlib,none"),
+    ("a string that looks like a length", "string", "00000004 00000004", b"\0\0\0\4"),
+    ("a string of bytes that are no text", "string", "00000002 fffe", b"\xff\xfe"),
+    ("the mpint of the specification", "mpint", "00000008 09a378f9b2e332a7", 0x9A378F9B2E332A7),
+    ("the specification's with its high bit set", "mpint", "00000002 0080", 0x80),
+    ("the least mpint", "mpint", "00000001 01", 1),
+    ("the greatest mpint of one byte", "mpint", "00000001 7f", 0x7F),
+    ("the greatest with a needed zero", "mpint", "00000002 00ff", 0xFF),
+    ("the least of two bytes without a zero", "mpint", "00000002 0100", 0x100),
 ]
 
-MPINTS = [
-    ("the mpint of the specification", "00000008 09a378f9b2e332a7", 0x9A378F9B2E332A7),
-    ("the mpint of the specification with its high bit set", "00000002 0080", 0x80),
-    ("the least", "00000001 01", 1),
-    ("the greatest of one byte", "00000001 7f", 0x7F),
-    ("the greatest of two bytes, the first of them zero", "00000002 00ff", 0xFF),
-    ("the least of two bytes that needs no zero", "00000002 0100", 0x100),
+WRONG = "an mpint not positive, or with a needless leading zero"
+
+REFUSED = [
+    ("a uint32 of nothing", "uint32", "", "4 bytes expected, 0 there"),
+    ("a uint32 of three bytes", "uint32", "000000", "4 bytes expected, 3 there"),
+    ("a uint32 and a byte more", "uint32", "00000000 00", "1 bytes left over"),
+    ("a string with half a length", "string", "0000", "4 bytes expected, 2 there"),
+    ("a string without its last byte", "string", "00000003 6162", "3 bytes expected, 2 there"),
+    ("a string of 2^32-1 bytes", "string", "ffffffff 61", "4294967295 bytes expected, 1 there"),
+    ("a string and two bytes more", "string", "00000001 01 0101", "2 bytes left over"),
+    ("an mpint that is cut", "mpint", "00000001", "1 bytes expected, 0 there"),
+    ("an mpint of 2^32-1 bytes", "mpint", "ffffffff 01", "4294967295 bytes expected, 1 there"),
+    ("an mpint and a byte more", "mpint", "00000001 01 01", "1 bytes left over"),
+    ("the zero of the specification", "mpint", "00000000", WRONG),
+    ("the -1234 of the specification", "mpint", "00000002 edcc", WRONG),
+    ("the -deadbeef of the specification", "mpint", "00000005 ff21524111", WRONG),
+    ("minus one", "mpint", "00000001 ff", WRONG),
+    ("the least negative one of one byte", "mpint", "00000001 80", WRONG),
+    ("zero as a byte", "mpint", "00000001 00", WRONG),
+    ("zero as two bytes", "mpint", "00000002 0000", WRONG),
+    ("a zero before a byte that needs none", "mpint", "00000002 007f", WRONG),
+    ("two zeros before a byte that needs one", "mpint", "00000003 000080", WRONG),
 ]
-
-WRONG = "thing: an mpint not positive, or with a needless leading zero"
-
-NO_MPINTS = [
-    ("the zero of the specification", "00000000", WRONG),
-    ("the -1234 of the specification", "00000002 edcc", WRONG),
-    ("the -deadbeef of the specification", "00000005 ff21524111", WRONG),
-    ("minus one", "00000001 ff", WRONG),
-    ("the least negative one of one byte", "00000001 80", WRONG),
-    ("zero as a byte", "00000001 00", WRONG),
-    ("zero as two bytes", "00000002 0000", WRONG),
-    ("a zero before a byte that needs none", "00000002 007f", WRONG),
-    ("two zeros before a byte that needs one", "00000003 000080", WRONG),
-    ("a length and nothing behind it", "00000001", "thing: 1 bytes expected, 0 there"),
-]
-
-SHORT = [
-    ("a uint32 of nothing", "uint32", "", "thing: 4 bytes expected, 0 there"),
-    ("a uint32 of three bytes", "uint32", "000000", "thing: 4 bytes expected, 3 there"),
-    ("a string of nothing", "string", "", "thing: 4 bytes expected, 0 there"),
-    ("a string with half a length", "string", "0000", "thing: 4 bytes expected, 2 there"),
-    ("a string without its last byte", "string", "00000003 6162", "thing: 3 bytes expected, 2 "),
-    ("a string of 2^31 bytes", "string", "80000000 61", "thing: 2147483648 bytes expected, 1 "),
-    ("a string of 2^32-4 bytes", "string", "fffffffc 61", "thing: 4294967292 bytes expected, 1 "),
-    ("a string of 2^32-1 bytes", "string", "ffffffff 61", "thing: 4294967295 bytes expected, 1 "),
-    ("an mpint of 2^32-1 bytes", "mpint", "ffffffff 01", "thing: 4294967295 bytes expected, 1 "),
-]
-
-READS = ("uint32", "string", "mpint")
 
 
 def read(method: str, data: bytes) -> object:
@@ -75,28 +115,27 @@ def read(method: str, data: bytes) -> object:
         return value
 
 
-@pytest.mark.parametrize("data, value", rows(STRINGS))
-def test_a_string_is_written_and_read(data: str, value: bytes) -> None:
-    assert sap.string(value) == bytes.fromhex(data)
-    assert read("string", bytes.fromhex(data)) == value
-
-
-@pytest.mark.parametrize("method, data, value", rows(NUMBERS))
-def test_a_number_is_read(method: str, data: str, value: int) -> None:
+@pytest.mark.parametrize("method, data, value", rows(READ))
+def test_a_value_is_read(method: str, data: str, value: object) -> None:
     assert read(method, bytes.fromhex(data)) == value
 
 
-@pytest.mark.parametrize(
-    "write, value, data",
-    [
-        (sap.byte, 0, "00"),
-        (sap.byte, 255, "ff"),
-        (sap.uint32, 699921578, "29b7f4aa"),
-        (sap.uint32, 0, "00000000"),
-        (sap.uint32, 2**32 - 1, "ffffffff"),
-    ],
-)
-def test_a_number_is_written(write: Callable[[int], bytes], value: int, data: str) -> None:
+@pytest.mark.parametrize("method, data, error", rows(REFUSED))
+def test_what_is_no_such_value_is_refused(method: str, data: str, error: str) -> None:
+    with pytest.raises(sap.WireError) as e:
+        read(method, bytes.fromhex(data))
+    assert str(e.value) == f"thing: {error}"
+
+
+@pytest.mark.parametrize("write, value, data", [
+    (sap.byte, 0, "00"),
+    (sap.byte, 255, "ff"),
+    (sap.uint32, 699921578, "29b7f4aa"),
+    (sap.uint32, 2**32 - 1, "ffffffff"),
+    (sap.string, b"testing", "00000007 74657374696e67"),
+    (sap.string, b"", "00000000"),
+])  # fmt: skip
+def test_a_value_is_written(write: Callable[[object], bytes], value: object, data: str) -> None:
     assert write(value) == bytes.fromhex(data)
 
 
@@ -106,45 +145,6 @@ def test_a_number_that_does_not_fit_is_never_written(
 ) -> None:
     with pytest.raises(OverflowError):
         write(value)
-
-
-@pytest.mark.parametrize("data, value", rows(MPINTS))
-def test_a_positive_mpint_is_read(data: str, value: int) -> None:
-    assert read("mpint", bytes.fromhex(data)) == value
-
-
-@pytest.mark.parametrize("data, error", rows(NO_MPINTS))
-def test_an_mpint_that_no_key_or_signature_has_is_refused(data: str, error: str) -> None:
-    with pytest.raises(sap.WireError) as e:
-        read("mpint", bytes.fromhex(data))
-    assert str(e.value) == error
-
-
-@pytest.mark.parametrize("method, data, error", rows(SHORT))
-def test_bytes_that_are_missing_are_told(method: str, data: str, error: str) -> None:
-    with pytest.raises(sap.WireError) as e:
-        read(method, bytes.fromhex(data))
-    assert str(e.value).startswith(error)
-
-
-@pytest.mark.parametrize("method", READS)
-@pytest.mark.parametrize("extra", [1, 2, 1000])
-def test_bytes_left_over_are_told(method: str, extra: int) -> None:
-    one = {"uint32": bytes(4)}.get(method, b"\0\0\0\1\1")
-    with pytest.raises(sap.WireError) as e:
-        read(method, one + bytes(extra))
-    assert str(e.value) == f"thing: {extra} bytes left over"
-
-
-def test_a_reader_that_was_never_asked_tells_what_is_left_over() -> None:
-    with pytest.raises(sap.WireError) as e, sap.Reader(b"abc", "thing"):
-        pass
-    assert str(e.value) == "thing: 3 bytes left over"
-
-
-def test_a_reader_of_nothing_is_left_in_peace() -> None:
-    with sap.Reader(b"", "thing"):
-        pass
 
 
 def test_an_error_inside_is_not_hidden_by_the_bytes_left_over() -> None:
@@ -163,37 +163,10 @@ def test_values_follow_each_other() -> None:
 def test_an_announced_length_takes_no_memory(method: str) -> None:
     tracemalloc.start()
     try:
-        for length in ("ffffffff", "fffffff0", "80000000", "7fffffff", "40000000"):
+        for length in ("ffffffff", "80000000", "40000000"):
             with pytest.raises(sap.WireError):
                 read(method, bytes.fromhex(length) + b"\1" * 16)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < 1 << 20
-
-
-def test_what_a_reader_takes_is_what_was_written() -> None:
-    chance = random.Random(4251)
-    for _ in range(300):
-        values = [chance.randbytes(chance.choice([0, 1, 3, 4, 5, 255, 256])) for _ in range(5)]
-        with sap.Reader(b"".join(map(sap.string, values)), "thing") as r:
-            assert [r.string() for _ in values] == values
-
-
-def test_random_bytes_raise_nothing_but_wire_errors() -> None:
-    chance = random.Random(1)
-    outcomes = set()
-    for _ in range(5000):
-        # Mostly small numbers: lengths that fit are rare among random bytes.
-        data = bytes(chance.choice((0, 0, 0, 1, 2, 5, 0x7F, 0x80, 0xFF)) for _ in range(20))
-        r = sap.Reader(data, "thing")
-        try:
-            with r:
-                while r.at < len(data):
-                    getattr(r, chance.choice(READS))()
-            outcomes.add("read")
-        except sap.WireError as e:
-            assert str(e).startswith("thing: ")
-            outcomes.add("refused")
-        assert r.at <= len(data)
-    assert outcomes == {"read", "refused"}
