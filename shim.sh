@@ -23,8 +23,10 @@ BEGIN='-----BEGIN SSH SIGNATURE-----'
 END='-----END SSH SIGNATURE-----'
 FETCHED='# fetched from ssh-agent-proxy'
 
-# 32 zero bytes: a public key with no private one that anyone knows.
-NOBODY=AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA
+# y = 2, which is no point of the curve: no private key belongs to it, and nothing verifies with it.
+NOBODY=AAAAC3NzaC1lZDI1NTE5AAAAIAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA
+# y = 0 is a point of order 4: signatures by it, which anyone can forge, do verify.
+ANYBODY=AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA
 
 # A person's touch gets 120 s at the proxy, unless it is told otherwise, and after a refusal the
 # proxy may ask the agent once more: its own word on a time-out should arrive before we give up.
@@ -734,9 +736,14 @@ choose_key() {
         if read_key "$source"; then
             wanted=$found
             rotates=$marked
-            if [ "${wanted#* }" = "$NOBODY" ]; then
-                wanted='' nobody=yes
-            fi
+            case ${wanted#* } in
+            "$NOBODY") wanted='' nobody=yes ;;
+            "$ANYBODY")
+                show "$source"
+                die "the key in $shown is 32 zero bytes, for which anyone can forge a signature: \
+take it out of there, and out of every file of allowed signers"
+                ;;
+            esac
             return 0
         fi
     done
@@ -773,6 +780,12 @@ END_OF_BODY
         fail "$place answered 200 without a public key"
         return 1
     fi
+    case $blob in
+    "$NOBODY" | "$ANYBODY")
+        fail "$place answered with a key that nobody can have: that is not ssh-agent-proxy"
+        return 1
+        ;;
+    esac
     line=$found
     show "$rest"
     [ -z "$shown" ] || line="$found $shown"

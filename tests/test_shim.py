@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import os
@@ -38,7 +39,9 @@ Done = subprocess.CompletedProcess  # of bytes
 BEGIN = b"-----BEGIN SSH SIGNATURE-----\n"
 END = b"-----END SSH SIGNATURE-----\n"
 ARMOR = BEGIN + b"U1NIU0lHAAAAAQ==\n" + END
-NOBODY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43
+ED25519 = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI"
+NOBODY = f"{ED25519}AIA{'A' * 40}"
+ANYBODY = f"{ED25519}{'A' * 43}"
 COMMIT = b"tree 4b825dc642cb6eb9a060e54bf8d69288fbee4904\nauthor A <a@b> 0 +0000\n\nmessage\n"
 TAG = b"object 4b825dc642cb6eb9a060e54bf8d69288fbee4904\ntype tree\ntag v1\n\nmessage\n"
 OURS = "ssh-agent-proxy-sign"
@@ -563,7 +566,8 @@ def sent_key(request: bytes) -> Optional[str]:
     return found.group(1).decode() if found else None
 
 
-LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIG+AP/nFcsfyv59CnvXHrJIzz616r+Cxm5ewm+0N3Qhw"
+LINE = f"{ED25519}G+AP/nFcsfyv59CnvXHrJIzz616r+Cxm5ewm+0N3Qhw"
+OTHER = f"{ED25519}H{'B' * 42}"
 
 KEY_FILES = {
     "a line": (f"{LINE}\n", LINE),
@@ -816,7 +820,7 @@ def test_a_rotated_key_is_tried_once_and_only_after_a_refusal(
     shim: Shim, liar: Any, status: str, tries: int
 ) -> None:
     refusal = answer(b"no such key\n", status)
-    server = liar(refusal, answer(f"{NOBODY[:-1]}B x\n".encode()), refusal)
+    server = liar(refusal, answer(f"{OTHER} x\n".encode()), refusal)
     shim.file()
     shim.key("k.pub", "# fetched from ssh-agent-proxy, replaced", LINE)
     done = shim.sign("-f", "./k.pub", "m", env={"SSH_AGENT_PROXY_URL": server.url})
@@ -863,6 +867,42 @@ def test_a_push_certificate_with_a_real_key_is_signed(shim: Shim, liar: Any) -> 
     shim.key("k", LINE)
     env = {"SSH_AGENT_PROXY_URL": server.url}
     assert shim.sign("-f", "./k", "m", env=env).returncode == 0
+
+
+def test_a_key_for_which_anyone_can_forge_is_neither_sent_nor_taken_for_nobodys(
+    shim: Shim, liar: Any
+) -> None:
+    """A forgery by it would be Good to git wherever it was once made an allowed signer."""
+    server = liar(answer(ARMOR))
+    shim.file()
+    shim.key("k", f"{ANYBODY} ssh-agent-proxy-any")
+    line = said(shim.sign("-U", "-f", "./k", "m", env={"SSH_AGENT_PROXY_URL": server.url}))
+    assert line.startswith("the key in ./k is 32 zero bytes, for which anyone can forge")
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("served_key", [NOBODY, ANYBODY], ids=["nobody's", "anybody's"])
+def test_a_key_that_nobody_can_have_is_not_taken_from_the_proxy(
+    shim: Shim, liar: Any, served_key: str
+) -> None:
+    """Who registers or trusts what pubkey prints trusts whoever can forge for it."""
+    server = liar(answer(f"{served_key} me\n".encode()))
+    shim.file()
+    env = {"SSH_AGENT_PROXY_URL": server.url}
+    for argv in (["pubkey"], ["pubkey", "k.pub"], ["-Y", "sign", "-f", "./k", "m"]):
+        assert "a key that nobody can have" in said(shim(*argv, env=env))
+    assert shim("key", env=env).stdout.decode() == f"{NOBODY} ssh-agent-proxy-any\n"
+    assert tree(shim.folder).keys() == {"m"}
+
+
+def test_the_key_that_nobody_holds_is_no_point_of_the_curve() -> None:
+    """Else somebody could make signatures that verify with it."""
+    p = 2**255 - 19
+    d = -121665 * pow(121666, p - 2, p)
+    y = int.from_bytes(base64.b64decode(NOBODY.split()[1])[-32:], "little")
+    x_squared = (y * y - 1) * pow(d * y * y + 1, p - 2, p) % p
+    assert pow(x_squared, (p - 1) // 2, p) == p - 1, "there is an x"
+    assert NOBODY.split()[1] in SHIM.read_text()
 
 
 # ---------------------------------------------------------------- pubkey and key
@@ -1345,7 +1385,7 @@ def test_the_token_is_sent_with_the_second_try_too(any_shim: Shim, liar: Any) ->
 
 def test_the_token_is_sent_with_all_that_a_rotation_asks(any_shim: Shim, liar: Any) -> None:
     refusal = answer(b"no such key\n", "404 Not Found")
-    server = liar(refusal, answer(f"{NOBODY[:-1]}B x\n".encode()), answer(ARMOR))
+    server = liar(refusal, answer(f"{OTHER} x\n".encode()), answer(ARMOR))
     any_shim.file()
     any_shim.key("k.pub", "# fetched from ssh-agent-proxy, replaced", LINE)
     env = {"SSH_AGENT_PROXY_URL": server.url, "SSH_AGENT_PROXY_TOKEN": "s3cr3t"}
