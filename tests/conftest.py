@@ -556,21 +556,16 @@ def parse_answer(data: bytes) -> Answer:
     return Answer(status, headers, body)
 
 
-def receive(connection: socket.socket) -> bytes:
-    """All that comes, to the end."""
-    received = b""
-    while True:
-        piece = connection.recv(65536)
-        if not piece:
-            return received
-        received += piece
-
-
 def raw(port: int, data: bytes, seconds: float = 10) -> bytes:
     """Sends DATA over a new connection and reads to the end of what comes back."""
     with socket.create_connection(("127.0.0.1", port), seconds) as s:
         s.sendall(data)
-        return receive(s)
+        answer = b""
+        while True:
+            piece = s.recv(65536)
+            if not piece:
+                return answer
+            answer += piece
 
 
 def http(

@@ -28,11 +28,11 @@ from conftest import (
     Agent,
     Keys,
     Proxy,
+    ask,
     cannot_run,
     clean_env,
+    get,
     http,
-    parse_answer,
-    receive,
     run,
 )
 
@@ -445,13 +445,12 @@ def test_what_the_proxy_needs_goes_on(name: str, results: Dict[str, Dict[str, st
 
 @pytest.fixture
 def start_inside(
-    world: World, agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]
+    world: World, agent_with_key: Agent, start_proxy: Callable[..., Proxy]
 ) -> Callable[..., Proxy]:
     """start_inside(mode="with", *args, **options): with the hook, in front of a real agent."""
-    agent.add(keys["ed25519"])
 
     def start(*args: Any, mode: str = "with", **options: Any) -> Proxy:
-        options.setdefault("upstream", agent.sock)
+        options.setdefault("upstream", agent_with_key.sock)
         return start_proxy(*args, python=command(world, mode), **options)
 
     return start
@@ -508,10 +507,7 @@ def test_without_tcp_the_socket_is_removed_at_the_end(
     world.plan(("creating", "own"))
     proxy = start_inside(addr=f"unix:{path}", wait=False)
     proxy.wait_log("listening on unix:")
-    with socket.socket(socket.AF_UNIX) as s:
-        s.connect(str(path))
-        s.sendall(b"GET /shim HTTP/1.0\r\n\r\n")
-        assert json.loads(parse_answer(receive(s)).body) == ["EACCES"]
+    assert json.loads(ask(path, get("/shim")).body) == ["EACCES"]
     assert proxy.stop() == 0
     assert not path.exists()
 
@@ -592,14 +588,14 @@ with socket.socket(socket.AF_UNIX) as s:
 
 @pytest.mark.parametrize("setting", ["SSH_AGENT_PROXY_UPSTREAM", "SSH_AGENT_PROXY_CONFIRM"])
 def test_where_a_program_has_to_be_run_it_is_run_and_the_price_is_told(
-    setting: str, world: World, agent: Agent, start_inside: Callable[..., Proxy]
+    setting: str, world: World, agent_with_key: Agent, start_inside: Callable[..., Proxy]
 ) -> None:
     askpass = world.folder / "askpass"
     askpass.write_text("#!/bin/sh\necho yes\n")
     askpass.chmod(0o755)
-    env = {setting: str(askpass), "SSH_AGENT_PROXY_UPSTREAM": str(agent.sock)}
+    env = {setting: str(askpass), "SSH_AGENT_PROXY_UPSTREAM": str(agent_with_key.sock)}
     if setting == "SSH_AGENT_PROXY_UPSTREAM":
-        env[setting] = "exec:" + shlex.join([sys.executable, "-c", RELAY, str(agent.sock)])
+        env[setting] = "exec:" + shlex.join([sys.executable, "-c", RELAY, str(agent_with_key.sock)])
     proxy = start_inside(upstream=None, env=env)
     assert http(proxy.port, "POST", "/sign", b"x").status == 200
     assert world.attempt(proxy, ("writing", "own")) == [""]
@@ -663,7 +659,10 @@ def asked_under(abi: int, world: World, *folders: Path) -> Any:
     return json.loads(run([*argv, abi, world.folder / "plan", *folders]).stdout)
 
 
-@pytest.mark.parametrize("abi", [1, 2, 3, 4, 5, 6, 7, 99])
+ABIS = [1, 3, 6, *(pytest.param(abi, marks=pytest.mark.long) for abi in (2, 4, 5, 7, 99))]
+
+
+@pytest.mark.parametrize("abi", ABIS)
 def test_each_abi_is_asked_for_all_that_it_has_refuses_that_and_is_named_with_it(
     abi: int, outside: World
 ) -> None:
