@@ -7,23 +7,34 @@ import json
 import os
 import re
 import resource
-import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import pytest
-from conftest import PROXY, ROOT, Agent, Keys, Proxy, cannot_run, clean_env, http, run, wait_for
+from conftest import (
+    PROXY,
+    ROOT,
+    Agent,
+    Keys,
+    Proxy,
+    cannot_run,
+    clean_env,
+    http,
+    run,
+    short_folder,
+    wait_for,
+)
 
 import ssh_agent_proxy as p
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 
 UNLIMITED = resource.RLIM_INFINITY
+CAP_IPC_LOCK = 1 << 14
 
 # Runs the rest of its command line with another limit on locked memory and without the powers of
 # root, which would go past that limit and past the check of who may look into whose memory. Core
@@ -44,288 +55,16 @@ resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
 os.execv(argv[0], argv)
 """
 
-
-@pytest.fixture
-def launcher(short: Path) -> List[str]:
-    """The command that the launcher is, without its arguments."""
-    script = short / "launcher.py"
-    script.write_text(LAUNCHER)
-    return [sys.executable, str(script)]
-
-
-def program(folder: Path, *words: str) -> str:
-    """For start_proxy's PYTHON: WORDS in front of the script and its arguments."""
-    script = folder / "start"
-    script.write_text('#!/bin/sh\nexec ' + " ".join(map(shlex.quote, words)) + ' "$@"\n')
-    script.chmod(0o755)
-    return str(script)
-
-
-@pytest.fixture
-def start_limited(
-    short: Path, launcher: List[str], agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]
-) -> Callable[..., Proxy]:
-    """start_limited(limit of locked memory in bytes or None): without the powers of root."""
-    agent.add(keys["ed25519"])
-
-    def start(limit: Optional[int] = None) -> Proxy:
-        words = [*launcher, "" if limit is None else str(limit), "drop", sys.executable]
-        return start_proxy(upstream=agent.sock, python=program(short, *words))
-
-    return start
-
-
-def status(pid: int) -> Dict[str, str]:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
-
-
-def kib(pid: int, field: str) -> int:
-    return int(status(pid)[field].split()[0])
-
-
-# ---------------------------------------------------------------- what the system says
-
-
-def test_no_core_dump(start_limited: Callable[..., Proxy]) -> None:
-    proxy = start_limited()
-    limits = Path(f"/proc/{proxy.pid}/limits").read_text()
-    assert re.search(r"^Max core file size +0 +0 +bytes", limits, re.M)
-
-
-def test_no_new_privileges(proxy: Proxy) -> None:
-    assert status(proxy.pid)["NoNewPrivs"] == "1"
-    assert status(os.getpid())["NoNewPrivs"] == "0", "it is so for the tests already"
-
-
-# ---------------------------------------------------------------- memory that is locked, or not
-
-MEMLOCK_LINE = "memory kept out of swap"
-
-
-def sign_at_once(proxy: Proxy, agent: Agent, number: int) -> List[int]:
-    """As many requests as that, all waiting for the agent at the same time; their statuses."""
-    os.kill(agent.pid, signal.SIGSTOP)
-    try:
-        with ThreadPoolExecutor(number) as pool:
-            running = [pool.submit(http, proxy.port, "POST", "/sign", b"x") for _ in range(number)]
-            try:
-                wait_for(lambda: kib(proxy.pid, "Threads") > number, 20, f"{number} threads")
-            finally:
-                os.kill(agent.pid, signal.SIGCONT)
-            return [one.result().status for one in running]
-    finally:
-        os.kill(agent.pid, signal.SIGCONT)
-
-
-FINITE = [0, 64 << 10, 8 << 20]
-
-
-@pytest.mark.parametrize("limit", FINITE)
-def test_with_a_finite_limit_nothing_is_locked_and_one_warning_says_so(
-    limit: int, start_limited: Callable[..., Proxy]
-) -> None:
-    proxy = start_limited(limit)
-    assert kib(proxy.pid, "VmLck") == 0
-    assert proxy.stop() == 0
-    lines = [line for line in proxy.log().splitlines() if MEMLOCK_LINE in line]
-    assert len(lines) == 1
-    assert " WARNING " in lines[0]
-    assert "RLIMIT_MEMLOCK" in lines[0]
-    assert f"{limit >> 10} KiB" in lines[0]
-
-
-@pytest.mark.parametrize("limit", FINITE)
-def test_with_a_finite_limit_threads_and_bodies_go_on(
-    limit: int, start_limited: Callable[..., Proxy], agent: Agent
-) -> None:
-    proxy = start_limited(limit)
-    assert sign_at_once(proxy, agent, 128) == [200] * 128
-    assert http(proxy.port, "POST", "/sign", bytes(64 << 20)).status == 200
-    assert "cannot start another thread" not in proxy.log()
-
-
-# What a system without a limit says, where this process has the power to lock all the same. A
-# finite soft limit can be raised there.
-PRETEND = f"""\
-import resource, runpy, sys
-soft, sys.argv = int(sys.argv[1]), sys.argv[2:]
-get, put = resource.getrlimit, resource.setrlimit
-def getrlimit(which):
-    return (soft, resource.RLIM_INFINITY) if which == resource.RLIMIT_MEMLOCK else get(which)
-def setrlimit(which, limits):
-    global soft
-    if which == resource.RLIMIT_MEMLOCK:
-        soft = limits[0]
-    else:
-        put(which, limits)
-resource.getrlimit, resource.setrlimit = getrlimit, setrlimit
-runpy.run_path({str(PROXY)!r}, run_name="__main__")
-"""
-
-REALLY = """\
-import os, resource, sys
-resource.setrlimit(resource.RLIMIT_MEMLOCK, (int(sys.argv[1]), resource.RLIM_INFINITY))
-os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
-"""
-
-CAP_IPC_LOCK = 1 << 14
-
-
-def may_be_unlimited() -> bool:
-    test = "import resource as r; r.setrlimit(r.RLIMIT_MEMLOCK, 2 * (r.RLIM_INFINITY,))"
-    return run([sys.executable, "-c", test], check=False).returncode == 0
-
-
-@pytest.fixture(params=[UNLIMITED, 64 << 10], ids=["no limit", "one that can be raised"])
-def unlimited(
-    request: pytest.FixtureRequest, short: Path, agent: Agent, keys: Keys,
-    start_proxy: Callable[..., Proxy],
-) -> Proxy:  # fmt: skip
-    """The proxy where the memory that may be locked has no (hard) limit."""
-    agent.add(keys["ed25519"])
-    script = short / "unlimited.py"
-    if may_be_unlimited():
-        script.write_text(REALLY)
-    elif int(status(os.getpid())["CapEff"], 16) & CAP_IPC_LOCK:
-        script.write_text(PRETEND)
-    else:
-        cannot_run("RLIMIT_MEMLOCK can't be unlimited here: run this as root (prlimit --memlock)")
-    words = [sys.executable, str(script), str(request.param)]
-    return start_proxy(upstream=agent.sock, python=program(short, *words))
-
-
-def test_without_a_limit_all_memory_is_locked(unlimited: Proxy) -> None:
-    locked, size = kib(unlimited.pid, "VmLck"), kib(unlimited.pid, "VmSize")
-    assert locked > size / 2
-    assert unlimited.stop() == 0
-    assert f" INFO {MEMLOCK_LINE}: in force" in unlimited.log()
-
-
-def test_without_a_limit_threads_and_bodies_cost_no_more_than_they_use(
-    unlimited: Proxy, agent: Agent
-) -> None:
-    before = kib(unlimited.pid, "VmRSS")
-    assert before < 48 << 10
-    assert sign_at_once(unlimited, agent, 128) == [200] * 128
-    assert http(unlimited.port, "POST", "/sign", bytes(64 << 20)).status == 200
-    assert kib(unlimited.pid, "VmRSS") - before < 24 << 10
-
-
-# ---------------------------------------------------------------- what harden() says of it
-
-HARDEN = f"""\
-import json, sys
-sys.path.insert(0, {str(ROOT)!r})
-import ssh_agent_proxy as p
-steps = [(s.name, s.in_force, s.state, s.expected) for s in p.harden(sys.platform)]
-with open("/proc/self/status") as f:
-    status = f.read()
-with open("/proc/self/limits") as f:
-    limits = f.read()
-print(json.dumps([steps, status, limits]))
-"""
-
-
-def harden(launcher: List[str], limit: str, keep: str) -> Any:
-    done = run([*launcher, limit, keep, sys.executable, "-c", HARDEN])
-    assert done.stderr == b""
-    return json.loads(done.stdout)
-
-
-def test_each_step_says_what_is_in_force(launcher: List[str]) -> None:
-    steps, said, limits = harden(launcher, str(64 << 10), "drop")
-    assert [name for name, _, _, _ in steps] == [
-        "no core dumps",
-        "no debugger, no reading of memory",
-        "no new privileges",
-        MEMLOCK_LINE,
-    ]
-    assert [in_force for _, in_force, _, _ in steps] == [True, True, True, False]
-    assert "NoNewPrivs:\t1" in said
-    assert "VmLck:\t       0 kB" in said
-    assert re.search(r"^Max core file size +0 +0 ", limits, re.M)
-
-
-REFUSE = """\
-import ctypes, resource
-def refused(*args):
-    raise ValueError("not allowed")
-resource.setrlimit = refused
-real = ctypes.CDLL
-class Refusing:
-    def __init__(self, libc):
-        class Prctl:
-            def __call__(self, option, *rest):
-                return {3: 1, 39: 0}.get(option, -1)  # what is read back: dumpable, and no more
-        self.prctl, self.mlockall, self.syscall = Prctl(), libc.mlockall, libc.syscall
-ctypes.CDLL = lambda *args, **options: Refusing(real(*args, **options))
-"""
-
-
-def test_a_step_that_fails_is_not_called_in_force(launcher: List[str]) -> None:
-    argv = [*launcher, str(64 << 10), "drop", sys.executable, "-c", REFUSE + HARDEN]
-    steps, _, _ = json.loads(run(argv).stdout)
-    assert [in_force for _, in_force, _, _ in steps] == [False] * 4
-    assert all(state for _, _, state, _ in steps)
-
-
-def test_a_step_that_fails_is_one_warning_and_no_end(
-    short: Path, launcher: List[str], agent: Agent, start_proxy: Callable[..., Proxy]
-) -> None:
-    script = short / "refuse.py"
-    script.write_text(REFUSE + "import runpy, sys\nsys.argv = sys.argv[1:]\n"
-                      f"runpy.run_path({str(PROXY)!r}, run_name='__main__')\n")  # fmt: skip
-    words = [*launcher, str(64 << 10), "drop", sys.executable, str(script)]
-    proxy = start_proxy(upstream=agent.sock, python=program(short, *words))
-    assert http(proxy.port, "GET", "/healthz").status == 200
-    warnings = [line for line in proxy.log().splitlines() if "not in force" in line]
-    assert len(warnings) == 5  # without the fourth, no Landlock
-    assert all(" WARNING " in line for line in warnings)
-
-
-def test_an_unknown_system_is_left_alone() -> None:
-    assert p.harden("plan9") == []
-
-
-# ---------------------------------------------------------------- what is said, and what is so
-
 # The program with a hook: GET /shim answers what the system says of the process (in one of its
-# worker threads); after `check` that is printed.
+# worker threads); after `check` that is printed. By its flags it may lock memory without a limit
+# where that can't be had, is not hardened, or is made dumpable afterwards.
 INSIDE = f"""\
 import ctypes, json, os, resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 libc = ctypes.CDLL(None)  # before anything is put in its place
 import ssh_agent_proxy as p
 flags, argv = sys.argv[1].split(","), sys.argv[3:]
-{{pretend}}
-def facts():
-    with open("/proc/thread-self/status") as f:
-        status = dict(line.rstrip("\\n").split(":\\t", 1) for line in f if ":\\t" in line)
-    with open("/proc/self/limits") as f:
-        core = next(line.split()[4:6] for line in f if line.startswith("Max core file size"))
-    try:
-        os.close(os.open("/dev/null", os.O_WRONLY))
-        confined = False
-    except PermissionError:
-        confined = True
-    return [core == ["0", "0"], libc.prctl(3, 0, 0, 0, 0) == 0, status["NoNewPrivs"] == "1",
-            status["VmLck"].split()[0] != "0", confined]
-def harden(platform, real=p.harden):
-    steps = real(platform) if "unhardened" not in flags else []
-    if "dumpable" in flags:
-        libc.prctl(4, 1, 0, 0, 0)
-    return steps
-p.harden = harden
-p.read_shim = lambda: json.dumps(facts()).encode()
-status = p.main(argv)
-if "check" in argv:
-    print(json.dumps(facts()))
-sys.exit(status)
-"""
 
-# Memory that may be locked without a limit, where that can't be had: as PRETEND does.
-WITHOUT_LIMIT = """\
 if "unlimited" in flags or "raisable" in flags:
     get, put = resource.getrlimit, resource.setrlimit
     soft = 65536 if "raisable" in flags else resource.RLIM_INFINITY
@@ -338,8 +77,33 @@ if "unlimited" in flags or "raisable" in flags:
         else:
             put(which, limits)
     resource.getrlimit, resource.setrlimit = getrlimit, setrlimit
+
+def facts():
+    with open("/proc/thread-self/status") as f:
+        status = dict(line.rstrip("\\n").split(":\\t", 1) for line in f if ":\\t" in line)
+    with open("/proc/self/limits") as f:
+        core = next(line.split()[4:6] for line in f if line.startswith("Max core file size"))
+    try:
+        os.close(os.open("/dev/null", os.O_WRONLY))
+        confined = False
+    except PermissionError:
+        confined = True
+    return [core == ["0", "0"], libc.prctl(3, 0, 0, 0, 0) == 0, status["NoNewPrivs"] == "1",
+            status["VmLck"].split()[0] != "0", confined]
+
+def harden(platform, real=p.harden):
+    steps = real(platform) if "unhardened" not in flags else []
+    if "dumpable" in flags:
+        libc.prctl(4, 1, 0, 0, 0)
+    return steps
+
+p.harden = harden
+p.read_shim = lambda: json.dumps(facts()).encode()
+status = p.main(argv)
+if "check" in argv:
+    print(json.dumps(facts()))
+sys.exit(status)
 """
-INSIDE = INSIDE.replace("{pretend}\n", WITHOUT_LIMIT)
 
 # Runs the rest of its command line where the kernel answers some system calls with an error, or
 # with 0 and does nothing: [name, error, [[number of an argument, value, whether it has it], ...]].
@@ -380,17 +144,30 @@ if not install() and (libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or not install
 os.execv(argv[0], argv)
 """
 
+
+def status(pid: int) -> Dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def kib(pid: int, field: str) -> int:
+    return int(status(pid)[field].split()[0])
+
+
+# ---------------------------------------------------------------- what is said, and what is so
+
 STEPS = [
     "no core dumps",
     "no debugger, no reading of memory",
     "no new privileges",
-    MEMLOCK_LINE,
+    "memory kept out of swap",
     "Landlock",
 ]
 CORE, DEBUGGER, PRIVILEGES, MEMORY, LANDLOCK = range(5)
 
 Rule = Tuple[str, int, List[List[Any]]]
-LANDLOCK_CALLS = ["landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"]
+RESTRICT_SELF = "landlock_restrict_self"
+LANDLOCK_CALLS = ["landlock_create_ruleset", "landlock_add_rule", RESTRICT_SELF]
 
 
 def landlock_answers(number: int, *calls: str) -> List[Rule]:
@@ -411,64 +188,63 @@ class Surroundings(NamedTuple):
     known: bool = True  # else whatever is so has to be said, and no more is known
 
 
-SURROUNDINGS: List[Tuple[str, Surroundings]] = [
-    ("a plain shell", Surroundings(powers="keep", limit="", known=False)),
-    ("no powers", Surroundings()),
-    ("no powers, no limit", Surroundings(limit="none", flags="unlimited", known=False)),
-    ("powers, a limit that can be raised", Surroundings(
-        powers="keep", limit="", flags="raisable", known=False)),
-    ("a limit of 64 KiB", Surroundings(
-        limit=str(64 << 10), refused={MEMORY: "RLIMIT_MEMLOCK is 64 KiB"})),
-    ("a limit of 0", Surroundings(limit="0", refused={MEMORY: "RLIMIT_MEMLOCK is 0 KiB"})),
-    ("mlockall refused", Surroundings(
+SURROUNDINGS = {
+    "a plain shell": Surroundings(powers="keep", limit="", known=False),
+    "no powers": Surroundings(),
+    "no powers, no limit": Surroundings(limit="none", flags="unlimited", known=False),
+    "powers, a limit that can be raised": Surroundings(
+        powers="keep", limit="", flags="raisable", known=False),
+    "a limit of 0": Surroundings(limit="0", refused={MEMORY: "RLIMIT_MEMLOCK is 0 KiB"}),
+    "mlockall refused": Surroundings(
         [("mlockall", errno.EPERM, [])], flags="unlimited",
-        refused={MEMORY: os.strerror(errno.EPERM)})),
-    ("mlockall that does nothing", Surroundings(
-        [("mlockall", 0, [])], flags="unlimited", refused={MEMORY: "VmLck 0 kB"})),
-    ("Linux without Landlock", Surroundings(
+        refused={MEMORY: os.strerror(errno.EPERM)}),
+    "mlockall that does nothing": Surroundings(
+        [("mlockall", 0, [])], flags="unlimited", refused={MEMORY: "VmLck 0 kB"}),
+    "Linux without Landlock": Surroundings(
         landlock_answers(errno.ENOSYS), "keep", known=False,
-        refused={LANDLOCK: "this kernel has none"})),
-    ("Landlock not switched on", Surroundings(
+        refused={LANDLOCK: "this kernel has none"}),
+    "Landlock not switched on": Surroundings(
         landlock_answers(errno.EOPNOTSUPP), "keep", known=False,
-        refused={LANDLOCK: "not enabled at boot"})),
-    ("Landlock forbidden", Surroundings(
+        refused={LANDLOCK: "not enabled at boot"}),
+    "Landlock forbidden": Surroundings(
         landlock_answers(errno.EPERM), "keep", known=False,
-        refused={LANDLOCK: os.strerror(errno.EPERM)})),
-    ("Landlock forbidden at the last", Surroundings(
-        landlock_answers(errno.EPERM, "landlock_restrict_self"), "keep", known=False,
-        refused={LANDLOCK: os.strerror(errno.EPERM)})),
-    ("too many rulesets", Surroundings(
-        landlock_answers(errno.E2BIG, "landlock_restrict_self"), "keep", known=False,
-        refused={LANDLOCK: os.strerror(errno.E2BIG)})),
-    ("Landlock that does nothing", Surroundings(
-        landlock_answers(0, "landlock_restrict_self"), "keep", known=False,
-        refused={LANDLOCK: "could be written"})),
-    ("dumpable not to be changed", Surroundings(
+        refused={LANDLOCK: os.strerror(errno.EPERM)}),
+    "too many rulesets": Surroundings(
+        landlock_answers(errno.E2BIG, RESTRICT_SELF), "keep", known=False,
+        refused={LANDLOCK: os.strerror(errno.E2BIG)}),
+    "Landlock that does nothing": Surroundings(
+        landlock_answers(0, RESTRICT_SELF), "keep", known=False,
+        refused={LANDLOCK: "could be written"}),
+    "dumpable not to be changed": Surroundings(
         [("prctl", errno.EPERM, [[0, 4, True]])], "keep", known=False,
-        refused={DEBUGGER: "PR_GET_DUMPABLE 1"})),
-    ("limits not to be changed", Surroundings(
+        refused={DEBUGGER: "PR_GET_DUMPABLE 1"}),
+    "limits not to be changed": Surroundings(
         [("prlimit64", errno.EPERM, NO_NEW_LIMIT), ("setrlimit", errno.EPERM, [])],
-        "keep", known=False)),
-    ("no new privileges refused", Surroundings(
-        [("prctl", errno.EINVAL, [[0, 38, True]])], "keep", known=False,
-        refused={PRIVILEGES: "PR_GET_NO_NEW_PRIVS 0"})),
-    ("no new privileges refused, no powers", Surroundings(
+        "keep", known=False),
+    "no new privileges refused": Surroundings(
         [("prctl", errno.EINVAL, [[0, 38, True]])],
         refused={PRIVILEGES: "PR_GET_NO_NEW_PRIVS 0", LANDLOCK: os.strerror(errno.EPERM),
-                 MEMORY: "RLIMIT_MEMLOCK is 8192 KiB"})),
-]  # fmt: skip
+                 MEMORY: "RLIMIT_MEMLOCK is 8192 KiB"}),
+}  # fmt: skip
+
+
+def may_be_unlimited() -> bool:
+    test = "import resource as r; r.setrlimit(r.RLIMIT_MEMLOCK, 2 * (r.RLIM_INFINITY,))"
+    return run([sys.executable, "-c", test], check=False).returncode == 0
+
+
+Surrounded = Callable[[Surroundings], List[str]]
 
 
 @pytest.fixture
-def surrounded(short: Path) -> Callable[[Surroundings], List[str]]:
+def surrounded(short: Path) -> Surrounded:
     """The command that starts the program in such surroundings, hook included."""
 
     def words(where: Surroundings) -> List[str]:
         limit = where.limit
         if limit == "none":
             limit = str(UNLIMITED) if may_be_unlimited() else str(8 << 20)
-        scripts = {"seccomp": SECCOMP, "launcher": LAUNCHER, "inside": INSIDE}
-        for name, text in scripts.items():
+        for name, text in {"seccomp": SECCOMP, "launcher": LAUNCHER, "inside": INSIDE}.items():
             (short / name).write_text(text)
         python = [sys.executable, "-I", "-S"]
         argv = [*python, str(short / "inside"), where.flags]
@@ -502,13 +278,12 @@ def reasons(where: Surroundings, lines: List[str]) -> None:
             assert any(STEPS[step] in line and why in line for line in lines), (why, lines)
 
 
-@pytest.mark.parametrize("where", [pytest.param(w, id=name) for name, w in SURROUNDINGS])
+@pytest.mark.parametrize("name", SURROUNDINGS)
 def test_the_log_says_what_is_so(
-    where: Surroundings, surrounded: Callable[[Surroundings], List[str]], short: Path, agent: Agent,
-    start_proxy: Callable[..., Proxy],
-) -> None:  # fmt: skip
-    proxy = start_proxy(upstream=agent.sock, python=program(short, *surrounded(where)))
-    proxy.wait_log("listening on")
+    name: str, surrounded: Surrounded, agent_with_key: Agent, start_proxy: Callable[..., Proxy]
+) -> None:
+    where = SURROUNDINGS[name]
+    proxy = start_proxy(upstream=agent_with_key.sock, python=surrounded(where))
     lines = proxy.log().split("listening on")[0].splitlines()
     said = claims(lines, r"\S+ INFO ", r"\S+ WARNING ")
     so = json.loads(http(proxy.port, "GET", "/shim").body)
@@ -523,28 +298,77 @@ def test_the_log_says_what_is_so(
         assert [step for step in range(5) if not so[step]] == sorted(where.refused)
 
 
-@pytest.mark.parametrize("where", [pytest.param(w, id=name) for name, w in SURROUNDINGS])
+@pytest.mark.parametrize("name", ["no powers", "mlockall refused", "Landlock not switched on"])
 def test_check_says_what_is_so(
-    where: Surroundings, surrounded: Callable[[Surroundings], List[str]], home: Path, agent: Agent,
-    keys: Keys,
-) -> None:  # fmt: skip
-    agent.add(keys["ed25519"])
-    argv = [*surrounded(where), PROXY, "check", "--addr", "127.0.0.1:0", "--upstream", agent.sock]
+    name: str, surrounded: Surrounded, home: Path, agent_with_key: Agent
+) -> None:
+    where = SURROUNDINGS[name]
+    argv = [*surrounded(where), PROXY, "check", "--addr", "127.0.0.1:0"]
+    argv += ["--upstream", agent_with_key.sock]
     *lines, so = run(argv, env=clean_env(home)).stdout.decode().splitlines()
     assert claims(lines, "ok +", "warn +") == json.loads(so)
     reasons(where, lines)
+
+
+def test_an_unknown_system_is_left_alone() -> None:
+    assert p.harden("plan9") == []
+
+
+# ---------------------------------------------------------------- memory that is locked, or not
+
+
+def sign_at_once(proxy: Proxy, agent: Agent, number: int) -> List[int]:
+    """As many requests as that, all waiting for the agent at the same time; their statuses."""
+    os.kill(agent.pid, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(number) as pool:
+            running = [pool.submit(http, proxy.port, "POST", "/sign", b"x") for _ in range(number)]
+            try:
+                wait_for(lambda: kib(proxy.pid, "Threads") > number, 20, f"{number} threads")
+            finally:
+                os.kill(agent.pid, signal.SIGCONT)
+            return [one.result().status for one in running]
+    finally:
+        os.kill(agent.pid, signal.SIGCONT)
+
+
+def test_with_a_finite_limit_threads_and_bodies_go_on(
+    surrounded: Surrounded, start_proxy: Callable[..., Proxy], agent: Agent, keys: Keys
+) -> None:
+    agent.add(keys["ed25519"])
+    proxy = start_proxy(upstream=agent.sock, python=surrounded(Surroundings()))
+    assert sign_at_once(proxy, agent, 128) == [200] * 128
+    assert http(proxy.port, "POST", "/sign", bytes(64 << 20)).status == 200
+    assert "cannot start another thread" not in proxy.log()
+
+
+@pytest.mark.parametrize("flag", ["unlimited", "raisable"])
+def test_without_a_limit_all_memory_is_locked_and_costs_no_more_than_is_used(
+    flag: str, surrounded: Surrounded, agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]
+) -> None:  # fmt: skip
+    if not int(status(os.getpid())["CapEff"], 16) & CAP_IPC_LOCK and not may_be_unlimited():
+        cannot_run("RLIMIT_MEMLOCK can't be unlimited here: run this as root (prlimit --memlock)")
+    agent.add(keys["ed25519"])
+    where = Surroundings(powers="keep", limit="none", flags=flag)
+    proxy = start_proxy(upstream=agent.sock, python=surrounded(where))
+    assert kib(proxy.pid, "VmLck") > kib(proxy.pid, "VmSize") / 2
+    before = kib(proxy.pid, "VmRSS")
+    assert before < 48 << 10
+    assert sign_at_once(proxy, agent, 128) == [200] * 128
+    assert http(proxy.port, "POST", "/sign", bytes(64 << 20)).status == 200
+    assert kib(proxy.pid, "VmRSS") - before < 24 << 10
 
 
 # ---------------------------------------------------------------- another process of the same user
 
 # Looks into a process, in one way after the other: "" where it could, else why not.
 LOOK = """\
-import ctypes, errno, json, os, re, struct, sys
+import ctypes, errno, json, os, struct, sys
 pid = int(sys.argv[1])
 libc = ctypes.CDLL(None, use_errno=True)
 libc.ptrace.argtypes = [ctypes.c_long] * 4
 libc.ptrace.restype = libc.syscall.restype = ctypes.c_long
-ATTACH, DETACH, SEIZE = 16, 17, 0x4206
+ATTACH, DETACH = 16, 17
 PIDFD_OPEN, PIDFD_GETFD = 434, 438
 def check(result):
     if result < 0:
@@ -564,8 +388,6 @@ def somewhere():
         return 0x10000
 def memory():
     assert read("mem", somewhere())
-def write_memory():
-    os.close(os.open(f"/proc/{pid}/mem", os.O_RDWR))
 def copy_memory():
     mine = ctypes.create_string_buffer(64)
     here = struct.pack("PN", ctypes.addressof(mine), 64)
@@ -576,20 +398,15 @@ def attach():
     check(libc.ptrace(ATTACH, pid, 0, 0))
     os.waitpid(pid, 0x40000000)  # __WALL
     check(libc.ptrace(DETACH, pid, 0, 0))
-def seize():
-    check(libc.ptrace(SEIZE, pid, 0, 0))  # until this process ends
 def environment():
     read("environ")
-def layout():
-    read("maps")
 def files():
     os.readlink(f"/proc/{pid}/fd/2")
 def descriptor():
     fd = check(libc.syscall(PIDFD_OPEN, pid, 0))
     check(libc.syscall(PIDFD_GETFD, fd, 2, 0))
 found = {}
-for look in (memory, write_memory, copy_memory, environment, layout, files, descriptor, attach,
-             seize):
+for look in (memory, copy_memory, environment, files, descriptor, attach):
     try:
         look()
         found[look.__name__] = ""
@@ -597,8 +414,7 @@ for look in (memory, write_memory, copy_memory, environment, layout, files, desc
         found[look.__name__] = errno.errorcode[e.errno]
 print(json.dumps(found))
 """
-LOOKS = ["memory", "write_memory", "copy_memory", "environment", "layout", "files", "descriptor",
-         "attach", "seize"]  # fmt: skip
+LOOKS = ["memory", "copy_memory", "environment", "files", "descriptor", "attach"]
 
 # As somebody who is not root, by a number that is nobody's.
 SOMEBODY = """\
@@ -627,35 +443,30 @@ def anyones_python() -> str:
 @pytest.fixture(scope="module", params=["root without powers", "somebody"])
 def looked(request: pytest.FixtureRequest) -> Iterator[Dict[str, Dict[str, str]]]:
     """What the same user's other process sees of the program, and of one that is dumpable."""
-    folder = Path(tempfile.mkdtemp(prefix="sap.", dir="/tmp"))
-    try:
+    with short_folder() as folder:
         for name in ("ssh_agent_proxy.py", "shim.sh"):
             (folder / name).write_bytes((ROOT / name).read_bytes())
         (folder / "inside").write_text(INSIDE.replace(repr(str(ROOT)), repr(str(folder))))
         (folder / "look").write_text(LOOK)
         (folder / "launcher").write_text(LAUNCHER)
-        launcher = [str(folder / "launcher"), "", "drop"]
+        python = sys.executable
+        words = [python]
         env = clean_env(folder / "home")
         if request.param == "somebody" and os.geteuid() == 0:
             for path in (folder, *folder.rglob("*")):
                 os.chown(path, NUMBER, NUMBER)
             python = anyones_python()
-            words = [*as_somebody(python), *launcher, python]
-        else:
-            words = [sys.executable, *launcher, sys.executable]
+            words = as_somebody(python)
+        words += [str(folder / "launcher"), "", "drop", python]
         found = {}
         for flags in ("", "dumpable"):
             argv = [*words, str(folder / "inside"), flags, "-", "--addr", "127.0.0.1:0"]
             proxy = Proxy([*argv, "--upstream", str(folder / "nowhere")], env)
             try:
-                owner = os.stat(f"/proc/{proxy.pid}").st_uid
-                assert owner == (NUMBER if "somebody" in words[2] else owner)
                 found[flags] = json.loads(run([*words, folder / "look", proxy.pid]).stdout)
             finally:
                 assert proxy.stop() == 0, proxy.log()
         yield found
-    finally:
-        run(["rm", "-rf", folder])
 
 
 @pytest.mark.parametrize("look", LOOKS)
@@ -668,10 +479,10 @@ def test_no_other_process_of_the_user_looks_into_it(
     assert looked[""][look] in ("EACCES", "EPERM")
 
 
-def end_by(number: int, argv: List[Any], folder: Path) -> bool:
-    """Whether a process that such a signal ends leaves a core."""
-    core = ["--addr", "127.0.0.1:0", "--upstream", str(folder / "nowhere")]
-    with subprocess.Popen([*argv, *core], env=clean_env(folder / "home"), cwd=folder,
+def leaves_a_core(number: int, argv: List[Any], folder: Path) -> bool:
+    """Whether it does when such a signal ends it."""
+    argv = [*argv, PROXY, "--addr", "127.0.0.1:0", "--upstream", folder / "nowhere"]
+    with subprocess.Popen(argv, env=clean_env(folder / "home"), cwd=folder,
                           stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:  # fmt: skip
         assert process.stderr
         for line in process.stderr:
@@ -686,12 +497,11 @@ def end_by(number: int, argv: List[Any], folder: Path) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGSEGV])
 def test_its_end_leaves_no_core(
-    number: int, surrounded: Callable[[Surroundings], List[str]], short: Path, home: Path
+    number: int, surrounded: Surrounded, short: Path, home: Path
 ) -> None:
-    words = [*surrounded(Surroundings(flags="unhardened")), str(PROXY)]
-    if not end_by(number, words, short):
+    if not leaves_a_core(number, surrounded(Surroundings(flags="unhardened")), short):
         cannot_run("no process leaves a core here: see ulimit -Hc, kernel.core_pattern")
     for core in short.glob("core*"):
         core.unlink()
-    assert not end_by(number, [*surrounded(Surroundings()), str(PROXY)], short)
+    assert not leaves_a_core(number, surrounded(Surroundings()), short)
     assert not list(short.glob("core*"))
