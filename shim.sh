@@ -28,6 +28,13 @@ NOBODY=AAAAC3NzaC1lZDI1NTE5AAAAIAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA
 # y = 0 is a point of order 4: signatures by it, which anyone can forge, do verify.
 ANYBODY=AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA
 
+# What stands for namespace git in the base64 of a signature, by the "=" at the end of the key's.
+GIT_0=AAAADZ2l0AAAAAAAAAAZzaG
+GIT_1=AAAA2dpdAAAAAAAAAAGc2hh
+GIT_2=AAAANnaXQAAAAAAAAABnNoY
+BY_NOBODY=U1NIU0lHAAAAAQAAADMAAAALc3NoLWVkMjU1MTkAAAAgAgAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA
+BY_ANYBODY=U1NIU0lHAAAAAQAAADMAAAALc3NoLWVkMjU1MTkAAAAgAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA
+
 # A person's touch gets 120 s at the proxy, unless it is told otherwise, and after a refusal the
 # proxy may ask the agent once more: its own word on a time-out should arrive before we give up.
 CONNECT_SECONDS=10
@@ -423,16 +430,13 @@ converse() {
         fail "the answer from $place broke off: try again"
         return 1
     fi
-    case $server in
-    ssh-agent-proxy/*) ;;
-    *)
+    is_ours || {
         show "$server"
         fail "what answers at $place is not ssh-agent-proxy (status $answered, Server: \
 ${shown:-none}) but another program there, or a network policy's page: \
 SSH_AGENT_PROXY_URL says where to look"
         return 1
-        ;;
-    esac
+    }
     if [ "$answered" != 200 ]; then
         show "$body"
         fail "$place answered $answered: ${shown:-no reason given}"
@@ -440,6 +444,13 @@ SSH_AGENT_PROXY_URL says where to look"
         return 1
     fi
     [ "$ended" = 0 ] || explain_silence "$1"
+}
+
+is_ours() {
+    case $server in
+    ssh-agent-proxy/*) return 0 ;;
+    esac
+    return 1
 }
 
 # The proxy's own word says how to come by a token, and this where one was looked for.
@@ -958,13 +969,12 @@ choose_scratch() {
 
 # The signature of file $1 (- is standard input) in $body.
 obtain_signature() {
-    if ! post "$1"; then
-        case $answered in
-        403 | 404) try_rotated "$1" || die "$problem" ;;
-        *) die "$problem" ;;
-        esac
-    fi
+    post "$1" || try_rotated "$1" || die "$problem"
     is_signature || die "$place answered 200 without a whole signature"
+    is_for_git || die "$place answered with a signature that is not for namespace git: nothing is \
+written"
+    is_by_key || die "$place answered with a signature by another key than was asked for: nothing \
+is written"
 }
 
 post() {
@@ -976,15 +986,17 @@ post() {
 
 # A key that was fetched, and that the proxy will not sign with any more, is replaced; once.
 try_rotated() {
+    is_ours || return 1
     refusal=$problem
-    case $wanted:$source in
-    :* | *:*/.git_signing_key_tmp*) ;; # the latter is git's own, made for this signature
-    *)
+    case $answered:$wanted:$source in
+    40[34]::* | *:*/.git_signing_key_tmp*) ;; # the latter is git's own, made for this signature
+    40[34]:*)
         show "$source"
         refusal="$refusal (asked for the key in $shown)"
         ;;
     esac
-    if [ -n "$rotates" ] && [ -z "$once" ] && fetch_key && [ "$found" != "$wanted" ]; then
+    if [ -n "$rotates" ] && [ -z "$once" ] && is_about_the_key && fetch_key &&
+        [ "$found" != "$wanted" ]; then
         adopt_key
         post "$1"
         return
@@ -992,6 +1004,15 @@ try_rotated() {
     fail "$refusal"
 }
 
+# No other refusal is asked around: a person's, a policy's and the agent's no are meant.
+is_about_the_key() {
+    case $answered:$body in
+    404:* | "403:this proxy signs with "*) return 0 ;;
+    esac
+    return 1
+}
+
+# The armor in $body, whole and nothing beside it? Then $base64 is what is in it.
 is_signature() {
     case $body in
     *"$NEWLINE$NEWLINE"*) return 1 ;;
@@ -1003,6 +1024,79 @@ is_signature() {
     case $inner in
     '' | *[!A-Za-z0-9+/="$NEWLINE"]*) return 1 ;;
     esac
+    base64=''
+    while :; do
+        case $inner in
+        *"$NEWLINE"*)
+            base64=$base64${inner%%"$NEWLINE"*}
+            inner=${inner#*"$NEWLINE"}
+            ;;
+        *) break ;;
+        esac
+    done
+    base64=$base64$inner
+}
+
+# "SSHSIG", uint32 1, string key, string "git", string "", string "sha…": the key begins in the
+# middle of a base64 digit, and where the namespace does depends on its length.
+is_for_git() {
+    [ "$namespace" = git ] || return 0
+    case $base64 in
+    U1NIU0lHAAAAAQ*"$GIT_0"* | U1NIU0lHAAAAAQ*"$GIT_1"* | U1NIU0lHAAAAAQ*"$GIT_2"*) return 0 ;;
+    esac
+    return 1
+}
+
+# Four of the six bits of each digit stand in one digit of the signature; of an RSA key and of a
+# certificate the first 88 digits are enough to tell it from another.
+is_by_key() {
+    case $base64 in
+    "$BY_NOBODY"* | "$BY_ANYBODY"*) return 1 ;;
+    esac
+    [ -n "$wanted" ] || return 0
+    blob=${wanted#* }
+    case $blob in
+    *==) follows=$GIT_1 ;;
+    *=) follows=$GIT_2 ;;
+    *) follows=$GIT_0 ;;
+    esac
+    [ "$namespace" = git ] || follows=''
+    rest=${blob%%=*}
+    case $wanted in
+    ssh-rsa\ * | *-cert-v01@openssh.com\ *)
+        tail=${rest#????????????????????????????????????????????}
+        tail=${tail#????????????????????????????????????????????}
+        [ "$tail" = "$rest" ] || rest=${rest%"$tail"}
+        follows="*$follows"
+        ;;
+    esac
+    shifted=''
+    while [ -n "$rest" ]; do
+        case $rest in
+        [AQgw]*) shifted=$shifted'[ABCD]' ;;
+        [BRhx]*) shifted=$shifted'[EFGH]' ;;
+        [CSiy]*) shifted=$shifted'[IJKL]' ;;
+        [DTjz]*) shifted=$shifted'[MNOP]' ;;
+        [EUk0]*) shifted=$shifted'[QRST]' ;;
+        [FVl1]*) shifted=$shifted'[UVWX]' ;;
+        [GWm2]*) shifted=$shifted'[YZab]' ;;
+        [HXn3]*) shifted=$shifted'[cdef]' ;;
+        [IYo4]*) shifted=$shifted'[ghij]' ;;
+        [JZp5]*) shifted=$shifted'[klmn]' ;;
+        [Kaq6]*) shifted=$shifted'[opqr]' ;;
+        [Lbr7]*) shifted=$shifted'[stuv]' ;;
+        [Mcs8]*) shifted=$shifted'[wxyz]' ;;
+        [Ndt9]*) shifted=$shifted'[0123]' ;;
+        [Oeu+]*) shifted=$shifted'[4567]' ;;
+        *) shifted=$shifted'[89+/]' ;;
+        esac
+        rest=${rest#?}
+    done
+    # shellcheck disable=SC2254 # patterns
+    case $base64 in
+    U1NIU0lHAAAAAQ?????$shifted$follows*) return 0 ;;
+    esac
+    return 1
 }
 
 # Sets out to ask for the public key.

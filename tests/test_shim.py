@@ -38,14 +38,31 @@ Done = subprocess.CompletedProcess  # of bytes
 
 BEGIN = b"-----BEGIN SSH SIGNATURE-----\n"
 END = b"-----END SSH SIGNATURE-----\n"
-ARMOR = BEGIN + b"U1NIU0lHAAAAAQ==\n" + END
 ED25519 = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI"
 NOBODY = f"{ED25519}AIA{'A' * 40}"
 ANYBODY = f"{ED25519}{'A' * 43}"
+LINE = f"{ED25519}G+AP/nFcsfyv59CnvXHrJIzz616r+Cxm5ewm+0N3Qhw"
+OTHER = f"{ED25519}H{'B' * 42}"
 COMMIT = b"tree 4b825dc642cb6eb9a060e54bf8d69288fbee4904\nauthor A <a@b> 0 +0000\n\nmessage\n"
 TAG = b"object 4b825dc642cb6eb9a060e54bf8d69288fbee4904\ntype tree\ntag v1\n\nmessage\n"
 OURS = "ssh-agent-proxy-sign"
 
+
+
+def armored(line: str = LINE, namespace: str = "git", hash: str = "sha512") -> bytes:
+    """What looks like a signature by the key in LINE (PROTOCOL.sshsig); its last field does not."""
+
+    def string(data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + data
+
+    key = base64.b64decode(line.split()[1])
+    fields = [key, namespace.encode(), b"", hash.encode(), string(b"ssh-ed25519") + bytes(68)]
+    blob = b"SSHSIG" + (1).to_bytes(4, "big") + b"".join(map(string, fields))
+    text = base64.b64encode(blob)
+    return BEGIN + b"".join(text[i : i + 70] + b"\n" for i in range(0, len(text), 70)) + END
+
+
+ARMOR = armored()
 HOSTILE_NAMES = [
     "a b",
     " ",
@@ -566,9 +583,6 @@ def sent_key(request: bytes) -> Optional[str]:
     return found.group(1).decode() if found else None
 
 
-LINE = f"{ED25519}G+AP/nFcsfyv59CnvXHrJIzz616r+Cxm5ewm+0N3Qhw"
-OTHER = f"{ED25519}H{'B' * 42}"
-
 KEY_FILES = {
     "a line": (f"{LINE}\n", LINE),
     "a line with a comment": (f"{LINE} me@home and more\n", LINE),
@@ -584,8 +598,8 @@ KEY_FILES = {
         "ssh-ed25519-cert-v01@openssh.com AAAAIHNz",
     ),
     "a security key": (
-        "sk-ssh-ed25519@openssh.com AAAAGnNr+/= c\n",
-        "sk-ssh-ed25519@openssh.com AAAAGnNr+/=",
+        "sk-ssh-ed25519@openssh.com AAAAGnNr+w== c\n",
+        "sk-ssh-ed25519@openssh.com AAAAGnNr+w==",
     ),
     "the key that nobody holds": (f"{NOBODY} {OURS}\n", None),
 }
@@ -596,7 +610,7 @@ KEY_FILES = {
 def test_the_key_in_the_file_is_asked_for_without_its_comment(
     shim: Shim, liar: Any, content: str, expected: Optional[str], suffix: str
 ) -> None:
-    server = liar(answer(ARMOR))
+    server = liar(answer(armored(expected or OTHER)))
     shim.file()
     (shim.folder / f"key{suffix}").write_bytes(content.encode())
     done = shim.sign("-f", "key", "m", env={"SSH_AGENT_PROXY_URL": server.url})
@@ -815,26 +829,40 @@ def test_a_file_that_git_made_for_this_signature_is_not_named(
     assert not (shim.folder / "m.sig").exists()
 
 
-@pytest.mark.parametrize("status, tries", [("403 X", 2), ("404 X", 2), ("503 X", 1)])
-def test_a_rotated_key_is_tried_once_and_only_after_a_refusal(
-    shim: Shim, liar: Any, status: str, tries: int
+REFUSALS = {
+    "not held": ("404 Not Found", "the agent does not hold it", "ssh-agent-proxy/1", True),
+    "another is pinned": ("403 Forbidden", "this proxy signs with x", "ssh-agent-proxy/1", True),
+    "a person's no": ("403 Forbidden", "not agreed to", "ssh-agent-proxy/1", False),
+    "a policy's no": ("403 Forbidden", "this is no commit", "ssh-agent-proxy/1", False),
+    "the agent's no": ("403 Forbidden", "the agent refuses", "ssh-agent-proxy/1", False),
+    "no agent": ("503 Unavailable", "no agent", "ssh-agent-proxy/1", False),
+    "another server's": ("404 Not Found", "no such page", "nginx", False),
+    "another server's pin": ("403 Forbidden", "this proxy signs with x", "nginx", False),
+}
+
+
+@pytest.mark.parametrize("status, reason, server, other", REFUSALS.values(), ids=REFUSALS.keys())
+def test_another_key_is_tried_once_and_no_refusal_is_asked_around(
+    shim: Shim, liar: Any, status: str, reason: str, server: str, other: bool
 ) -> None:
-    refusal = answer(b"no such key\n", status)
-    server = liar(refusal, answer(f"{OTHER} x\n".encode()), refusal)
+    """What a person, a policy or the agent has refused must not be signed with another key."""
+    refusal = answer(f"{reason}\n".encode(), status, server)
+    there = liar(refusal, answer(f"{OTHER} x\n".encode()), refusal)
     shim.file()
     shim.key("k.pub", "# fetched from ssh-agent-proxy, replaced", LINE)
-    done = shim.sign("-f", "./k.pub", "m", env={"SSH_AGENT_PROXY_URL": server.url})
-    assert f"answered {status[:3]}: no such key" in said(done)
-    methods = [request.split()[0] for request in server.requests]
-    assert methods == ([b"POST", b"GET", b"POST"] if tries == 2 else [b"POST"])
+    line = said(shim.sign("-f", "./k.pub", "m", env={"SSH_AGENT_PROXY_URL": there.url}))
+    assert (reason if server != "nginx" else "is not ssh-agent-proxy") in line
+    methods = [request.split()[0] for request in there.requests]
+    assert methods == ([b"POST", b"GET", b"POST"] if other else [b"POST"])
+    assert (OTHER in (shim.folder / "k.pub").read_text()) == other
 
 
 def test_the_refusal_is_told_when_there_is_no_other_key(shim: Shim, liar: Any) -> None:
-    server = liar(answer(b"refused by the person\n", "403 Forbidden"), answer(f"{LINE}\n".encode()))
+    server = liar(answer(b"not held\n", "404 Not Found"), answer(f"{LINE}\n".encode()))
     shim.file()
     shim.key("k.pub", "# fetched from ssh-agent-proxy, replaced", LINE)
     done = shim.sign("-f", "./k.pub", "m", env={"SSH_AGENT_PROXY_URL": server.url})
-    assert "answered 403: refused by the person" in said(done)
+    assert "answered 404: not held" in said(done)
     assert len(server.requests) == 2
 
 
@@ -1385,7 +1413,7 @@ def test_the_token_is_sent_with_the_second_try_too(any_shim: Shim, liar: Any) ->
 
 def test_the_token_is_sent_with_all_that_a_rotation_asks(any_shim: Shim, liar: Any) -> None:
     refusal = answer(b"no such key\n", "404 Not Found")
-    server = liar(refusal, answer(f"{OTHER} x\n".encode()), answer(ARMOR))
+    server = liar(refusal, answer(f"{OTHER} x\n".encode()), answer(armored(OTHER)))
     any_shim.file()
     any_shim.key("k.pub", "# fetched from ssh-agent-proxy, replaced", LINE)
     env = {"SSH_AGENT_PROXY_URL": server.url, "SSH_AGENT_PROXY_TOKEN": "s3cr3t"}
@@ -1903,6 +1931,68 @@ def test_an_answer_without_end_is_not_waited_for(shim: Shim, liar: Any) -> None:
     shim.file()
     assert "could not be kept" in said(shim.sign("m", env={"SSH_AGENT_PROXY_URL": server.url}))
     assert gone.wait(5)
+
+
+# What is asked for with -f and -n (LINE, git), what the signature names, and what is said of it.
+BY_ANOTHER = "a signature by another key than was asked for"
+FOR_ANOTHER = "a signature that is not for namespace git"
+FORGERIES = {
+    "another key": (LINE, OTHER, "git", BY_ANOTHER),
+    "another at its end": (LINE, LINE[:-3] + "AAA", "git", BY_ANOTHER),
+    "another type": (LINE, LINE.replace("C3Nz", "C3Nx"), "git", BY_ANOTHER),
+    "a longer key": (LINE, LINE + "AAAA", "git", BY_ANOTHER),
+    "a shorter key": (LINE, LINE[:-4], "git", BY_ANOTHER),
+    "nobody's": ("", NOBODY, "git", BY_ANOTHER),
+    "anybody's": ("", ANYBODY, "git", BY_ANOTHER),
+    "another namespace": (LINE, LINE, "file", FOR_ANOTHER),
+    "a namespace that begins so": (LINE, LINE, "github", FOR_ANOTHER),
+    "a namespace that ends so": ("", LINE, "digit", FOR_ANOTHER),
+    "another namespace and any key": ("", LINE, "file", FOR_ANOTHER),
+}
+
+
+@pytest.mark.parametrize("asked, by, namespace, told", FORGERIES.values(), ids=FORGERIES.keys())
+def test_a_signature_by_another_key_or_for_something_else_is_not_written(
+    any_shim: Shim, liar: Any, asked: str, by: str, namespace: str, told: str
+) -> None:
+    """Git would put it into the commit as if it were the one that was asked for."""
+    server = liar(answer(armored(by, namespace)))
+    any_shim.file()
+    any_shim.key("k", asked)
+    argv = ["-f", "./k", "m"] if asked else ["m"]
+    line = said(any_shim.sign(*argv, env={"SSH_AGENT_PROXY_URL": server.url}))
+    assert told in line
+    assert tree(any_shim.folder).keys() == {"m", "k"}
+
+
+SIGNERS = ["ed25519", "rsa2048", "rsa3072", "rsa4096", "ecdsa256", "ecdsa384", "ecdsa521"]
+
+
+@pytest.mark.parametrize("hash", ["sha256", "sha512"])
+@pytest.mark.parametrize("name", [*SIGNERS, *(f"{name}-cert" for name in SIGNERS)])
+def test_a_signature_of_each_type_of_key_is_known_for_its_own(
+    shim: Shim, liar: Any, keys: Keys, name: str, hash: str
+) -> None:
+    """One that the real ssh-keygen made is written, and refused where another was asked for."""
+    plain = name.replace("-cert", "")
+    key, public = shim.folder / "k", shim.folder / "k.pub"
+    key.write_bytes(keys[plain].read_bytes())
+    key.chmod(0o600)
+    public.write_text(keys.line(plain))
+    shim.file()
+    if plain != name:
+        run(["ssh-keygen", "-q", "-s", keys["other"], "-I", "x", public])
+        public.write_bytes((shim.folder / "k-cert.pub").read_bytes())
+    run(["ssh-keygen", "-q", "-Y", "sign", "-n", "git", f"-Ohashalg={hash}", "-f", public, "m"],
+        cwd=shim.folder)  # fmt: skip
+    made = (shim.folder / "m.sig").read_bytes()
+    (shim.folder / "m.sig").unlink()
+    env = {"SSH_AGENT_PROXY_URL": liar(answer(made)).url}
+    done = shim.sign("-f", "./k.pub", "m", env=env)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (shim.folder / "m.sig").read_bytes() == made
+    another = "other" if plain == "ed25519" else "ed25519"
+    assert BY_ANOTHER in said(shim.sign("-f", keys[another], "m", env=env))
 
 
 TRUTHS: Dict[str, bytes] = {
