@@ -393,14 +393,16 @@ def test_the_hostile_neighbours_would_run(hostile: Path, home: Path) -> None:
     assert (hostile.parent / "ran").read_text() == "hmac\n"
 
 
+ELSEWHERE = (
+    "mkdir FOLDER.d && cp FOLDER/hmac.py FOLDER/logging.py FOLDER.d && cd FOLDER && "
+    "ln -s FOLDER/ssh_agent_proxy.py FOLDER.d/link && exec PYTHON FOLDER.d/link"
+)
 WAYS = [
     ("absolute path", "exec PYTHON FOLDER/ssh_agent_proxy.py"),
     ("from its directory", "cd FOLDER && exec PYTHON ssh_agent_proxy.py"),
     ("symlink beside it",
      "ln -s ssh_agent_proxy.py FOLDER/link && exec PYTHON FOLDER/link"),
-    ("symlink elsewhere",
-     "mkdir FOLDER.d && cp FOLDER/hmac.py FOLDER/logging.py FOLDER.d && cd FOLDER && "
-     + "ln -s FOLDER/ssh_agent_proxy.py FOLDER.d/link && exec PYTHON FOLDER.d/link"),
+    ("symlink elsewhere", ELSEWHERE),
     ("-I", "cd FOLDER && exec PYTHON -I ssh_agent_proxy.py"),
     ("-E -s", "cd FOLDER && exec PYTHON -E -s ssh_agent_proxy.py"),
     ("PYTHONSAFEPATH", "cd FOLDER && exec env PYTHONSAFEPATH=1 PYTHON ssh_agent_proxy.py"),
