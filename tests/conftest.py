@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -489,6 +490,22 @@ class Proxy:
             status = self.process.wait(5)
         self._reader.join(5)
         return status
+
+
+TUNED = """
+import json, os, sys
+sys.path.insert(0, os.path.dirname(sys.argv[2]))
+import ssh_agent_proxy as p
+for name, value in json.loads(sys.argv[1]).items():
+    assert type(getattr(p, name)) in (int, float), name
+    setattr(p, name, value)
+sys.exit(p.main(sys.argv[3:]))
+"""
+
+
+def tuned(**constants: float) -> List[str]:
+    """For start_proxy's PYTHON: some of its constants are others, for no test waits 30 s."""
+    return [sys.executable, "-c", TUNED, json.dumps(constants)]
 
 
 @pytest.fixture

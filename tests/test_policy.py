@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import pytest
-from conftest import Agent, Answer, Keys, Proxy, http, parse_answer, raw, run
-from test_http import Shared, refused
+from conftest import HOST, Agent, Answer, Keys, Proxy, ask, get, http, refused
+from test_http import Shared, shared_proxy
 
 import ssh_agent_proxy as p
 
@@ -102,186 +102,123 @@ def named_box(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return name
 
 
+def host_status(host: str, allowed: Tuple[str, ...] = ()) -> int:
+    """421 where HOST is not ours, else 200."""
+    try:
+        p.check_host(p.parse_authority(host), allowed)
+    except p.RequestError as e:
+        assert "SSH_AGENT_PROXY_ALLOWED_HOSTS" in str(e)
+        return e.status
+    return 200
+
+
 @pytest.mark.parametrize("value", OURS)
 def test_a_host_of_ours_is_let_through(value: str, named_box: Any) -> None:
-    p.check_host(p.parse_authority(value), ())
+    assert host_status(value) == 200
 
 
-@pytest.mark.parametrize("value", ODD_ADDRESSES)
-def test_an_odd_spelling_of_an_address_is_misdirected(value: str, named_box: Any) -> None:
-    with pytest.raises(p.RequestError) as e:
-        p.check_host(p.parse_authority(value), ())
-    assert e.value.status == 421
-
-
-@pytest.mark.parametrize("value", NOT_OURS)
+@pytest.mark.parametrize("value", [*ODD_ADDRESSES, *NOT_OURS])
 def test_a_host_that_is_not_ours_is_misdirected(value: str, named_box: Any) -> None:
-    with pytest.raises(p.RequestError) as e:
-        p.check_host(p.parse_authority(value), ())
-    assert e.value.status == 421
-    assert "SSH_AGENT_PROXY_ALLOWED_HOSTS" in str(e.value)
+    assert host_status(value) == 421
 
 
-@pytest.mark.parametrize(
-    ("own", "host", "ours"),
-    [
-        ("box", "box", True),
-        ("box", "BOX", True),
-        ("box", "box.", True),
-        ("box", "box:80", True),
-        ("box", "box.local", True),
-        ("box", "BOX.Local.", True),
-        ("Box", "box", True),
-        ("Box", "box.local", True),
-        ("box.local", "box", True),
-        ("box.local", "box.local", True),
-        ("box.lan", "box", True),
-        ("box.lan", "box.local", True),
-        ("box", "other", False),
-        ("box", "other.local", False),
-        ("box", "box.evil.example", False),
-        ("box", "a.box", False),
-        ("box", "a.box.local", False),
-        ("box", "box.local.evil.example", False),
-        ("box", "xbox", False),
-        ("box", "boxx", False),
-        ("box.lan", "other.lan", False),
-        ("box.lan", "lan", False),
-        ("", "", False),
-        ("", "local", False),
-        (".", "", False),
-        (".lan", "", False),
-        ("localhost", "localhost", True),
-    ],
-)
+@pytest.mark.parametrize(("own", "ours", "others"), [
+    ("box", ["box", "BOX", "box.", "box:80", "box.local", "BOX.Local."],
+     ["other", "other.local", "box.evil.example", "a.box", "a.box.local", "box.local.evil.example",
+      "xbox", "boxx"]),
+    ("Box", ["box", "box.local"], []),
+    ("box.local", ["box", "box.local"], []),
+    ("box.lan", ["box", "box.local", "box.lan"], ["other.lan", "lan"]),
+    ("", [], ["", "local"]),
+    (".", [], [""]),
+    (".lan", [], [""]),
+    ("localhost", ["localhost"], []),
+])  # fmt: skip
 def test_this_machines_own_name_is_ours_bare_or_with_local(
-    own: str, host: str, ours: bool, named_box: Callable[[str], None]
+    own: str, ours: List[str], others: List[str], named_box: Callable[[str], None]
 ) -> None:
     named_box(own)
-    if ours:
-        p.check_host(p.parse_authority(host), ())
-    else:
-        with pytest.raises(p.RequestError) as e:
-            p.check_host(p.parse_authority(host), ())
-        assert e.value.status == 421
+    assert [host for host in ours if host_status(host) != 200] == []
+    assert [host for host in others if host_status(host) != 421] == []
 
 
-@pytest.mark.parametrize(
-    ("allowed", "host", "ours"),
-    [
-        ("proxy.test", "proxy.test", True),
-        ("proxy.test", "PROXY.Test", True),
-        ("Proxy.Test", "proxy.test", True),
-        ("proxy.test", "proxy.test.", True),
-        ("proxy.test.", "proxy.test", True),
-        ("proxy.test", "proxy.test:7221", True),
-        ("proxy", "proxy", True),
-        ("a.test, b.test", "a.test", True),
-        ("a.test, b.test", "b.test", True),
-        (".corp.test", "a.corp.test", True),
-        (".corp.test", "a.b.corp.test", True),
-        (".Corp.Test.", "a.corp.test", True),
-        (".corp.test", "A.Corp.Test.", True),
-        ("a.test,.corp.test", "b.corp.test", True),
-        ("proxy.test", "a.proxy.test", False),
-        ("proxy.test", "xproxy.test", False),
-        ("proxy.test", "proxy.testx", False),
-        ("proxy.test", "test", False),
-        (".corp.test", "corp.test", False),
-        (".corp.test", "xcorp.test", False),
-        (".corp.test", "corp.test.evil.example", False),
-        (".corp.test", "a.corp.testx", False),
-        ("proxy.test", "", False),
-        (".corp.test", "", False),
-    ],
-)
+@pytest.mark.parametrize(("allowed", "ours", "others"), [
+    ("proxy.test", ["proxy.test", "PROXY.Test", "proxy.test.", "proxy.test:7221"],
+     ["a.proxy.test", "xproxy.test", "proxy.testx", "test", ""]),
+    ("Proxy.Test", ["proxy.test"], []),
+    ("proxy.test.", ["proxy.test"], []),
+    ("proxy", ["proxy"], []),
+    ("a.test, b.test", ["a.test", "b.test"], []),
+    (".corp.test", ["a.corp.test", "a.b.corp.test", "A.Corp.Test."],
+     ["corp.test", "xcorp.test", "corp.test.evil.example", "a.corp.testx", ""]),
+    (".Corp.Test.", ["a.corp.test"], []),
+    ("a.test,.corp.test", ["b.corp.test"], []),
+])  # fmt: skip
 def test_allowed_hosts_are_names_or_all_below_a_suffix(
-    allowed: str, host: str, ours: bool, named_box: Any
+    allowed: str, ours: List[str], others: List[str], named_box: Any
 ) -> None:
-    config = p.Config.from_env({"SSH_AGENT_PROXY_ALLOWED_HOSTS": allowed}, [], p.COMMANDS)
-    if ours:
-        p.check_host(p.parse_authority(host), config.allowed_hosts)
-    else:
-        with pytest.raises(p.RequestError) as e:
-            p.check_host(p.parse_authority(host), config.allowed_hosts)
-        assert e.value.status == 421
+    names = p.Config.from_env({"SSH_AGENT_PROXY_ALLOWED_HOSTS": allowed}, [], {}).allowed_hosts
+    assert [host for host in ours if host_status(host, names) != 200] == []
+    assert [host for host in others if host_status(host, names) != 421] == []
 
 
 # ---------------------------------------------------------------- browsers
 
 
-@pytest.mark.parametrize(
-    ("fields", "browser"),
-    [
-        ({}, False),
-        ({"sec-fetch-site": "none"}, False),
-        ({"sec-fetch-mode": "cors", "referer": "http://a/", "cookie": "a=b"}, False),
-        ({"user-agent": "Mozilla/5.0"}, False),
-        ({"origin": "http://evil.example"}, True),
-        ({"origin": "http://localhost:7221"}, True),
-        ({"origin": "null"}, True),
-        ({"origin": ""}, True),
-        ({"origin": "none"}, True),
-        ({"origin": "http://evil.example", "sec-fetch-site": "none"}, True),
-        ({"sec-fetch-site": "cross-site"}, True),
-        ({"sec-fetch-site": "same-site"}, True),
-        ({"sec-fetch-site": "same-origin"}, True),
-        ({"sec-fetch-site": ""}, True),
-        ({"sec-fetch-site": "none, none"}, True),
-        ({"sec-fetch-site": "anything"}, True),
-    ],
-)
-def test_what_only_pages_send_is_refused(fields: Dict[str, str], browser: bool) -> None:
-    if not browser:
-        p.check_browser(fields)
-        return
+PAGES: List[Dict[str, str]] = [
+    {"origin": "http://evil.example"},
+    {"origin": "http://localhost:7221"},
+    {"origin": "null"},
+    {"origin": ""},
+    {"origin": "none"},
+    {"origin": "http://evil.example", "sec-fetch-site": "none"},
+    {"sec-fetch-site": "cross-site"},
+    {"sec-fetch-site": "same-site"},
+    {"sec-fetch-site": "same-origin"},
+    {"sec-fetch-site": ""},
+    {"sec-fetch-site": "none, none"},
+    {"sec-fetch-site": "anything"},
+]
+
+
+@pytest.mark.parametrize("fields", PAGES, ids=str)
+def test_what_only_pages_send_is_refused(fields: Dict[str, str]) -> None:
     with pytest.raises(p.RequestError) as e:
         p.check_browser(fields)
     assert e.value.status == 403
 
 
+@pytest.mark.parametrize("fields", [
+    {},
+    {"sec-fetch-site": "none"},
+    {"sec-fetch-mode": "cors", "referer": "http://a/", "cookie": "a=b"},
+    {"user-agent": "Mozilla/5.0"},
+], ids=str)  # fmt: skip
+def test_what_others_send_is_let_through(fields: Dict[str, str]) -> None:
+    p.check_browser(fields)
+
+
 # ---------------------------------------------------------------- namespaces and keys
 
 
-@pytest.mark.parametrize(
-    ("named", "expected"),
-    [
-        (None, "git"),
-        ("git", "git"),
-        ("file", "file"),
-        ("a@example.com", "a@example.com"),
-        ("Git", 403),
-        ("git2", 403),
-        ("gi", 403),
-        ("git,file", 400),
-        ("", 400),
-        ("git file", 400),
-        (" git", 400),
-        ("git\t", 400),
-        ("git\x00", 400),
-        ("git\n", 400),
-        ("git\x1b", 400),
-        ("g\u00eft", 400),
-        ("git\x7f", 400),
-        ("a" * 255, 403),
-        ("a" * 256, 400),
-    ],
-)
-def test_a_namespace_is_one_of_those_allowed(named: Optional[str], expected: Any) -> None:
-    allowed = ("git", "file", "a@example.com")
-    if isinstance(expected, str):
-        assert p.choose_namespace(named, allowed) == expected
-        return
-    with pytest.raises(p.RequestError) as e:
-        p.choose_namespace(named, allowed)
-    assert e.value.status == expected
-    assert str(e.value).isprintable()
-    if expected == 403:
-        assert "SSH_AGENT_PROXY_NAMESPACE" in str(e.value)
+@pytest.mark.parametrize(("expected", "named"), [
+    (400, ["git,file", "", "git file", " git", "git\t", "git\x00", "git\n", "git\x1b", "g\u00eft",
+           "git\x7f", "a" * 256]),
+    (403, ["Git", "git2", "gi", "a" * 255]),
+])  # fmt: skip
+def test_another_namespace_than_those_allowed_is_refused(expected: int, named: List[str]) -> None:
+    for namespace in named:
+        with pytest.raises(p.RequestError) as e:
+            p.choose_namespace(namespace, ("git", "file"))
+        assert e.value.status == expected
+        assert str(e.value).isprintable()
+        assert ("SSH_AGENT_PROXY_NAMESPACE" in str(e.value)) == (expected == 403)
 
 
-def test_the_first_allowed_namespace_is_the_default() -> None:
-    assert p.choose_namespace(None, ("file", "git")) == "file"
+def test_a_namespace_is_one_of_those_allowed_the_first_by_default() -> None:
+    allowed = ("file", "git", "a@example.com")
+    assert [p.choose_namespace(named, allowed) for named in allowed] == [*allowed]
+    assert p.choose_namespace(None, allowed) == "file"
 
 
 def key_of(line: str) -> p.PublicKey:
@@ -322,59 +259,51 @@ def test_a_pinned_key_stands_for_every_way_to_name_it(pinned_by: str, keys: Keys
         assert wanted.pinned == pin.pinned
 
 
-@pytest.mark.parametrize("pinned_by", ["line", "fingerprint"])
-@pytest.mark.parametrize("way", ["line", "line without comment", "fingerprint", "unheard of"])
+@pytest.mark.parametrize(("pinned_by", "setting"), [
+    ("line", "SSH_AGENT_PROXY_PUBKEY"), ("fingerprint", "the key= of this token"),
+])  # fmt: skip
 def test_another_key_than_the_pinned_one_is_refused(
-    way: str, pinned_by: str, keys: Keys
+    pinned_by: str, setting: str, keys: Keys
 ) -> None:
-    line, bare, fingerprint = ways_to_name(keys.line("other"))
-    named = {
-        "line": line,
-        "line without comment": bare,
-        "fingerprint": fingerprint,
-        "unheard of": "SHA256:" + "A" * 43,
-    }[way]
-    with pytest.raises(p.RequestError) as e:
-        p.choose_key(named, pins(keys.line("ed25519"))[pinned_by])
-    assert e.value.status == 403
-    changed = {"line": "SSH_AGENT_PROXY_PUBKEY", "fingerprint": "the key= of this token"}
-    assert str(e.value).endswith(f"or change {changed[pinned_by]}")
+    pin = pins(keys.line("ed25519"))[pinned_by]
+    for named in (*ways_to_name(keys.line("other")), "SHA256:" + "A" * 43):
+        with pytest.raises(p.RequestError) as e:
+            p.choose_key(named, pin)
+        assert e.value.status == 403
+        assert str(e.value).endswith(f"or change {setting}")
 
 
-@pytest.mark.parametrize("pin", [False, True])
-@pytest.mark.parametrize(
-    "named",
-    [
-        "",
-        " ",
-        "SHA256:",
-        "SHA256:" + "A" * 42,
-        "SHA256:" + "A" * 44,
-        "SHA256:" + "A" * 43 + "=",
-        "SHA256:" + "-" * 43,
-        "SHA256:" + "A" * 43 + "\n",
-        "sha256:" + "A" * 43,
-        "SHA512:" + "A" * 43,
-        "MD5:00:11:22:33:44:55:66:77:88:99:aa:bb:cc:dd:ee:ff",
-        "ssh-ed25519",
-        "ssh-ed25519 ",
-        "ssh-ed25519 AAAA",
-        "ssh-ed25519 ****",
-        "ssh-ed25519 \u00e9",
-        "ssh-dss AAAAB3NzaC1kc3M=",
-        "ssh-rsa AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
-        "AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
-        'command="x" ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA',
-        "key::ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
-        "-----BEGIN OPENSSH PRIVATE KEY-----",
-    ],
-)
-def test_a_malformed_key_is_a_bad_request(named: str, pin: bool, keys: Keys) -> None:
-    with pytest.raises(p.RequestError) as e:
-        p.choose_key(named, pins(keys.line("ed25519"))["line"] if pin else p.Wanted())
-    assert e.value.status == 400
-    assert "SSHSIG-Key" in str(e.value)
-    assert str(e.value).isprintable()
+@pytest.mark.parametrize("named", [
+    "",
+    " ",
+    "SHA256:",
+    "SHA256:" + "A" * 42,
+    "SHA256:" + "A" * 44,
+    "SHA256:" + "A" * 43 + "=",
+    "SHA256:" + "-" * 43,
+    "SHA256:" + "A" * 43 + "\n",
+    "sha256:" + "A" * 43,
+    "SHA512:" + "A" * 43,
+    "MD5:00:11:22:33:44:55:66:77:88:99:aa:bb:cc:dd:ee:ff",
+    "ssh-ed25519",
+    "ssh-ed25519 ",
+    "ssh-ed25519 AAAA",
+    "ssh-ed25519 ****",
+    "ssh-ed25519 \u00e9",
+    "ssh-dss AAAAB3NzaC1kc3M=",
+    "ssh-rsa AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+    "AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+    'command="x" ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA',
+    "key::ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+    "-----BEGIN OPENSSH PRIVATE KEY-----",
+])
+def test_a_malformed_key_is_a_bad_request(named: str, keys: Keys) -> None:
+    for pin in (p.Wanted(), pins(keys.line("ed25519"))["line"]):
+        with pytest.raises(p.RequestError) as e:
+            p.choose_key(named, pin)
+        assert e.value.status == 400
+        assert "SSHSIG-Key" in str(e.value)
+        assert str(e.value).isprintable()
 
 
 # ---------------------------------------------------------------- over HTTP
@@ -382,98 +311,62 @@ def test_a_malformed_key_is_a_bad_request(named: str, pin: bool, keys: Keys) -> 
 
 @pytest.fixture(scope="module")
 def shared(keys: Keys) -> Iterator[Shared]:
-    shared = Shared(keys.line("ed25519"), {}, "--allowed-hosts", "Proxy.Test,.corp.test")
-    yield shared
-    shared.stop()
+    with shared_proxy(keys, "--allowed-hosts", "Proxy.Test,.corp.test") as shared:
+        yield shared
 
 
-def ask(port: int, method: str, path: str, headers: Dict[str, str]) -> Answer:
-    answer = http(port, method, path, b"x" if method == "POST" else None, headers)
-    assert not [name for name in answer.headers if name.startswith("access-control")]
-    return answer
+def request(port: int, method: str, path: str, headers: Dict[str, str]) -> Answer:
+    return http(port, method, path, b"x" if method == "POST" else None, headers)
 
 
-@pytest.mark.parametrize(("method", "path"), PATHS)
-@pytest.mark.parametrize(
-    "host",
-    ["127.0.0.1", "[::1]:1", "localhost", "a.localhost", "host.docker.internal", "proxy.test",
-     "PROXY.TEST:80", "a.corp.test"],
-)  # fmt: skip
-def test_every_path_is_open_under_a_host_of_ours(
-    method: str, path: str, host: str, shared: Shared
-) -> None:
-    answer = ask(shared.port, method, path, {"Host": host})
-    assert answer.status == 200, answer
-
-
-def test_this_machines_real_name_is_ours(shared: Shared) -> None:
+def test_every_path_is_open_under_a_host_of_ours(shared: Shared) -> None:
     own = socket.gethostname()
-    for host in (own, own.partition(".")[0], own.partition(".")[0] + ".local"):
-        assert ask(shared.port, "GET", "/healthz", {"Host": host}).status == 200, host
+    for host in ("127.0.0.1", "[::1]:1", "a.localhost", "host.docker.internal", "PROXY.TEST:80",
+                 "a.corp.test", own, own.partition(".")[0] + ".local"):  # fmt: skip
+        for method, path in PATHS:
+            assert request(shared.port, method, path, {"Host": host}).status == 200, (host, path)
 
 
 @pytest.mark.parametrize(("method", "path"), [*PATHS, ("GET", "/nope"), ("PUT", "/sign")])
-@pytest.mark.parametrize("host", ["evil.example", "evil", "evil.local", "corp.test", "127.1", ""])
-def test_every_path_is_closed_under_another_host(
-    method: str, path: str, host: str, shared: Shared
-) -> None:
+def test_every_path_is_closed_under_another_host(method: str, path: str, shared: Shared) -> None:
     shared.agent.asked.clear()
-    answer = refused(ask(shared.port, method, path, {"Host": host}), 421)
-    assert "SSH_AGENT_PROXY_ALLOWED_HOSTS" in answer.text
+    for host in ("evil.example", "evil", "evil.local", "corp.test", "127.1", ""):
+        answer = refused(request(shared.port, method, path, {"Host": host}), 421)
+        assert "SSH_AGENT_PROXY_ALLOWED_HOSTS" in answer.text
     assert shared.agent.asked == []
 
 
 @pytest.mark.parametrize(
     ("target", "host", "status"),
     [
-        ("http://127.0.0.1/healthz", "127.0.0.1", 200),
         ("http://localhost:1/healthz", "127.0.0.1", 200),
         ("HTTP://[::1]/healthz", "127.0.0.1", 200),
         ("http://proxy.test/healthz", "a.corp.test", 200),
         ("http://evil.example/healthz", "127.0.0.1", 421),
         ("http://127.0.0.1/healthz", "evil.example", 421),
-        ("http://evil.example/healthz", "evil.example", 421),
         ("http://127.0.0.1", "127.0.0.1", 404),
-        ("http://127.0.0.1/", "127.0.0.1", 404),
         ("http://127.0.0.1@evil.example/healthz", "127.0.0.1", 400),
         ("http://evil.example@127.0.0.1/healthz", "127.0.0.1", 400),
         ("http://127.0.0.1?/healthz", "127.0.0.1", 400),
-        ("http://127.0.0.1:x/healthz", "127.0.0.1", 400),
     ],
 )
 def test_the_authority_of_an_absolute_target_counts_like_a_host(
     target: str, host: str, status: int, shared: Shared
 ) -> None:
-    assert ask(shared.port, "GET", target, {"Host": host}).status == status
-
-
-PAGES = [
-    {"Origin": "http://evil.example"},
-    {"Origin": "http://127.0.0.1:7221"},
-    {"Origin": "null"},
-    {"Origin": ""},
-    {"oRIGIN": "a"},
-    {"Sec-Fetch-Site": "cross-site"},
-    {"Sec-Fetch-Site": "same-site"},
-    {"Sec-Fetch-Site": "same-origin"},
-    {"sec-fetch-SITE": "x"},
-    {"Origin": "a", "Sec-Fetch-Site": "none"},
-]
+    assert request(shared.port, "GET", target, {"Host": host}).status == status
 
 
 @pytest.mark.parametrize(("method", "path"), [*PATHS, ("GET", "/nope"), ("OPTIONS", "/sign")])
-@pytest.mark.parametrize("headers", PAGES, ids=str)
-def test_a_page_gets_nothing_from_any_path(
-    method: str, path: str, headers: Dict[str, str], shared: Shared
-) -> None:
+def test_a_page_gets_nothing_from_any_path(method: str, path: str, shared: Shared) -> None:
     shared.agent.asked.clear()
-    refused(ask(shared.port, method, path, headers), 403)
+    for headers in (*PAGES, {"oRIGIN": "a"}, {"sec-fetch-SITE": "x"}):
+        refused(request(shared.port, method, path, headers), 403)
     assert shared.agent.asked == []
 
 
 def test_what_a_person_typed_into_the_address_bar_is_served(shared: Shared) -> None:
     headers = {"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-User": "?1"}
-    assert ask(shared.port, "GET", "/publickey", headers).status == 200
+    assert request(shared.port, "GET", "/publickey", headers).status == 200
 
 
 def test_a_preflight_is_never_answered_with_leave(shared: Shared) -> None:
@@ -483,43 +376,30 @@ def test_a_preflight_is_never_answered_with_leave(shared: Shared) -> None:
         "Access-Control-Request-Headers": "sshsig-namespace",
         "Access-Control-Request-Private-Network": "true",
     }
-    refused(ask(shared.port, "OPTIONS", "/sign", preflight), 403)
+    refused(request(shared.port, "OPTIONS", "/sign", preflight), 403)
     del preflight["Origin"]
-    refused(ask(shared.port, "OPTIONS", "/sign", preflight), 405)
+    refused(request(shared.port, "OPTIONS", "/sign", preflight), 405)
 
 
 def test_a_second_origin_hides_no_first(shared: Shared) -> None:
-    head = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\nOrigin:\r\n"
-    refused(parse_answer(raw(shared.port, head + b"\r\n")), 403)
+    refused(ask(shared.port, get("/healthz", "Origin: http://evil.example", "Origin:")), 403)
 
 
-@pytest.mark.parametrize("host", [None, "127.0.0.1"])
-def test_http_1_0_needs_no_host(host: Optional[str], shared: Shared) -> None:
-    field = f"Host: {host}\r\n" if host else ""
-    head = f"GET /healthz HTTP/1.0\r\n{field}\r\n"
-    assert parse_answer(raw(shared.port, head.encode())).status == 200
-
-
-def test_http_1_0_with_another_host_is_misdirected(shared: Shared) -> None:
-    head = b"GET /healthz HTTP/1.0\r\nHost: evil.example\r\n\r\n"
-    refused(parse_answer(raw(shared.port, head)), 421)
+@pytest.mark.parametrize(("fields", "status"), [
+    (b"", 200), (HOST, 200), (b"Host: evil.example\r\n", 421),
+])  # fmt: skip
+def test_http_1_0_needs_no_host_but_not_another(
+    fields: bytes, status: int, shared: Shared
+) -> None:
+    data = b"GET /healthz HTTP/1.0\r\n" + fields + b"\r\n"
+    assert ask(shared.port, data).status == status
 
 
 # ---------------------------------------------------------------- namespaces, with a real agent
 
 
-def ssh_keygen(payload: bytes, key: Path, namespace: str, folder: Path) -> bytes:
-    """What `ssh-keygen -Y sign` makes of PAYLOAD."""
-    path = folder / "payload"
-    path.write_bytes(payload)
-    signature = folder / "payload.sig"
-    signature.unlink(missing_ok=True)
-    run(["ssh-keygen", "-q", "-Y", "sign", "-n", namespace, "-f", key, path])
-    return signature.read_bytes()
-
-
-def test_only_git_is_signed_unless_set(proxy: Proxy, keys: Keys, short: Path) -> None:
-    expected = ssh_keygen(b"payload", keys["ed25519"], "git", short)
+def test_only_git_is_signed_unless_set(proxy: Proxy, ssh_keygen: Callable[..., bytes]) -> None:
+    expected = ssh_keygen(b"payload")
     for headers in ({}, {"SSHSIG-Namespace": "git"}):
         answer = http(proxy.port, "POST", "/sign", b"payload", headers)
         assert (answer.status, answer.body) == (200, expected)
@@ -528,22 +408,17 @@ def test_only_git_is_signed_unless_set(proxy: Proxy, keys: Keys, short: Path) ->
 
 
 def test_the_namespaces_that_are_set_are_signed_and_the_first_is_the_default(
-    agent: Agent, keys: Keys, short: Path, start_proxy: Callable[..., Proxy]
+    agent_with_key: Agent, ssh_keygen: Callable[..., bytes], start_proxy: Callable[..., Proxy]
 ) -> None:
-    agent.add(keys["ed25519"])
-    proxy = start_proxy("--namespace", "file, git,x@y.example", upstream=agent.sock)
+    proxy = start_proxy("--namespace", "file, git,x@y.example", upstream=agent_with_key.sock)
     proxy.wait_log(r'listening on \S+ \(namespace "file", "git", "x@y\.example"\)')
-    for named, namespace in (
-        (None, "file"),
-        ("file", "file"),
-        ("git", "git"),
-        ("x@y.example", "x@y.example"),
-    ):
-        headers = {"SSHSIG-Namespace": named} if named else {}
+    for namespace in ("file", "git", "x@y.example"):
+        headers = {"SSHSIG-Namespace": namespace}
         answer = http(proxy.port, "POST", "/sign", b"payload", headers)
-        expected = ssh_keygen(b"payload", keys["ed25519"], namespace, short)
-        assert (answer.status, answer.body) == (200, expected), named
-    for named, status in (("GIT", 403), ("email", 403), ("file,git", 400), ("", 400)):
+        assert answer.body == ssh_keygen(b"payload", namespace=namespace)
+    answer = http(proxy.port, "POST", "/sign", b"payload")
+    assert answer.body == ssh_keygen(b"payload", namespace="file")
+    for named, status in (("GIT", 403), ("file,git", 400)):
         headers = {"SSHSIG-Namespace": named}
         refused(http(proxy.port, "POST", "/sign", b"payload", headers), status)
         refused(http(proxy.port, "GET", "/publickey", None, headers), status)
@@ -561,7 +436,7 @@ def both(agent: Agent, keys: Keys) -> Agent:
 
 
 def test_without_a_pin_the_request_chooses(
-    both: Agent, keys: Keys, short: Path, start_proxy: Callable[..., Proxy]
+    both: Agent, keys: Keys, ssh_keygen: Callable[..., bytes], start_proxy: Callable[..., Proxy]
 ) -> None:
     proxy = start_proxy(upstream=both.sock)
     named: List[Tuple[str, Dict[str, str]]] = [("other", {})]
@@ -569,32 +444,34 @@ def test_without_a_pin_the_request_chooses(
         named += [(name, {"SSHSIG-Key": way}) for way in ways_to_name(keys.line(name))]
     for name, headers in named:
         answer = http(proxy.port, "POST", "/sign", b"payload", headers)
-        expected = ssh_keygen(b"payload", keys[name], "git", short)
-        assert (answer.status, answer.body) == (200, expected), headers
+        assert (answer.status, answer.body) == (200, ssh_keygen(b"payload", key=name)), headers
         line = http(proxy.port, "GET", "/publickey", None, headers).text
         assert line == keys.line(name) + "\n"
 
 
 @pytest.mark.parametrize("source", ["option", "variable", "file"])
 def test_the_pinned_key_signs_and_no_other(
-    source: str, both: Agent, keys: Keys, short: Path, start_proxy: Callable[..., Proxy]
-) -> None:
+    source: str, both: Agent, keys: Keys, short: Path, ssh_keygen: Callable[..., bytes],
+    start_proxy: Callable[..., Proxy],
+) -> None:  # fmt: skip
     line = keys.line("ed25519")
     pin = short / "pin.pub"
     pin.write_text(f"# mine\n\n{line}\n")
-    args = {"option": ["--pubkey", line], "variable": [], "file": ["--pubkey-file", pin]}[source]
+    args: Dict[str, List[Union[str, Path]]] = {
+        "option": ["--pubkey", line], "file": ["--pubkey-file", pin]
+    }  # fmt: skip
     env = {"SSH_AGENT_PROXY_PUBKEY": line} if source == "variable" else {}
-    proxy = start_proxy(*args, env=env, upstream=both.sock)
-    expected = ssh_keygen(b"payload", keys["ed25519"], "git", short)
+    proxy = start_proxy(*args.get(source, []), env=env, upstream=both.sock)
+    expected = ssh_keygen(b"payload")
     every: List[Dict[str, str]] = [{}] + [{"SSHSIG-Key": way} for way in ways_to_name(line)]
     for headers in every:
         answer = http(proxy.port, "POST", "/sign", b"payload", headers)
         assert (answer.status, answer.body) == (200, expected), headers
         assert http(proxy.port, "GET", "/publickey", None, headers).text == line + "\n"
+    setting = "--pubkey-file" if source == "file" else "SSH_AGENT_PROXY_PUBKEY"
     for way in ways_to_name(keys.line("other")):
         for method, path in (("POST", "/sign"), ("GET", "/publickey")):
-            answer = ask(proxy.port, method, path, {"SSHSIG-Key": way})
-            setting = "--pubkey-file" if source == "file" else "SSH_AGENT_PROXY_PUBKEY"
+            answer = request(proxy.port, method, path, {"SSHSIG-Key": way})
             assert f"change {setting}" in refused(answer, 403).text
 
 
@@ -622,14 +499,14 @@ def test_a_pinned_key_that_the_agent_lacks_is_no_usable_key(
     proxy = start_proxy("--pubkey", keys.line("ed25519"), upstream=agent.sock)
     fingerprint = key_of(keys.line("ed25519")).fingerprint
     for method, path in (("POST", "/sign"), ("GET", "/publickey")):
-        assert fingerprint in refused(ask(proxy.port, method, path, {}), 503).text
+        assert fingerprint in refused(request(proxy.port, method, path, {}), 503).text
     agent.add(keys["ed25519"])
     for method, path in (("POST", "/sign"), ("GET", "/publickey")):
-        assert ask(proxy.port, method, path, {}).status == 200
+        assert request(proxy.port, method, path, {}).status == 200
 
 
 def test_a_named_key_that_the_agent_lacks_is_not_found(proxy: Proxy, keys: Keys) -> None:
     for way in ways_to_name(keys.line("other")):
         for method, path in (("POST", "/sign"), ("GET", "/publickey")):
-            answer = refused(ask(proxy.port, method, path, {"SSHSIG-Key": way}), 404)
+            answer = refused(request(proxy.port, method, path, {"SSHSIG-Key": way}), 404)
             assert key_of(keys.line("other")).fingerprint in answer.text

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
-import select
-import shutil
 import signal
 import socket
 import stat
 import struct
 import subprocess
 import sys
-import tempfile
-import termios
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import pytest
 from conftest import (
@@ -27,65 +22,51 @@ from conftest import (
     Answer,
     Keys,
     Proxy,
+    ask,
+    audited,
+    call,
     cannot_run,
     clean_env,
+    connect,
+    get,
     message,
     need,
-    read_message,
-    rows,
-    run,
-    wait_for,
-)
-from test_commands import call, one_line
-from test_http import (
-    CONTINUE,
-    MIB,
-    PAGE,
-    Scripted,
-    busy,
-    chunks,
-    clean,
-    get,
-    log_fields,
+    one_line,
     post,
     post_chunked,
+    private_file,
     read_all,
-    readable,
+    read_message,
     refused,
     request_lines,
-    ssh_keygen,
+    rows,
+    run,
+    short_folder,
     the_one_answer,
+    wait_for,
+)
+from test_http import (
+    MIB,
+    PAGE,
+    Clients,
+    Scripted,
+    chunks,
+    clean,
+    clients,
+    curl,
+    curls_ways,
+    readable,
+    send_all_before_reading,
+    served,
 )
 
 import ssh_agent_proxy as p
 
-__all__ = ["ssh_keygen"]  # a fixture
+__all__ = ["clients"]  # a fixture
 
 TOKEN_SETTING = "SSH_AGENT_PROXY_TOKEN_FILE"
-linux = pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
-
-
-def connect(path: Path) -> socket.socket:
-    s = socket.socket(socket.AF_UNIX)
-    s.settimeout(10)
-    s.connect(str(path))
-    return s
-
-
-def ask(path: Path, data: bytes) -> Answer:
-    with connect(path) as s:
-        s.sendall(data)
-        return the_one_answer(read_all(s))
-
-
-def served(path: Path) -> bool:
-    return ask(path, get("/healthz")).body == b"ok\n"
-
-
-def audited(proxy: Proxy, number: int = 1) -> Dict[str, str]:
-    """The NUMBERth line that the log has for a request."""
-    wait_for(lambda: len(request_lines(proxy.log())) >= number, message="a line in the log")
-    return log_fields(request_lines(proxy.log())[number - 1])
+BEARER = "Authorization: Bearer tok3n-of-the-tests"
+linux = pytest.mark.skipif(sys.platform != "linux", reason="as Linux has it")
 
 
 @pytest.fixture
@@ -107,13 +88,7 @@ def start_unix(start_proxy: Callable[..., Proxy]) -> Callable[..., Proxy]:
 
 @pytest.fixture
 def token_file(short: Path) -> Path:
-    path = short / "tokens"
-    path.write_text("tok3n box\n")
-    path.chmod(0o600)
-    return path
-
-
-BEARER = "Authorization: Bearer tok3n"
+    return private_file(short / "tokens", "tok3n-of-the-tests box\n")
 
 
 class Front(NamedTuple):
@@ -121,7 +96,6 @@ class Front(NamedTuple):
 
     path: Path
     proxy: Proxy
-    pid: int
 
     def lines(self) -> int:
         """How many lines the log has for requests, once it has all of those until now."""
@@ -138,21 +112,17 @@ class Front(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def front(keys: Keys) -> Iterator[Front]:
-    folder = Path(tempfile.mkdtemp(prefix="sap.", dir="/tmp"))
-    agent = Agent(folder / "agent")
-    agent.add(keys["ed25519"])
-    path = folder / "proxy"
-    argv = [sys.executable, str(PROXY), "--addr", f"unix:{path}", "--upstream", str(agent.sock)]
-    proxy = Proxy(argv, clean_env(folder / "home"), wait=False)
-    proxy.wait_log("listening on unix:")
-    yield Front(path, proxy, proxy.pid)
-    status = proxy.stop()
-    agent.stop()
-    left = path.exists()
-    shutil.rmtree(folder)
-    clean(proxy)
-    assert (status, left) == (0, False)
+def front(agent_with_key: Agent) -> Iterator[Front]:
+    with short_folder() as folder:
+        path = folder / "proxy"
+        argv = [sys.executable, str(PROXY), "--addr", f"unix:{path}"]
+        argv += ["--upstream", str(agent_with_key.sock)]
+        proxy = Proxy(argv, clean_env(folder / "home"), wait=False)
+        proxy.wait_log("listening on unix:")
+        yield Front(path, proxy)
+        assert proxy.stop() == 0
+        assert not path.exists()
+        clean(proxy)
 
 
 # ================================================================ the setting
@@ -205,14 +175,13 @@ def test_what_is_no_address_is_a_wrong_setting(value: str) -> None:
     assert str(e.value).isprintable()
 
 
-@pytest.mark.parametrize("value", ["unix:proxy", "unix:/tmp/a?mode=0999", "unix:", "unix:$NONE/a"])
-def test_a_wrong_address_is_exit_2_in_one_line(value: str, home: Path) -> None:
-    done = call(home, SSH_AGENT_PROXY_ADDR=value)
+def test_a_wrong_address_is_exit_2_in_one_line(home: Path) -> None:
+    done = call(home, SSH_AGENT_PROXY_ADDR="unix:/tmp/a?mode=0999")
     assert done.returncode == 2
     assert one_line(done.stderr).startswith("ssh-agent-proxy: SSH_AGENT_PROXY_ADDR: ")
 
 
-OPEN_MODES = ["0660", "660", "0606", "0640", "0604", "0620", "0610", "0601", "0602", "666", "0777"]
+OPEN_MODES = ["0660", "660", "0640", "0604", "0620", "0610", "0601", "0602", "0777"]
 
 
 @pytest.mark.parametrize("mode", OPEN_MODES)
@@ -226,8 +195,8 @@ def test_a_mode_that_lets_others_in_needs_a_token_file(mode: str) -> None:
         assert addresses(value, **env)[-1].mode == int(mode, 8)
 
 
-def test_a_mode_that_lets_others_in_without_a_token_file_is_exit_2(home: Path, short: Path) -> None:
-    path = short / "proxy"
+def test_a_mode_that_lets_others_in_without_a_token_file_is_exit_2(home: Path) -> None:
+    path = home / "proxy"
     done = call(home, "--addr", f"unix:{path}?mode=0660")
     assert done.returncode == 2
     assert TOKEN_SETTING in one_line(done.stderr)
@@ -243,24 +212,18 @@ def mode_of(path: Path) -> str:
     return f"{stat.S_IMODE(found.st_mode):04o}"
 
 
-def under_umask(folder: Path, mask: str) -> str:
-    """For start_proxy's PYTHON: ours, with that umask."""
-    script = folder / f"umask{mask}"
-    script.write_text(f'#!/bin/sh\numask {mask}\nexec {sys.executable} "$@"\n')
-    script.chmod(0o755)
-    return str(script)
-
-
-@pytest.mark.parametrize("mask", ["000", "022", "077", "0177", "777"])
+@pytest.mark.parametrize("mask", ["000", "077", "777"])
 def test_each_has_its_mode_whatever_the_umask(
     mask: str, short: Path, token_file: Path, start_unix: Callable[..., Proxy]
 ) -> None:
-    # As written: not less for others, who have been let in, and not more.
+    """As written: not less for others, who have been let in, and not more."""
     modes = {"a": "", "b": "?mode=0660", "c": "?mode=666", "d": "?mode=0700", "e": ""}
     proxy = start_unix(
         *[f"unix:{short}/{name}{mode}" for name, mode in modes.items()],
-        args=("--token-file", token_file), python=under_umask(short, mask), upstream=short / "none",
-    )  # fmt: skip
+        args=("--token-file", token_file),
+        python=["sh", "-c", f'umask {mask}; exec "$@"', "sh", sys.executable],
+        upstream=short / "none",
+    )
     found = [mode_of(short / name) for name in modes]
     assert found == ["0600", "0660", "0666", "0700", "0600"]
     if sys.platform == "linux":
@@ -327,27 +290,21 @@ def test_it_has_its_mode_from_its_first_instant(
 
 
 def test_every_address_is_served(
-    agent: Agent, keys: Keys, short: Path, start_unix: Callable[..., Proxy],
+    agent_with_key: Agent, short: Path, start_unix: Callable[..., Proxy],
     ssh_keygen: Callable[..., bytes],
 ) -> None:  # fmt: skip
-    agent.add(keys["ed25519"])
     first, second = short / "first", short / "second"
-    proxy = start_unix(f"unix:{first}", "127.0.0.1:0", f"unix:{second}", upstream=agent.sock)
+    addresses = (f"unix:{first}", "127.0.0.1:0", f"unix:{second}")
+    proxy = start_unix(*addresses, upstream=agent_with_key.sock)
     port = int(proxy.wait_log(r"listening on 127\.0\.0\.1:(\d+) ").group(1))
     assert f"listening on unix:{first} (" in proxy.log()
     assert f"listening on unix:{second} (" in proxy.log()
     expected = ssh_keygen(b"hello")
-    for n in range(3):
-        assert ask(first, post(b"hello")).body == expected
-        assert audited(proxy, 3 * n + 1)["peer"] == "unix"
-        with socket.create_connection(("127.0.0.1", port), 10) as s:
-            s.sendall(post(b"hello"))
-            assert the_one_answer(read_all(s)).body == expected
-        fields = audited(proxy, 3 * n + 2)
-        assert fields["peer"].startswith("127.0.0.1:")
-        assert not {"pid", "uid"} & fields.keys()
-        assert ask(second, post(b"hello")).body == expected
-        assert audited(proxy, 3 * n + 3)["peer"] == "unix"
+    for number, where in enumerate([first, port, second, port], 1):
+        assert ask(where, post(b"hello")).body == expected
+        fields = audited(proxy, number)
+        assert fields["peer"].startswith("127.0.0.1:" if where == port else "unix")
+        assert ({"pid", "uid"} & fields.keys() == set()) == (where == port)
     assert proxy.stop() == 0
     assert not first.exists()
     assert not second.exists()
@@ -355,22 +312,13 @@ def test_every_address_is_served(
     assert not re.search("WARNING .*(loopback|unix:)", proxy.log())
 
 
-@pytest.mark.parametrize("where", ["~/proxy", "%h/proxy", "$HOME/proxy", "${HOME}/proxy"])
-def test_a_path_below_home_is_expanded(
-    where: str, home: Path, start_unix: Callable[..., Proxy]
+def test_a_hostile_path_below_home_makes_one_harmless_line(
+    home: Path, start_unix: Callable[..., Proxy]
 ) -> None:
-    proxy = start_unix(f"unix:{where}", upstream=home / "none")
-    assert served(home / "proxy")
-    assert f"listening on unix:{home}/proxy (" in proxy.log()
-
-
-def test_a_hostile_path_makes_one_harmless_line(
-    short: Path, start_unix: Callable[..., Proxy]
-) -> None:
-    path = short / "a\nb \x1b[31m\u202e"
-    proxy = start_unix(f"unix:{path}", upstream=short / "none")
-    assert served(path)
-    line = next(line for line in proxy.log().splitlines() if "listening on" in line)
+    name = "a\nb \x1b[31m\u202e"
+    proxy = start_unix(f"unix:~/{name}", upstream=home / "none")
+    assert served(home / name)
+    (line,) = proxy.lines("listening on")
     assert line.isprintable()
     assert "(namespace" in line
 
@@ -383,17 +331,6 @@ def left_by_the_dead(path: Path, kind: int = socket.SOCK_STREAM) -> None:
         s.bind(str(path))
 
 
-def test_the_socket_of_a_dead_program_is_replaced(
-    short: Path, start_unix: Callable[..., Proxy]
-) -> None:
-    path = short / "proxy"
-    left_by_the_dead(path)
-    path.chmod(0o777)
-    start_unix(f"unix:{path}", upstream=short / "none")
-    assert served(path)
-    assert mode_of(path) == "0600"
-
-
 def test_what_a_killed_proxy_leaves_is_replaced(
     short: Path, start_unix: Callable[..., Proxy]
 ) -> None:
@@ -401,22 +338,32 @@ def test_what_a_killed_proxy_leaves_is_replaced(
     first = start_unix(f"unix:{path}", upstream=short / "none")
     first.process.kill()
     first.process.wait(5)
-    assert path.exists()
+    path.chmod(0o777)
     second = start_unix(f"unix:{path}", upstream=short / "none")
     assert served(path)
+    assert mode_of(path) == "0600"
     assert second.stop() == 0
     assert not path.exists()
 
 
-def refuses_to_start(path: Path, home: Path, addr: str = "") -> str:
-    done = call(home, "--addr", addr or f"unix:{path}", "--upstream", home / "none")
+def can_not_listen(path: Path) -> str:
+    """What is said of it."""
+    with pytest.raises(p.ProxyError) as e:
+        p.listen(p.UnixAddress(str(path), 0o600))
+    line = str(e.value)
+    assert line.isprintable()
+    assert str(path.parent) in line
+    assert "SSH_AGENT_PROXY_ADDR" in line  # the way out
+    return line
+
+
+def refuses_to_start(home: Path, addr: str) -> str:
+    done = call(home, "--addr", addr, "--upstream", home / "none")
     assert (done.returncode, done.stdout) == (1, b"")
     # What the system could not harden is told before.
     *before, line = done.stderr.decode().splitlines()
-    assert line.startswith("ssh-agent-proxy: ")
+    assert line.startswith("ssh-agent-proxy: cannot listen on ")
     assert [told for told in before if "not in force" not in told] == []
-    assert line.isprintable()
-    assert "SSH_AGENT_PROXY_ADDR" in line  # the way out
     return line
 
 
@@ -426,21 +373,19 @@ def test_a_second_proxy_is_refused_and_the_first_goes_on(
     path = short / "proxy"
     proxy = start_unix(f"unix:{path}", upstream=short / "none")
     inode = path.lstat().st_ino
-    for addr in ("", f"unix:{path}?mode=0600", f"127.0.0.1:0,unix:{path}"):
-        line = refuses_to_start(path, home, addr)
-        assert str(path) in line
-        assert "another program listens there" in line
+    for addr in (f"unix:{path}", f"127.0.0.1:0,unix:{path}"):
+        assert "another program listens there" in refuses_to_start(home, addr)
         assert path.lstat().st_ino == inode
         assert served(path)
     assert proxy.stop() == 0
     # A look whether it lives is no request.
-    assert len(request_lines(proxy.log())) == 3
+    assert len(request_lines(proxy.log())) == 2
     assert not path.exists()
 
 
 def test_the_same_path_twice_is_refused_and_leaves_nothing(short: Path, home: Path) -> None:
     path = short / "proxy"
-    refuses_to_start(path, home, f"unix:{path},unix:{path}")
+    refuses_to_start(home, f"unix:{path},unix:{path}")
     assert not path.exists()
 
 
@@ -450,24 +395,20 @@ def test_the_same_path_twice_is_refused_and_leaves_nothing(short: Path, home: Pa
     ("datagrams", socket.SOCK_DGRAM),
     ("sequenced packets", socket.SOCK_SEQPACKET),
 ]))  # fmt: skip
-def test_a_socket_of_a_living_program_is_never_touched(kind: int, short: Path, home: Path) -> None:
+def test_a_socket_of_a_living_program_is_never_touched(kind: int, short: Path) -> None:
     path = short / "theirs"
-    with socket.socket(socket.AF_UNIX, abs(kind)) as theirs:
+    with socket.socket(socket.AF_UNIX, abs(kind)) as theirs, socket.socket(socket.AF_UNIX) as first:
         theirs.bind(str(path))
-        waiting = []
         if kind != socket.SOCK_DGRAM:
             theirs.listen(0)
         if kind < 0:
-            waiting = [socket.socket(socket.AF_UNIX)]
-            waiting[0].connect(str(path))
-        inode = path.lstat().st_ino
-        refuses_to_start(path, home)
-        assert path.lstat().st_ino == inode
+            first.connect(str(path))
+        before = state(short)
+        assert "another program listens there" in can_not_listen(path)
+        assert state(short) == before
         if kind == socket.SOCK_DGRAM:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
                 s.connect(str(path))
-        for s in waiting:
-            s.close()
 
 
 def link_to_stale(path: Path) -> None:
@@ -513,17 +454,13 @@ def state(folder: Path) -> Dict[str, Tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("make", rows(NOT_SOCKETS))
-def test_what_is_no_socket_is_never_touched(
-    make: Callable[[Path], None], short: Path, home: Path
-) -> None:
+def test_what_is_no_socket_is_never_touched(make: Callable[[Path], None], short: Path) -> None:
     folder = short / "folder"
     folder.mkdir()
     path = folder / "proxy"
     make(path)
     before = state(folder)
-    line = refuses_to_start(path, home)
-    assert str(path) in line
-    assert "no socket" in line
+    assert "no socket" in can_not_listen(path)
     assert state(folder) == before
 
 
@@ -531,22 +468,15 @@ def test_what_is_no_socket_is_never_touched(
     ("a folder that is missing", "missing/proxy", "No such file or directory"),
     ("a file for a folder", "file/proxy", "Not a directory"),
     ("a path of 108 bytes", 108, "too long"),
-    ("a path of 200 bytes", 200, "too long"),
     ("a path of 5000 bytes", 5000, "too long"),
 ]))  # fmt: skip
-def test_a_path_that_can_not_be_is_one_clear_line(
-    where: Any, why: str, short: Path, home: Path
-) -> None:
-    folder = short / "f"
-    folder.mkdir()
-    (folder / "file").touch()
+def test_a_path_that_can_not_be_is_one_clear_line(where: Any, why: str, short: Path) -> None:
+    (short / "file").touch()
     if isinstance(where, int):
-        where = "x" * (where - len(str(folder)) - 1)
-    before = state(folder)
-    line = refuses_to_start(folder / where, home)
-    assert str(folder) in line
-    assert why in line
-    assert state(folder) == before
+        where = "x" * (where - len(str(short)) - 1)
+    before = state(short)
+    assert why in can_not_listen(short / where)
+    assert state(short) == before
 
 
 def test_a_path_of_107_bytes_is_served(short: Path, start_unix: Callable[..., Proxy]) -> None:
@@ -559,41 +489,22 @@ def test_a_path_of_107_bytes_is_served(short: Path, start_unix: Callable[..., Pr
 # ================================================================ what is left behind
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_is_removed_at_the_end(
-    number: int, short: Path, start_unix: Callable[..., Proxy]
-) -> None:
-    folder = short / "folder"
-    folder.mkdir()
-    proxy = start_unix(f"unix:{folder}/a", f"unix:{folder}/b", upstream=short / "none")
-    assert sorted(os.listdir(folder)) == ["a", "b"]
-    os.kill(proxy.pid, number)
-    assert proxy.process.wait(10) == 0
-    assert os.listdir(folder) == []
-
-
-@pytest.mark.parametrize(
-    "then", ["a busy port", "a folder that is missing", "a file", "a live one"]
-)
+@pytest.mark.parametrize("then", ["a busy port", "a file"])
 def test_it_is_removed_where_a_later_address_can_not_be_had(
     then: str, short: Path, home: Path
 ) -> None:
     folder = short / "folder"
     folder.mkdir()
     (folder / "file").touch()
-    with socket.socket() as other, socket.socket(socket.AF_UNIX) as live:
+    with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        live.bind(str(folder / "live"))
-        live.listen()
         later = {
             "a busy port": f"127.0.0.1:{other.getsockname()[1]}",
-            "a folder that is missing": f"unix:{folder}/missing/proxy",
             "a file": f"unix:{folder}/file",
-            "a live one": f"unix:{folder}/live",
         }[then]
         before = state(folder)
-        refuses_to_start(folder, home, f"unix:{folder}/a,127.0.0.1:0,unix:{folder}/b,{later}")
+        refuses_to_start(home, f"unix:{folder}/a,127.0.0.1:0,unix:{folder}/b,{later}")
         assert state(folder) == before
 
 
@@ -631,27 +542,16 @@ def by_a_folder(path: Path) -> None:
     ("nothing", lambda path: path.unlink()),
 ]))  # fmt: skip
 def test_what_is_not_its_own_any_more_is_not_removed(
-    replace: Callable[[Path], None], short: Path, start_unix: Callable[..., Proxy]
+    replace: Callable[[Path], None], short: Path
 ) -> None:
     folder = short / "folder"
     folder.mkdir()
     path = folder / "proxy"
-    proxy = start_unix(f"unix:{path}", upstream=short / "none")
+    (listener,) = p.listen(p.UnixAddress(str(path), 0o600))
     replace(path)
     before = state(folder)
-    assert proxy.stop() == 0
+    listener.close()
     assert state(folder) == before
-
-
-def test_what_a_successor_made_is_not_removed(
-    short: Path, start_unix: Callable[..., Proxy]
-) -> None:
-    path = short / "proxy"
-    first = start_unix(f"unix:{path}", upstream=short / "none")
-    path.unlink()
-    start_unix(f"unix:{path}", upstream=short / "none")
-    assert first.stop() == 0
-    assert served(path)
 
 
 # ================================================================ who asks
@@ -661,14 +561,10 @@ CURL = ["-qs", "--max-time", "20", "--unix-socket"]
 
 
 def test_the_line_names_the_process_and_its_user(front: Front) -> None:
-    for data in (
-        post(b"hello"), get("/publickey"), get("/healthz"), get("/nope"), b"nonsense\r\n\r\n",
-        get("/publickey", PAGE), b"GET /healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n",
-    ):  # fmt: skip
+    for data in (post(b"hello"), get("/healthz"), b"nonsense\r\n\r\n", get("/publickey", PAGE)):
         _, fields = front.ask(data)
-        assert (fields["peer"], fields["pid"], fields["uid"]) == (
-            "unix", str(os.getpid()), str(os.geteuid())
-        )  # fmt: skip
+        assert (fields["peer"], fields["pid"]) == ("unix", str(os.getpid()))
+        assert fields["uid"] == str(os.geteuid())
 
 
 def test_another_process_is_named_by_its_own_pid(front: Front) -> None:
@@ -697,17 +593,15 @@ def another_user(uid: int) -> List[str]:
     return [need("setpriv", "util-linux"), f"--reuid={uid}", f"--regid={uid - 1}", "--clear-groups"]
 
 
-@pytest.mark.parametrize("uid", [65534, 4000000000])
 def test_another_user_is_let_in_by_mode_and_token_and_named(
-    uid: int, short: Path, agent: Agent, keys: Keys, token_file: Path,
-    start_unix: Callable[..., Proxy],
-) -> None:  # fmt: skip
-    agent.add(keys["ed25519"])
+    short: Path, agent_with_key: Agent, token_file: Path, start_unix: Callable[..., Proxy]
+) -> None:
+    uid = 4000000000
     setpriv = another_user(uid)
     short.chmod(0o711)
     path = short / "proxy"
     args = ("--token-file", token_file)
-    proxy = start_unix(f"unix:{path}?mode=0666", args=args, upstream=agent.sock)
+    proxy = start_unix(f"unix:{path}?mode=0666", args=args, upstream=agent_with_key.sock)
     url = "http://localhost/publickey"
     argv = [*setpriv, need("curl", "curl"), *CURL, str(path), "-w", "%{http_code}", url]
     assert run(argv).stdout.endswith(b"401")
@@ -775,24 +669,11 @@ def test_on_linux_they_are_told_by_so_peercred(
 
 @pytest.mark.parametrize(("data", "status"), rows([
     ("a host of ours", get("/publickey"), 200),
-    ("an address for a host", b"GET /publickey HTTP/1.1\r\nHost: 127.0.0.1:7221\r\n\r\n", 200),
     ("HTTP/1.0 without a host", b"GET /publickey HTTP/1.0\r\n\r\n", 200),
-    ("an absolute target", b"GET http://localhost/publickey HTTP/1.1\r\nHost: localhost\r\n\r\n",
-     200),
     ("a foreign host", b"GET /publickey HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421),
-    ("a single label", b"POST /sign HTTP/1.1\r\nHost: proxy\r\nContent-Length: 1\r\n\r\nx", 421),
-    ("an empty host", b"GET /publickey HTTP/1.1\r\nHost:\r\n\r\n", 421),
-    ("a foreign target", b"GET http://a.example/publickey HTTP/1.1\r\nHost: localhost\r\n\r\n",
-     421),
     ("no host", b"GET /publickey HTTP/1.1\r\n\r\n", 400),
     ("an origin", post(b"x", PAGE), 403),
-    ("a page's site", get("/healthz", "Sec-Fetch-Site: cross-site"), 403),
-    ("no such path", get("/nope"), 404),
-    ("another method", get("/sign"), 405),
-    ("no length", b"POST /sign HTTP/1.1\r\nHost: localhost\r\n\r\n", 411),
-    ("an empty body", post(b""), 400),
     ("another namespace", post(b"x", "SSHSIG-Namespace: file"), 403),
-    ("a head that is too large", get("/healthz", "A: " + 17000 * "a"), 431),
     ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
 ]))  # fmt: skip
 def test_requests_are_judged_as_over_tcp(data: bytes, status: int, front: Front) -> None:
@@ -805,108 +686,51 @@ def test_requests_are_judged_as_over_tcp(data: bytes, status: int, front: Front)
 
 
 def test_tokens_are_asked_for_here_too(
-    short: Path, agent: Agent, keys: Keys, token_file: Path, start_unix: Callable[..., Proxy]
+    short: Path, agent_with_key: Agent, token_file: Path, start_unix: Callable[..., Proxy]
 ) -> None:
-    agent.add(keys["ed25519"])
     path = short / "proxy"
     args = ("--token-file", token_file)
-    proxy = start_unix(f"unix:{path}", args=args, upstream=agent.sock)
-    for fields in ((), ("Authorization: Bearer wrong",)):
-        answer = refused(ask(path, post(b"x", *fields)), 401)
-        assert answer.headers["www-authenticate"] == "Bearer"
+    proxy = start_unix(f"unix:{path}", args=args, upstream=agent_with_key.sock)
+    refused(send_all_before_reading(path, post(b"", length=32 * MIB)), 401)
     assert served(path)
     assert ask(path, post(b"x", BEARER)).status == 200
-    token_file.write_text("another\n")
-    refused(ask(path, post(b"x", BEARER)), 401)
-    noted = audited(proxy, 4)
+    noted = audited(proxy, 3)
     assert (noted["token"], noted["pid"]) == ("box", str(os.getpid()))
 
 
 # ================================================================ bodies
 
 
-@pytest.mark.parametrize("size", [1, 65535, 262145, 3 * MIB])
 def test_bodies_are_signed_as_ssh_keygen_does(
-    size: int, front: Front, keys: Keys, ssh_keygen: Callable[..., bytes]
+    front: Front, ssh_keygen: Callable[..., bytes]
 ) -> None:
-    body = (b"0123456789abcde\n" * (size // 16 + 1))[:size]
+    body = 3 * MIB // 16 * b"0123456789abcde\n"
     expected = ssh_keygen(body)
     assert ask(front.path, post(body)).body == expected
-    chunked = post_chunked(chunks(body, [1, 5, 4096, 65537]))
-    assert ask(front.path, chunked).body == expected
+    assert ask(front.path, post_chunked(chunks(body, [1, 5, 4096, 65537]))).body == expected
 
 
-@linux
-def test_64_mib_are_signed_in_flat_memory(front: Front, ssh_keygen: Callable[..., bytes]) -> None:
-    piece = os.urandom(MIB)
-    assert ask(front.path, post(piece)).status == 200
-
-    def most() -> int:
-        text = Path(f"/proc/{front.pid}/status").read_text()
-        return int(text.partition("VmHWM:")[2].split()[0])
-
-    before = most()
-    with connect(front.path) as s:
-        s.settimeout(60)
-        s.sendall(post(b"", length=64 * MIB))
-        for _ in range(64):
-            s.sendall(piece)
-        assert the_one_answer(read_all(s, 60)).body == ssh_keygen(64 * piece)
-    assert most() - before < 4 * 1024
-
-
-def test_a_client_that_waits_is_told_to_go_on(
-    front: Front, ssh_keygen: Callable[..., bytes]
+def test_curl_is_served_in_all_its_ways(
+    front: Front, short: Path, ssh_keygen: Callable[..., bytes]
 ) -> None:
-    with connect(front.path) as s:
-        s.sendall(post(b"", "Expect: 100-continue", length=5))
-        assert s.recv(len(CONTINUE), socket.MSG_WAITALL) == CONTINUE
-        assert not select.select([s], [], [], 0)[0]
-        s.sendall(b"hello")
-        assert the_one_answer(read_all(s)).body == ssh_keygen(b"hello")
-
-
-def test_a_request_byte_by_byte_is_the_same(
-    front: Front, ssh_keygen: Callable[..., bytes]
-) -> None:
-    with connect(front.path) as s:
-        for byte in post(b"hello"):
-            s.sendall(bytes([byte]))
-        assert the_one_answer(read_all(s)).body == ssh_keygen(b"hello")
+    payload = os.urandom(2 * MIB)
+    file = short / "file"
+    file.write_bytes(payload)
+    expected = ssh_keygen(payload)
+    for way in curls_ways(file):
+        assert curl(front.path, *way, input=payload) == expected, way
 
 
 @pytest.mark.parametrize(("head", "status"), rows([
-    ("from a page", post(b"", PAGE, length=64 * MIB), 403),
-    ("chunked, from a page", post_chunked(b"4000000\r\n", PAGE), 403),
-    ("to a foreign host",
-     b"POST /sign HTTP/1.1\r\nHost: a.example\r\nContent-Length: 67108864\r\n\r\n", 421),
-    ("to no such path", b"PUT /nope" + post(b"", length=64 * MIB)[10:], 404),
-    ("by another method", b"PUT /sign" + post(b"", length=64 * MIB)[10:], 405),
+    ("from a page", post(b"", PAGE, length=32 * MIB), 403),
+    ("chunked, from a page", post_chunked(b"2000000\r\n", PAGE), 403),
     ("without a length", b"POST /sign HTTP/1.1\r\nHost: localhost\r\n\r\n", 411),
-    ("too large", post(b"", length=1 << 40), 413),
     ("nonsense", b"nonsense\r\n\r\n", 400),
 ]))  # fmt: skip
 def test_an_answer_reaches_a_client_that_sends_all_before_it_reads(
     head: bytes, status: int, front: Front
 ) -> None:
-    with connect(front.path) as s:
-        s.sendall(head)
-        for _ in range(16):
-            s.sendall(bytes(4 * MIB))
-        refused(the_one_answer(read_all(s)), status)
-
-
-def test_a_401_reaches_a_client_that_sends_all_before_it_reads(
-    short: Path, token_file: Path, start_unix: Callable[..., Proxy]
-) -> None:
-    path = short / "proxy"
-    args = ("--token-file", token_file)
-    start_unix(f"unix:{path}", args=args, upstream=short / "none")
-    with connect(path) as s:
-        s.sendall(post(b"", length=64 * MIB))
-        for _ in range(16):
-            s.sendall(bytes(4 * MIB))
-        refused(the_one_answer(read_all(s)), 401)
+    refused(send_all_before_reading(front.path, head), status)
 
 
 # ================================================================ a client that goes away
@@ -969,172 +793,50 @@ def test_32_clients_are_served_side_by_side(
     expected = ssh_keygen(b"hello")
     start = threading.Barrier(32)
 
-    def client(_: int) -> List[bytes]:
+    def client(_: int) -> bytes:
         start.wait(20)
-        return [ask(front.path, post(b"hello")).body for _ in range(4)]
+        return ask(front.path, post(b"hello")).body
 
     with ThreadPoolExecutor(32) as pool:
-        for bodies in pool.map(client, range(32)):
-            assert bodies == 4 * [expected]
-
-
-@pytest.fixture
-def opened() -> Iterator[List[socket.socket]]:
-    """Connections that are closed before the proxy ends."""
-    sockets: List[socket.socket] = []
-    yield sockets
-    for s in sockets:
-        s.close()
-
-
-def test_a_flood_of_idle_connections_keeps_nobody_out(
-    front: Front, ssh_keygen: Callable[..., bytes], opened: List[socket.socket]
-) -> None:
-    expected = ssh_keygen(b"hello")
-    for _ in range(20):
-        opened += [connect(front.path) for _ in range(10)]
-        assert ask(front.path, post(b"hello")).body == expected
-    # Places are given away in the order in which they were idle.
-    wait_for(lambda: len(readable(opened)) >= 200 - 128)
-    assert read_all(opened[0]) == b""
-    assert opened[-1] not in readable(opened)
+        assert list(pool.map(client, range(32))) == 32 * [expected]
 
 
 def test_a_place_is_taken_from_one_address_for_another(
-    short: Path, agent: Agent, keys: Keys, start_unix: Callable[..., Proxy],
-    opened: List[socket.socket],
-) -> None:  # fmt: skip
-    # Those who can only reach the one socket can't lock out those at the other.
-    agent.add(keys["ed25519"])
-    first, second = short / "first", short / "second"
-    start_unix(f"unix:{first}", f"unix:{second}", upstream=agent.sock)
-    opened += [connect(first) for _ in range(140)]
-    wait_for(lambda: readable(opened), message="all places are taken")
-    assert ask(second, post(b"hello")).status == 200
-
-
-class Gated(NamedTuple):
-    path: Path
-    proxy: Proxy
-    agent: Scripted
-
-
-@pytest.fixture
-def gated(
-    short: Path, keys: Keys, scripted_agent: Callable[..., Path], start_unix: Callable[..., Proxy]
-) -> Iterator[Gated]:
-    """In front of an agent that lets requests to sign wait."""
-    scripted = Scripted(keys.line("ed25519"))
-    path = short / "proxy"
-    proxy = start_unix(f"unix:{path}", upstream=scripted_agent(scripted))
-    proxy.wait_log("signing with")
-    scripted.asked.clear()
-    scripted.gate.clear()
-    yield Gated(path, proxy, scripted)
-    scripted.gate.set()
-
-
-def test_where_128_wait_for_the_agent_a_further_one_is_busy(
-    gated: Gated, opened: List[socket.socket]
+    short: Path, agent_with_key: Agent, start_unix: Callable[..., Proxy], clients: Clients
 ) -> None:
-    for _ in range(128):
-        opened.append(connect(gated.path))
-        opened[-1].sendall(post(b"x"))
-    wait_for(lambda: gated.agent.signing == 128, message="all wait for the agent")
-    with connect(gated.path) as s:
-        busy(read_all(s))  # before it has sent a byte
-    with connect(gated.path) as s:
-        s.sendall(post(b"x"))
-        busy(read_all(s))
-    gated.agent.gate.set()
-    for s in opened:
-        assert the_one_answer(read_all(s)).status == 200
-    assert served(gated.path)
+    """Those who can only reach the one socket can't lock out those at the other."""
+    first, second = short / "first", short / "second"
+    start_unix(f"unix:{first}", f"unix:{second}", upstream=agent_with_key.sock)
+    opened = clients.open(first, b"", 140)
+    wait_for(lambda: readable(opened), message="all places are taken")
+    assert read_all(opened[0]) == b""  # in the order in which they were idle
+    assert opened[-1] not in readable(opened)
+    assert ask(second, post(b"hello")).status == 200
 
 
 # ================================================================ the end
 
 
-def unread(s: socket.socket) -> int:
-    """How much of what S has sent the proxy has not taken yet (unix(7), SIOCOUTQ)."""
-    return int(struct.unpack("i", fcntl.ioctl(s, termios.TIOCOUTQ, bytes(4)))[0])
-
-
-def can_connect(path: Path) -> bool:
-    try:
-        connect(path).close()
-    except OSError:
-        return False
-    return True
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_and_what_is_in_flight_is_finished(
-    number: int, gated: Gated, opened: List[socket.socket]
-) -> None:
-    waiting, sending, idle = (connect(gated.path) for _ in range(3))
-    opened += [waiting, sending, idle]
-    waiting.sendall(post(b"x"))
-    sending.sendall(post(b"he", length=5))
-    wait_for(lambda: gated.agent.signing == 1)
-    # What is read counts as begun; what only waits for an accept is nobody's yet.
-    if sys.platform == "linux":
-        wait_for(lambda: not unread(sending), message="the second is begun")
-    assert served(gated.path)
-    os.kill(gated.proxy.pid, number)
-    wait_for(lambda: not can_connect(gated.path), message="it stops accepting")
-    wait_for(lambda: not gated.path.exists(), message="the socket goes at once")
+def test_it_is_removed_at_once_so_that_the_next_takes_its_path_while_one_drains(
+    number: int, short: Path, keys: Keys, scripted_agent: Callable[..., Path],
+    start_unix: Callable[..., Proxy], clients: Clients,
+) -> None:  # fmt: skip
+    scripted = Scripted(keys.line("ed25519"))
+    scripted.gate.clear()
+    path = short / "proxy"
+    proxy = start_unix(f"unix:{path}", f"unix:{short}/b", upstream=scripted_agent(scripted))
+    (idle,) = clients.open(path, b"")
+    (waiting,) = clients.open(path, post(b"x"))
+    wait_for(lambda: scripted.signing == 1)
+    os.kill(proxy.pid, number)
+    wait_for(lambda: not path.exists())
     assert read_all(idle) == b""
-    sending.sendall(b"llo")
-    wait_for(lambda: gated.agent.signing == 2)
-    assert gated.proxy.process.poll() is None
-    gated.agent.gate.set()
-    for s in (waiting, sending):
-        assert the_one_answer(read_all(s)).status == 200
-        s.close()
-    assert gated.proxy.process.wait(5) == 0
-
-
-def test_while_one_drains_the_next_takes_its_path(
-    gated: Gated, short: Path, start_unix: Callable[..., Proxy]
-) -> None:
-    with connect(gated.path) as s:
-        s.sendall(post(b"x"))
-        wait_for(lambda: gated.agent.signing == 1)
-        os.kill(gated.proxy.pid, signal.SIGTERM)
-        wait_for(lambda: not gated.path.exists())
-        start_unix(f"unix:{gated.path}", upstream=short / "none")
-        gated.agent.gate.set()
-        assert the_one_answer(read_all(s)).status == 200
-    assert gated.proxy.process.wait(5) == 0
-    assert served(gated.path)
-
-
-# ================================================================ curl
-
-
-def test_curl_is_served_in_all_its_ways(
-    front: Front, keys: Keys, short: Path, home: Path, ssh_keygen: Callable[..., bytes]
-) -> None:
-    def curl(*args: Any, path: str = "/sign", input: Optional[bytes] = None) -> bytes:
-        argv = [need("curl", "curl"), *CURL, front.path, "-S", *args, f"http://localhost{path}"]
-        return run(argv, env=clean_env(home), input=input).stdout
-
-    assert curl(path="/healthz") == b"ok\n"
-    assert curl(path="/publickey") == keys.line("ed25519").encode() + b"\n"
-    assert b"HTTP/1.1 200 OK" in curl("-I", path="/healthz")
-    file = short / "file"
-    for size in (5, 2 * MIB):
-        payload = os.urandom(size)
-        file.write_bytes(payload)
-        expected = ssh_keygen(payload)
-        assert curl("--data-binary", f"@{file}") == expected
-        assert curl("-X", "POST", "-T", file) == expected
-        assert curl("-X", "POST", "-T", "-", input=payload) == expected  # chunked
-        assert curl("-H", "Expect: 100-continue", "--data-binary", f"@{file}") == expected
-        assert curl("--http1.0", "--data-binary", f"@{file}") == expected
-    with file.open("wb") as f:
-        f.truncate(64 * MIB)
-    for expect in ("Expect:", "Expect: 100-continue"):
-        answer = curl("-H", PAGE, "-H", expect, "-w", "%{http_code}", "-X", "POST", "-T", file)
-        assert answer.endswith(b"\n403"), answer
+    start_unix(f"unix:{path}", upstream=short / "none")
+    assert proxy.process.poll() is None
+    scripted.gate.set()
+    assert the_one_answer(read_all(waiting)).status == 200
+    waiting.close()
+    assert proxy.process.wait(10) == 0
+    assert not (short / "b").exists()
+    assert served(path)
