@@ -1,5 +1,7 @@
 #!/bin/sh
 # ssh-agent-proxy-sign: stands in for ssh-keygen, as git's gpg.ssh.program, where no SSH agent is.
+trap 'printf "ssh-agent-proxy-sign: this file is cut short: fetch it again\n" >&2; exit 1' EXIT
+# (Until what it was called for is done: half a download must not look like a signature made.)
 #
 #   -Y sign …       asks ssh-agent-proxy for the signature, over HTTP or its Unix socket
 #   pubkey [PATH]   prints the public key that signs, or writes it to PATH
@@ -72,6 +74,7 @@ main() {
         sign ${1+"$@"} # to posh an empty "$@" is unset
         ;;
     esac
+    drop_traps
 }
 
 # --- Messages ---------------------------------------------------------------------------------
@@ -113,6 +116,7 @@ die() {
     else
         say "$1"
     fi
+    trap - EXIT
     exit 1
 }
 
@@ -299,6 +303,17 @@ check_url() {
     esac
 }
 
+# $origin: what of URL $1 says who is asked.
+find_origin() {
+    origin=$1
+    case $1 in
+    http*)
+        origin=${1#*://}
+        origin=${1%%://*}://${origin%%/*}
+        ;;
+    esac
+}
+
 # Is it this machine, whatever anyone's name server says?
 is_loopback() {
     authority=${1#*://}
@@ -416,6 +431,11 @@ fail() {
 converse() {
     show "$1"
     place=$shown
+    find_origin "$1"
+    asked=$origin
+    find_origin "$sign_url"
+    elsewhere=''
+    [ "$asked" = "$origin" ] || elsewhere=yes # the token is none of its business
     ask "$@"
     if [ -z "$answered" ] && [ -z "$once" ]; then
         case $ended in
@@ -456,7 +476,9 @@ is_ours() {
 # The proxy's own word says how to come by a token, and this where one was looked for.
 advise_token() {
     show "$own_token_file"
-    if [ -n "${token:+set}" ]; then
+    if [ -n "$elsewhere" ]; then
+        advice="the token is sent to the host of SSH_AGENT_PROXY_URL alone, and this is another"
+    elif [ -n "${token:+set}" ]; then
         advice="what was sent is the one in $from: put another there"
     elif [ -n "$without" ]; then
         advice="$without: put it there"
@@ -509,7 +531,7 @@ END_OF_ANSWER
 run_curl() {
     trap '' XFSZ
     ulimit -f 128 2>/dev/null || : # posh has none
-    if [ -z "${token:+set}" ]; then
+    if [ -z "${token:+set}" ] || [ -n "$elsewhere" ]; then
         exec "${SSH_AGENT_PROXY_CURL:-curl}" "$@"
     fi
     # By a here-document, for arguments are seen by everyone, those of printf too, which in mksh
@@ -833,7 +855,7 @@ make_temporary() {
 set_out() {
     # Lengths and ranges of characters are of bytes; and curl and mv are done sooner.
     export LC_ALL=C
-    trap clean_up EXIT
+    trap 'clean_up; exit 1' EXIT
     trap 'interrupted 129' HUP
     trap 'interrupted 130' INT
     trap 'interrupted 143' TERM
@@ -1137,4 +1159,5 @@ key() {
     esac
 }
 
-main "$@"
+# In braces, without the last of which nothing is run.
+{ main "$@"; }

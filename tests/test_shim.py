@@ -1430,6 +1430,33 @@ def test_where_a_redirect_points_the_token_is_not_sent(shim: Shim, liar: Any) ->
     assert other.requests == []
 
 
+OTHER_PLACES = {
+    "the same": ("http://127.0.0.1:{port}/sign", True),
+    "another port": ("http://127.0.0.1:1/sign", False),
+    "another host": ("http://localhost:{port}/sign", False),
+    "another scheme": ("https://127.0.0.1:{port}/sign", False),
+    "a name that begins so": ("http://127.0.0.1:{port}0/sign", False),
+    "a socket": ("unix:/nowhere", False),
+    "unset": ("", False),
+}
+
+
+@pytest.mark.parametrize("sign_url, sent", OTHER_PLACES.values(), ids=OTHER_PLACES.keys())
+def test_the_token_goes_to_the_host_of_the_sign_url_alone(
+    any_shim: Shim, liar: Any, sign_url: str, sent: bool
+) -> None:
+    """Whoever serves the public key could sign as this container."""
+    server = liar(answer(b"a token is needed\n", "401 Unauthorized"))
+    env = {
+        "SSH_AGENT_PROXY_URL": sign_url.format(port=server.port),
+        "SSH_AGENT_PROXY_PUBKEY_URL": f"http://127.0.0.1:{server.port}/publickey",
+        "SSH_AGENT_PROXY_TOKEN": "s3cr3t",
+    }
+    line = said(any_shim("pubkey", env=env))
+    assert ("to the host of SSH_AGENT_PROXY_URL alone, and this is another" in line) != sent
+    assert sent_token(server.requests[0]) == (" Bearer s3cr3t" if sent else None)
+
+
 def test_who_makes_a_tunnel_is_not_sent_the_token(shim: Shim, liar: Any) -> None:
     tunnel = liar(b"HTTP/1.1 200 Connection established\r\n\r\nno TLS")
     env = {
@@ -2645,10 +2672,50 @@ def test_the_shim_needs_no_program_but_those_that_are_promised(
     verified(keys, (one_shim.folder / "m.sig").read_bytes(), COMMIT)
 
 
+def cut_short(shim: Shim, server: Liar, ends: Sequence[int]) -> None:
+    """Each part of the shim, up to one of ENDS, either signs or fails."""
+    whole = SHIM.read_bytes()
+    part = shim.folder / "part"
+    shim.argv[-1] = str(part)
+    shim.env["SSH_AGENT_PROXY_URL"] = server.url
+    shim.file()
+    for end in ends:
+        part.write_bytes(whole[:end])
+        done = shim.sign("m")
+        made = shim.folder / "m.sig"
+        if done.returncode == 0:
+            assert made.read_bytes() == ARMOR, f"cut at {end}"
+            made.unlink()
+        else:
+            assert not made.exists(), f"cut at {end}"
+
+
+def line_ends() -> List[int]:
+    """All but those of the first two lines, whose loss no program can tell."""
+    return [found.end() for found in re.finditer(b"\n", SHIM.read_bytes())][2:]
+
+
+def test_a_download_that_broke_off_never_looks_like_a_signature_made(
+    any_shim: Shim, liar: Any
+) -> None:
+    """Git would take exit 0 for it, and some make an unsigned commit then."""
+    size = SHIM.stat().st_size
+    cut_short(any_shim, liar(answer(ARMOR)), [*line_ends()[:-1:100], *range(size - 16, size, 3)])
+
+
+@pytest.mark.long
+def test_a_download_that_broke_off_at_any_line_never_looks_like_a_signature_made(
+    shim: Shim, liar: Any
+) -> None:
+    """The same for each line, and for each byte of the last one."""
+    size = SHIM.stat().st_size
+    cut_short(shim, liar(answer(ARMOR)), [*line_ends(), *range(size - 16, size)])
+
+
 def test_the_shim_is_written_as_the_house_has_it() -> None:
     lines = SHIM.read_text().splitlines()
     assert lines[0] == "#!/bin/sh"
-    assert lines[-1] == 'main "$@"'
+    assert lines[-1] == '{ main "$@"; }'
     assert "set -eu" in lines
     assert max(map(len, lines)) <= 100
     assert os.access(SHIM, os.X_OK)
