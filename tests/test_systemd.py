@@ -11,10 +11,12 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
-from conftest import ROOT, Keys, cannot_run, clean_env, need, run, wait_for
+from conftest import ROOT, Keys, cannot_run, clean_env, need, rows, run, wait_for
+
+alone = pytest.mark.alone
 
 UID = 4242
 HOME = Path("/home/tester")
@@ -44,6 +46,7 @@ class Manager:
         self.folder = Path(tempfile.mkdtemp(prefix="sap.", dir="/tmp"))
         self.installed = False
         self.agents: List[str] = []
+        self.changed: List[str] = []
         self.python = os.path.realpath(sys.executable)
         prefix = Path(os.path.realpath(sys.base_prefix))
         mount = ["-p", str(prefix)] if closed(prefix) else []
@@ -104,6 +107,21 @@ class Manager:
         argv = ["make", "--no-print-directory", f"PYTHON={self.python}", *args]
         return self.run(*argv, check=check, **env)
 
+    def install(self, *args: str, **env: str) -> str:
+        """What it says."""
+        return self.make("install-systemd", *args, **env).stdout.decode()
+
+    def refuses(self, *args: str, **env: str) -> str:
+        """What make says as it fails; unless told otherwise, to install the service."""
+        answer = self.make(*(args or ("install-systemd",)), check=False, **env)
+        assert answer.returncode != 0
+        return answer.stderr.decode()
+
+    def answers(self, port: int = 7221) -> bool:
+        answer = self.curl(f"http://127.0.0.1:{port}/healthz", check=False)
+        assert answer.returncode in (0, 7)  # 7: nothing listens there
+        return answer.stdout == b"ok\n"
+
     def ctl(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
         return self.run("systemctl", "--user", *args, check=check)
 
@@ -126,10 +144,22 @@ class Manager:
         self.write(ENV, "".join(lines))
         self.ctl("restart", NAME)
 
-    def quick(self) -> None:
-        """A setting of the user's: the tests have no ten seconds to wait for a restart."""
-        self.write(SANDBOX.with_name("zz.conf"), "[Service]\nRestartSec=50ms\n")
+    def drop_in(self, text: str, name: str = "zz.conf") -> Path:
+        """A setting of the user's."""
+        path = SANDBOX.with_name(name)
+        self.write(path, f"[Service]\n{text}\n", 0o644)
         self.ctl("daemon-reload")
+        return path
+
+    def quick(self) -> None:
+        """The tests have no ten seconds to wait for a restart."""
+        self.drop_in("RestartSec=50ms")
+
+    def source(self, name: str, change: Callable[[str], str]) -> None:
+        """Changes a file of the copy of the project."""
+        path = self.outside(HOME / "tree" / name)
+        path.write_text(change((ROOT / name).read_text()))
+        self.changed.append(name)
 
     def files(self) -> List[str]:
         """What there is in the account's home, without what is there from the start."""
@@ -147,6 +177,9 @@ class Manager:
         for number in self.agents:
             self.run("kill", number, check=False)
         self.agents.clear()
+        while self.changed:
+            self.source(self.changed.pop(), str)
+            self.changed.pop()
         self.run("find", HOME, "-mindepth", "1", "-maxdepth", "1", "!", "-name", "tree",
                  "!", "-name", ".system", "!", "-name", ".journal", "!", "-name", ".manager.log",
                  "!", "-name", ".config", "-exec", "rm", "-rf", "{}", "+")  # fmt: skip
@@ -179,9 +212,7 @@ class Manager:
         return self.run("curl", "-qsS", "--noproxy", "*", *args, check=check)
 
 
-@pytest.fixture
-def possible() -> None:
-    """What a manager needs is there: said for each test, not for the first one alone."""
+def boot(*options: str) -> Iterator[Manager]:
     for program, package in [("systemctl", "systemd"), ("systemd-analyze", "systemd"),
                              ("nsenter", "util-linux"), ("setpriv", "util-linux"),
                              ("make", "make")]:  # fmt: skip
@@ -190,30 +221,29 @@ def possible() -> None:
         cannot_run("systemd is missing: install systemd")
     if os.geteuid() != 0:
         cannot_run("a systemd user manager of the tests' own: run them as root")
-
-
-@pytest.fixture(scope="module")
-def booted() -> Iterator[Manager]:
-    manager = Manager("-j")
+    manager = Manager(*options)
     yield manager
     manager.stop()
 
 
+@pytest.fixture(scope="module")
+def booted() -> Iterator[Manager]:
+    yield from boot("-j")
+
+
 @pytest.fixture
-def manager(possible: None, request: pytest.FixtureRequest) -> Manager:
+def manager(booted: Manager) -> Manager:
     """Nothing is installed."""
-    booted: Manager = request.getfixturevalue("booted")
     booted.wipe()
     return booted
 
 
 @pytest.fixture
-def installed(possible: None, request: pytest.FixtureRequest) -> Manager:
+def installed(booted: Manager) -> Manager:
     """The service runs, with the settings that it comes with; the test changes nothing of it."""
-    booted: Manager = request.getfixturevalue("booted")
     if not booted.installed:
         booted.wipe()
-        booted.make("install-systemd")
+        booted.install()
         booted.installed = True
     return booted
 
@@ -221,16 +251,16 @@ def installed(possible: None, request: pytest.FixtureRequest) -> Manager:
 # ---------------------------------------------------------------- what is installed
 
 
+@alone
 def test_it_is_installed_and_started_by_one_command(manager: Manager) -> None:
-    told = manager.make("install-systemd").stdout.decode()
+    told = manager.install()
     assert "ssh-agent-proxy.service runs: listening on 127.0.0.1:7221" in told
     assert "The whole sandbox is in force.\n" in told
     assert "loginctl enable-linger" in told
-    assert manager.show("ActiveState") == "active"
-    assert manager.show("UnitFileState") == "enabled"
-    assert manager.show("FragmentPath") == str(UNIT)
+    shown = [manager.show(name) for name in ("ActiveState", "UnitFileState", "FragmentPath")]
+    assert shown == ["active", "enabled", str(UNIT)]
     assert manager.show("DropInPaths") == str(SANDBOX)
-    assert manager.curl(f"{URL}/healthz").stdout == b"ok\n"
+    assert manager.answers()
     assert manager.files() == [
         ".config/ssh-agent-proxy/env",
         ".config/systemd/user/default.target.wants/ssh-agent-proxy.service",
@@ -239,129 +269,115 @@ def test_it_is_installed_and_started_by_one_command(manager: Manager) -> None:
         ".local/bin/ssh-agent-proxy",
         ".local/bin/ssh-agent-proxy-sign",
     ]
+    assert manager.text("stat", "-c", "%a", ENV.parent, ENV).split() == ["700", "600"]
+    assert manager.outside(ENV).read_bytes() == TEMPLATE.read_bytes()
+    no_trace_of_the_trial(manager)
 
 
-def test_the_trial_of_the_sandbox_leaves_no_traces(installed: Manager) -> None:
-    assert "trial" not in installed.text("systemctl", "--user", "list-units", "--all")
-    assert not installed.exists(RUNTIME / "systemd/user")
-    assert not installed.exists(RUNTIME / "ssh-agent-proxy-trial")
+def no_trace_of_the_trial(manager: Manager) -> None:
+    assert "trial" not in manager.text("systemctl", "--user", "list-units", "--all")
+    assert not manager.exists(RUNTIME / "systemd/user")
+    assert not manager.exists(RUNTIME / "ssh-agent-proxy-trial")
 
 
+@alone
 def test_a_trial_that_is_interrupted_leaves_no_traces(manager: Manager) -> None:
     real = manager.text("sh", "-c", "command -v systemctl")
     manager.write(HOME / "stand-in/systemctl", "#!/bin/sh\n"
                   'case $* in *"start ssh-agent-proxy-trial"*) kill $PPID ;; esac\n'
                   f'exec {real} "$@"\n', 0o755)  # fmt: skip
-    answer = manager.make("install-systemd", check=False,
-                          PATH=f"{HOME}/stand-in:/usr/local/bin:/usr/bin:/bin")  # fmt: skip
-    assert answer.returncode != 0
+    manager.refuses(PATH=f"{HOME}/stand-in:/usr/local/bin:/usr/bin:/bin")
     assert not manager.exists(UNIT)
-    assert not manager.exists(RUNTIME / "systemd/user")
-    assert "trial" not in manager.text("systemctl", "--user", "list-units", "--all")
     assert manager.sh("ls /tmp") == ""
+    no_trace_of_the_trial(manager)
 
 
-def test_the_settings_are_the_users_alone(installed: Manager) -> None:
-    assert installed.text("stat", "-c", "%a", ENV.parent, ENV).split() == ["700", "600"]
-    assert installed.outside(ENV).read_bytes() == TEMPLATE.read_bytes()
-
-
-def test_systemd_has_no_complaint_about_the_unit(installed: Manager) -> None:
+@alone
+def test_systemd_has_no_complaint_and_calls_it_exposed_by_at_most_2_0(installed: Manager) -> None:
     answer = installed.run("systemd-analyze", "--user", "--man=no", "verify", UNIT)
     assert (answer.stdout, answer.stderr) == (b"", b"")
-
-
-def test_it_is_exposed_by_at_most_2_0(installed: Manager) -> None:
     argv = ["systemd-analyze", "--user", "--no-pager", "--threshold=20", "security", NAME]
     answer = installed.run(*argv, check=False)
     assert answer.returncode == 0, answer.stdout.decode()
 
 
+@alone
 def test_the_running_process_is_held_to_the_units_limits(installed: Manager) -> None:
     pid = installed.main_pid()
     status = installed.root("cat", f"/proc/{pid}/status").stdout.decode()
     fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-    assert fields["Umask"] == "0077"
-    assert fields["NoNewPrivs"] == "1"
-    assert fields["Seccomp"] == "2"
-    assert fields["CapBnd"] == 16 * "0"
+    held = [fields[name] for name in ("Umask", "NoNewPrivs", "Seccomp", "CapBnd")]
+    assert held == ["0077", "1", "2", 16 * "0"]
     limits = installed.root("cat", f"/proc/{pid}/limits").stdout.decode()
     assert re.search(r"(?m)^Max core file size +0 +0 ", limits)
 
 
-@pytest.mark.parametrize(
-    ("place", "writable"),
-    [(HOME, False), (ENV.parent, False), (Path("/tmp"), False), (Path("/var/tmp"), False),
-     (RUNTIME, False), (RUNTIME / "systemd", False), (RUNTIME / NAME, True)],
-)  # fmt: skip
-def test_only_its_own_folder_can_be_written(
-    installed: Manager, place: Path, writable: bool
-) -> None:
+@alone
+def test_only_its_own_folder_can_be_written(installed: Manager) -> None:
     # As the account, where the service sees the files.
-    file = place / "a-file-of-the-tests"
     enter = ["nsenter", "-t", installed.main_pid(), "--mount"]
     become = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups"]
-    answer = installed.root(*enter, *become, "touch", file, check=False)
-    try:
-        assert (answer.returncode == 0) == writable, answer.stderr.decode()
-        assert writable or b"Read-only file system" in answer.stderr
-    finally:
-        installed.root("rm", "-f", file)
+    elsewhere = [HOME, ENV.parent, Path("/tmp"), Path("/var/tmp"), RUNTIME, RUNTIME / "systemd"]
+    for folder in [*elsewhere, RUNTIME / NAME]:
+        file = folder / "a-file-of-the-tests"
+        answer = installed.root(*enter, *become, "touch", file, check=False)
+        if folder == RUNTIME / NAME:
+            assert answer.returncode == 0, answer.stderr.decode()
+            installed.root("rm", "-f", file)
+        else:
+            assert b"Read-only file system" in answer.stderr, file
 
 
+@alone
 def test_twice_is_as_good_as_once(manager: Manager) -> None:
-    manager.make("install-systemd")
+    manager.install()
     before = manager.sh("find ~/.config ! -name '*.log' -printf '%p %i %T@\\n' | sort")
     pid = manager.main_pid()
-    told = manager.make("install-systemd").stdout.decode()
+    told = manager.install()
     assert manager.sh("find ~/.config ! -name '*.log' -printf '%p %i %T@\\n' | sort") == before
     assert manager.main_pid() == pid
     assert "Written" not in told
     assert "ssh-agent-proxy.service runs: listening on" in told
 
 
-def test_an_upgrade_takes_effect(manager: Manager) -> None:
-    manager.make("install-systemd")
-    pid = manager.main_pid()
-    source = manager.outside(HOME / "tree/ssh_agent_proxy.py")
-    before = source.read_text()
-    source.write_text(re.sub(r'(?m)^VERSION = ".*"', 'VERSION = "97.0.1"', before))
-    try:
-        manager.make("install-systemd")
-    finally:
-        source.write_text(before)
-    assert manager.main_pid() not in (0, pid)
+@alone
+def test_an_upgrade_and_changed_settings_which_are_kept_take_effect(manager: Manager) -> None:
+    manager.install()
+    version = re.compile('(?m)^VERSION = ".*"')
+    manager.source("ssh_agent_proxy.py", lambda text: version.sub('VERSION = "97.0.1"', text))
+    manager.install()
     head = manager.curl("-I", f"{URL}/healthz").stdout.decode()
     assert "Server: ssh-agent-proxy/97.0.1\r\n" in head
-
-
-def test_changed_settings_are_kept_and_take_effect(manager: Manager) -> None:
-    manager.make("install-systemd")
     manager.write(ENV, "SSH_AGENT_PROXY_ADDR=127.0.0.1:7222\n")
-    manager.make("install-systemd")
+    manager.install()
     assert manager.outside(ENV).read_text() == "SSH_AGENT_PROXY_ADDR=127.0.0.1:7222\n"
-    assert manager.curl("http://127.0.0.1:7222/healthz").stdout == b"ok\n"
+    assert manager.answers(7222)
 
 
-def test_settings_that_can_not_be_read_any_more_are_not_left_out(manager: Manager) -> None:
-    manager.make("install-systemd")
+@alone
+def test_settings_that_can_not_be_read_are_not_left_out(manager: Manager) -> None:
+    # systemd would start it without.
+    manager.write(ENV, "SSH_AGENT_PROXY_PAYLOADS=commit\n", 0)
+    assert f"{ENV} is no file that you can read" in manager.refuses()
+    assert manager.files() == [str(ENV.relative_to(HOME))]
+    manager.run("chmod", "600", ENV)
+    manager.install()
     manager.run("chmod", "000", ENV)
     assert manager.ctl("restart", NAME, check=False).returncode != 0
-    assert manager.curl(f"{URL}/healthz", check=False).returncode != 0
-    manager.run("chmod", "600", ENV)
-    manager.ctl("restart", NAME)
-    assert manager.curl(f"{URL}/healthz").stdout == b"ok\n"
+    assert not manager.answers()
 
 
+@alone
 def test_one_that_was_interrupted_is_made_good(manager: Manager) -> None:
-    manager.make("install-systemd")
+    manager.install()
     manager.ctl("stop", NAME)
     manager.outside(SANDBOX).unlink()
-    manager.make("install-systemd")
+    manager.install()
     assert manager.show("ActiveState") == "active"
     assert manager.show("DropInPaths") == str(SANDBOX)
 
 
+@alone
 def test_paths_with_blanks_and_signs_that_mean_something_to_systemd(manager: Manager) -> None:
     # Not through make, whose own recipes can't have all of these in BINDIR.
     odd = HOME / """a %h $HOME ${x} "b" 'c' \\d [e]*?"""
@@ -373,15 +389,19 @@ def test_paths_with_blanks_and_signs_that_mean_something_to_systemd(manager: Man
     manager.run("sh", "contrib/systemd.sh", "ready", **env)
     manager.run("sh", "contrib/systemd.sh", "install", **env)
     assert manager.show("DropInPaths") == str(SANDBOX)
-    assert manager.curl("http://127.0.0.1:7223/healthz").stdout == b"ok\n"
+    assert manager.answers(7223)
 
 
+@alone
 def test_a_bindir_with_a_blank_works_through_make(manager: Manager) -> None:
-    manager.make("install-systemd", f"BINDIR={HOME}/my bin's 100%")
-    assert manager.curl(f"{URL}/healthz").stdout == b"ok\n"
+    manager.install(f"BINDIR={HOME}/my bin's 100%")
+    assert manager.answers()
 
+
+# ---------------------------------------------------------------- what was there before
 
 OTHER = """\
+# Installed by `make install-systemd`.
 [Service]
 Type=exec
 ExecStart=/bin/sleep 1000
@@ -391,6 +411,7 @@ WantedBy=default.target
 """
 
 
+@alone
 def test_the_service_of_another_program_of_that_name_is_replaced_and_kept(
     manager: Manager, keys: Keys
 ) -> None:
@@ -400,165 +421,135 @@ def test_the_service_of_another_program_of_that_name_is_replaced_and_kept(
     manager.write(UNIT, OTHER, 0o644)
     manager.ctl("daemon-reload")
     manager.ctl("enable", "--now", UNIT.name)
-    manager.make("install-systemd")
+    manager.install()
     assert manager.outside(UNIT.with_name(UNIT.name + ".old")).read_text() == OTHER
     assert manager.outside(ENV).read_text() == settings
     assert manager.curl(f"{URL}/publickey").stdout.decode().strip() == keys.line("ed25519")
+    # What was kept is not overwritten.
+    manager.write(UNIT, OTHER, 0o644)
+    assert f"{UNIT} was not written by make" in manager.refuses()
+    assert manager.outside(UNIT).read_text() == OTHER
 
 
-def test_another_program_with_the_same_target_of_make_is_another_one(manager: Manager) -> None:
-    other = "# Installed by `make install-systemd`.\n" + OTHER
-    manager.write(UNIT, other, 0o644)
-    manager.make("install-systemd")
-    assert manager.outside(UNIT.with_name(UNIT.name + ".old")).read_text() == other
-
-
+@alone
 def test_a_drop_in_of_another_program_does_not_go_on_running_it(manager: Manager) -> None:
-    left = SANDBOX.with_name("override.conf")
-    manager.write(left, "[Service]\nType=exec\nExecStart=\nExecStart=/bin/sleep 1000\n", 0o644)
-    answer = manager.make("install-systemd", check=False)
-    assert answer.returncode != 0
-    told = answer.stderr.decode()
+    left = manager.drop_in("Type=exec\nExecStart=\nExecStart=/bin/sleep 1000", "override.conf")
+    told = manager.refuses()
     assert f"would not run {HOME}/.local/bin/ssh-agent-proxy" in told
     assert f"\n{left}\n" in told
     assert manager.show("ActiveState") == "inactive"
     manager.outside(left).unlink()
-    manager.make("install-systemd")
-    assert manager.curl(f"{URL}/healthz").stdout == b"ok\n"
+    manager.install()
+    assert manager.answers()
 
 
-def test_the_users_drop_ins_are_named_with_the_sandbox(manager: Manager) -> None:
-    mine = SANDBOX.with_name("zz mine.conf")
-    manager.write(mine, "[Service]\nProtectHome=no\n", 0o644)
-    told = manager.make("install-systemd").stdout.decode()
+@alone
+def test_the_users_drop_ins_are_named_with_the_sandbox_and_with_what_does_not_start(
+    manager: Manager
+) -> None:
+    mine = manager.drop_in("ProtectHome=no", "zz mine.conf")
+    told = manager.install()
     assert f"The sandbox is in force, but for what these change:\n{mine}\n\n" in told
+    manager.wipe()
+    mine = manager.drop_in("PrivateUsers=no")
+    assert f"These have a say too:\n{mine}\n" in manager.refuses()
 
 
-def test_a_drop_in_that_does_not_start_is_named(manager: Manager) -> None:
-    mine = SANDBOX.with_name("zz.conf")
-    manager.write(mine, "[Service]\nPrivateUsers=no\n", 0o644)
-    answer = manager.make("install-systemd", check=False)
-    assert answer.returncode != 0
-    assert f"These have a say too:\n{mine}\n" in answer.stderr.decode()
+# ---------------------------------------------------------------- settings
+
+PASSED_OVER = [
+    "export SSH_AGENT_PROXY_PAYLOADS=commit",
+    " export A=b",
+    "\ufeffSSH_AGENT_PROXY_PAYLOADS=commit",
+    "SSH-AGENT-PROXY-PAYLOADS=commit",
+    "SSH_AGENT_PROXY_PAYLOADS: commit",
+]
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["export SSH_AGENT_PROXY_PAYLOADS=commit", " export A=b",
-     "\ufeffSSH_AGENT_PROXY_PAYLOADS=commit", "SSH-AGENT-PROXY-PAYLOADS=commit",
-     "SSH_AGENT_PROXY_PAYLOADS: commit"],
-)  # fmt: skip
-def test_a_line_that_systemd_passes_over_is_refused(manager: Manager, line: str) -> None:
-    manager.write(ENV, line + "\n")
-    answer = manager.make("install-systemd", check=False)
-    assert answer.returncode != 0
-    told = answer.stderr.decode()
-    assert f"{ENV}: systemd would pass over this line: {line.partition('=')[0]}" in told
+@alone
+def test_a_line_that_systemd_passes_over_is_refused(manager: Manager) -> None:
+    for line in PASSED_OVER:
+        manager.write(ENV, line + "\n")
+        line = line.partition("=")[0]
+        assert f"{ENV}: systemd would pass over this line: {line}" in manager.refuses()
     assert manager.files() == [str(ENV.relative_to(HOME))]
 
 
+@alone
 def test_lines_that_systemd_takes_are_no_reason_to_refuse(manager: Manager) -> None:
     text = ("# a comment \\\nthat goes on\n\r\n  ; another\nSSH_AGENT_PROXY_TIMEOUT = 31  \r\n"
             "A=\\\ngoes on\n\tB=\"two\n lines\"\nSSH_AGENT_PROXY_NAMESPACE='git'\n")  # fmt: skip
     manager.write(ENV, text)
-    manager.make("install-systemd")
+    manager.install()
     environ = manager.root("cat", f"/proc/{manager.main_pid()}/environ").stdout.split(b"\0")
     assert {b"SSH_AGENT_PROXY_TIMEOUT=31", b"SSH_AGENT_PROXY_NAMESPACE=git", b"A=goes on",
             b"B=two\n lines"} <= set(environ)  # fmt: skip
 
 
-def test_settings_that_can_not_be_read_are_refused(manager: Manager) -> None:
-    # systemd would start it without.
-    manager.write(ENV, "SSH_AGENT_PROXY_PAYLOADS=commit\n", 0)
-    answer = manager.make("install-systemd", check=False)
-    assert answer.returncode != 0
-    assert f"{ENV} is no file that you can read" in answer.stderr.decode()
-    assert manager.files() == [str(ENV.relative_to(HOME))]
-
-
+@alone
 def test_several_at_once_are_as_good_as_one(manager: Manager) -> None:
     manager.make("build")
     with ThreadPoolExecutor() as pool:
-        answers = list(pool.map(lambda _: manager.make("install-systemd"), range(3)))
-    for answer in answers:
-        assert b"The whole sandbox is in force.\n" in answer.stdout
+        answers = list(pool.map(lambda _: manager.install(), range(3)))
+    for told in answers:
+        assert "The whole sandbox is in force.\n" in told
     assert manager.show("DropInPaths") == str(SANDBOX)
     assert not [name for name in manager.files() if ".new" in name]
 
 
+@alone
 def test_on_a_full_disk_no_half_of_a_file_is_left(manager: Manager) -> None:
     # Room for the unit alone.
     manager.run("mkdir", "-p", UNITS)
     manager.root("mount", "-t", "tmpfs", "-o", f"size=4k,uid={UID},gid={UID}", "none", UNITS)
     try:
-        answer = manager.make("install-systemd", check=False)
+        told = manager.refuses()
         left = manager.text("find", UNITS, "-type", "f").split()
     finally:
         manager.root("umount", "-l", UNITS)
-    assert answer.returncode != 0
-    assert "No space left on device" in answer.stderr.decode()
+    assert "No space left on device" in told
     assert left == [str(UNIT)]
 
 
+@alone
 def test_a_socket_that_the_sandbox_forbids_is_told_why(manager: Manager) -> None:
     manager.run("mkdir", "-m", "700", HOME / "sockets")
     manager.write(ENV, "SSH_AGENT_PROXY_ADDR=unix:~/sockets/s\n")
-    answer = manager.make("install-systemd", check=False)
-    assert answer.returncode != 0
-    told = answer.stderr.decode()
+    told = manager.refuses()
     assert f"can write in {RUNTIME}/ssh-agent-proxy alone: see {SANDBOX}" in told
 
 
-def test_what_was_kept_is_not_overwritten(manager: Manager) -> None:
-    old = UNIT.with_name(UNIT.name + ".old")
-    manager.write(UNIT, OTHER, 0o644)
-    manager.write(old, "# the first\n", 0o644)
-    answer = manager.make("install-systemd", check=False)
-    assert answer.returncode != 0
-    assert f"{UNIT} was not written by make" in answer.stderr.decode()
-    assert sorted(manager.files()) == sorted(str(p.relative_to(HOME)) for p in (UNIT, old))
-    assert manager.outside(UNIT).read_text() == OTHER
-
-
+@alone
 def test_a_folder_that_systemd_does_not_read_is_refused(manager: Manager) -> None:
-    answer = manager.make("install-systemd", f"SYSTEMD_USER_DIR={HOME}/units", check=False)
-    assert answer.returncode != 0
-    assert f"does not look for units in {HOME}/units" in answer.stderr.decode()
+    told = manager.refuses("install-systemd", f"SYSTEMD_USER_DIR={HOME}/units")
+    assert f"does not look for units in {HOME}/units" in told
     assert manager.files() == []
 
 
+@alone
 def test_an_agent_that_only_the_shell_knows_is_told_of(manager: Manager, keys: Keys) -> None:
     path = Path("/tmp/ssh-of-the-shell/agent.1")
     manager.agent(path, keys["ed25519"])
-    told = manager.make("install-systemd", SSH_AUTH_SOCK=str(path)).stdout.decode()
+    told = manager.install(SSH_AUTH_SOCK=str(path))
     assert f"This shell's agent is at {path}, which the service doesn't know." in told
     manager.settings(UPSTREAM=path)
-    told = manager.make("install-systemd", SSH_AUTH_SOCK=str(path)).stdout.decode()
-    assert "This shell's agent" not in told
+    assert "This shell's agent" not in manager.install(SSH_AUTH_SOCK=str(path))
 
 
 # ---------------------------------------------------------------- what does not work
 
 
-def test_a_wrong_setting_is_told(manager: Manager) -> None:
+@alone
+def test_a_wrong_setting_is_told_and_not_tried_again(manager: Manager) -> None:
+    manager.quick()
     manager.write(ENV, "SSH_AGENT_PROXY_PAYLOADS=everything\n")
-    answer = manager.make("install-systemd", check=False)
-    told = answer.stderr.decode()
-    assert answer.returncode != 0
+    told = manager.refuses()
     assert "ssh-agent-proxy.service did not start:\n" in told
     assert "SSH_AGENT_PROXY_PAYLOADS: " in told
     assert f"the settings are in {ENV}" in told
-
-
-def test_a_wrong_setting_is_not_tried_again(manager: Manager) -> None:
-    manager.make("install-systemd")
-    manager.quick()
-    manager.write(ENV, "SSH_AGENT_PROXY_PAYLOADS=everything\n")
-    manager.ctl("restart", NAME, check=False)
     # Were it to be tried again, it would be "activating" now.
-    assert manager.show("ActiveState") == "failed"
-    assert manager.show("ExecMainStatus") == "2"
-    assert manager.show("NRestarts") == "0"
+    shown = [manager.show(name) for name in ("ActiveState", "ExecMainStatus", "NRestarts")]
+    assert shown == ["failed", "2", "0"]
 
 
 ANOTHER = """
@@ -569,6 +560,7 @@ sys.stdin.read()
 """
 
 
+@alone
 def test_a_busy_port_is_told_and_tried_again_until_it_is_free(manager: Manager) -> None:
     listener = subprocess.Popen(
         ["nsenter", "-t", str(manager.pid), "--net", sys.executable, "-c", ANOTHER],
@@ -578,31 +570,23 @@ def test_a_busy_port_is_told_and_tried_again_until_it_is_free(manager: Manager) 
     try:
         assert listener.stdout
         listener.stdout.readline()
-        answer = manager.make("install-systemd", check=False)
+        told = manager.refuses()
     finally:
         listener.communicate(timeout=10)
-    told = answer.stderr.decode()
-    assert answer.returncode != 0
     assert "port 7221" in told
     manager.quick()
     wait_for(lambda: manager.show("ActiveState") == "active", 20, "it came by itself")
 
 
+@alone
 def test_a_program_that_does_not_run_is_no_service(manager: Manager) -> None:
-    source = manager.outside(HOME / "tree/ssh_agent_proxy.py")
-    before = source.read_text()
-    source.write_text("raise SystemExit('no proxy today')\n")
-    try:
-        answer = manager.make("install-systemd", check=False)
-    finally:
-        source.write_text(before)
-    assert answer.returncode != 0
-    assert "no proxy today" in answer.stderr.decode()
+    manager.source("ssh_agent_proxy.py", lambda text: "raise SystemExit('no proxy today')\n")
+    assert "no proxy today" in manager.refuses()
     assert not manager.exists(UNITS)
     assert not manager.exists(ENV)
 
 
-NO_MANAGER = "no systemd runs for you here"
+# ---------------------------------------------------------------- where no manager runs
 
 
 @pytest.fixture
@@ -614,11 +598,29 @@ def tree(short: Path) -> Path:
 
 def stand_in(folder: Path, name: str, script: str) -> str:
     """A PATH that finds SCRIPT as NAME first."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     program = folder / name
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     return f"{folder}:{os.environ['PATH']}"
+
+
+# The target, the stand-ins and variables, what is said.
+NO_BUS = {"systemctl": "echo 'Failed to connect to bus: No medium found' >&2; exit 1"}
+NO_MANAGER = rows([
+    ("install", "install-systemd", NO_BUS, {}, ["to connect to bus", "loginctl enable-linger"]),
+    ("status", "status", NO_BUS, {}, ["to connect to bus"]),
+    ("logs", "logs", NO_BUS, {}, ["to connect to bus"]),
+    ("real systemctl", "install-systemd", {}, {"XDG_RUNTIME_DIR": "/nothing"},
+     ["sudo loginctl enable-linger"]),
+    # It does nothing then, and exits 0.
+    ("taken for a chroot", "install-systemd", {}, {"SYSTEMD_OFFLINE": "1"}, ["ignoring"]),
+    ("WSL", "install-systemd",
+     {"systemctl": "exit 1", "uname": "echo 5.15.90.1-microsoft-standard-WSL2"}, {},
+     ["systemd=true under [boot] in /etc/wsl.conf"]),
+    ("sudo", "install-systemd", {"systemctl": "exit 1"}, {"SUDO_USER": "someone"},
+     ["without sudo"]),
+])  # fmt: skip
 
 
 def refused(tree: Path, home: Path, target: str, **env: str) -> str:
@@ -630,33 +632,31 @@ def refused(tree: Path, home: Path, target: str, **env: str) -> str:
     assert answer.stdout == b""
     (home / "tmp").rmdir()
     assert sorted(map(str, [*tree.rglob("*"), *home.rglob("*")])) == before
-    assert NO_MANAGER in answer.stderr.decode()
+    assert "no systemd runs for you here" in answer.stderr.decode()
     return answer.stderr.decode()
 
 
-@pytest.mark.parametrize("target", ["install-systemd", "status", "logs"])
-def test_without_a_user_manager_nothing_is_changed(tree: Path, home: Path, target: str) -> None:
-    # As after su: its address is not known.
-    told = refused(tree, home, target, PATH=stand_in(
-        home / "bin", "systemctl",
-        "echo 'Failed to connect to bus: No medium found' >&2; exit 1"))  # fmt: skip
-    assert "Failed to connect to bus" in told
-    assert "sudo loginctl enable-linger" in told
+@pytest.mark.parametrize(("target", "stand_ins", "env", "expected"), NO_MANAGER)
+def test_without_a_user_manager_nothing_is_changed_and_the_way_out_is_told(
+    tree: Path, home: Path, target: str, stand_ins: Dict[str, str], env: Dict[str, str],
+    expected: List[str],
+) -> None:  # fmt: skip
+    if not stand_ins:
+        need("systemctl", "systemd")
+    for name, script in stand_ins.items():
+        env = {**env, "PATH": stand_in(home / "bin", name, script)}
+    told = refused(tree, home, target, **env)
+    assert [text for text in expected if text not in told] == []
 
 
-def test_real_systemctl_without_a_user_manager(tree: Path, home: Path) -> None:
-    need("systemctl", "systemd")
-    told = refused(tree, home, "install-systemd", XDG_RUNTIME_DIR=str(home / "nothing"))
-    assert "sudo loginctl enable-linger" in told
-
-
-def test_where_systemctl_takes_this_for_a_chroot_nothing_is_changed(
-    tree: Path, home: Path
-) -> None:
-    # It does nothing then, and exits 0.
-    need("systemctl", "systemd")
-    told = refused(tree, home, "install-systemd", SYSTEMD_OFFLINE="1")
-    assert "ignoring" in told
+def test_without_systemd_nothing_is_changed(tree: Path, home: Path) -> None:
+    folder = home / "bin"
+    folder.mkdir()
+    for program in ["sh", "env", "dirname", "grep", "id", "uname", "make"]:
+        (folder / program).symlink_to(need(program, program))
+    told = refused(tree, home, "install-systemd", PATH=str(folder))
+    assert "there is no systemd here (no systemctl)" in told
+    assert "`make install` will do" in told
 
 
 def test_a_folder_of_units_with_a_blank_is_known_as_systemd_quotes_it(
@@ -671,48 +671,13 @@ def test_a_folder_of_units_with_a_blank_is_known_as_systemd_quotes_it(
     assert run(["sh", "contrib/systemd.sh", "ready"], cwd=tree, env=env).stderr == b""
 
 
-def test_without_systemd_nothing_is_changed(tree: Path, home: Path) -> None:
-    folder = home / "bin"
-    folder.mkdir()
-    for program in ["sh", "env", "dirname", "grep", "id", "uname"]:
-        found = shutil.which(program)
-        assert found
-        (folder / program).symlink_to(found)
-    (folder / "make").symlink_to(need("make", "make"))
-    told = refused(tree, home, "install-systemd", PATH=str(folder))
-    assert "there is no systemd here (no systemctl)" in told
-    assert "`make install` will do" in told
-
-
-def test_wsl_without_systemd_is_told_where_to_turn_it_on(tree: Path, home: Path) -> None:
-    path = stand_in(home / "bin", "uname", "echo 5.15.90.1-microsoft-standard-WSL2")
-    stand_in(home / "old", "systemctl", "exit 1")
-    told = refused(tree, home, "install-systemd", PATH=f"{home}/old:{path}")
-    assert "systemd=true under [boot] in /etc/wsl.conf" in told
-
-
-def test_under_sudo_the_way_out_is_told(tree: Path, home: Path) -> None:
-    path = stand_in(home / "bin", "systemctl", "exit 1")
-    told = refused(tree, home, "install-systemd", PATH=path, SUDO_USER="someone")
-    assert "without sudo" in told
-
-
-def test_help_shows_where_the_service_would_be(tree: Path, home: Path) -> None:
-    told = run(["make", "help"], cwd=tree, env=clean_env(home)).stdout.decode()
-    assert re.search(rf"(?m)^CONFIG_DIR +{home}/.config/ssh-agent-proxy ", told)
-    assert re.search(rf"(?m)^SYSTEMD_USER_DIR +{home}/.config/systemd/user ", told)
-    assert re.search(r"(?m)^PROXY_URL +http://127.0.0.1:7221 ", told)
-
-
-@pytest.mark.parametrize("name", ["CONFIG_DIR", "SYSTEMD_USER_DIR"])
 @pytest.mark.parametrize("value", ["~/x", "/a\tb"])
-def test_a_path_that_no_unit_can_name_is_refused(
-    tree: Path, home: Path, name: str, value: str
-) -> None:
-    argv = ["make", f"PYTHON={sys.executable}", f"{name}={value}", "install-systemd"]
-    answer = run(argv, cwd=tree, env=clean_env(home), check=False)
-    assert answer.returncode != 0
-    assert value in answer.stderr.decode()
+def test_a_path_that_no_unit_can_name_is_refused(tree: Path, home: Path, value: str) -> None:
+    for name in ("CONFIG_DIR", "SYSTEMD_USER_DIR"):
+        argv = ["make", f"PYTHON={sys.executable}", f"{name}={value}", "install-systemd"]
+        answer = run(argv, cwd=tree, env=clean_env(home), check=False)
+        assert answer.returncode != 0
+        assert value in answer.stderr.decode()
     assert not (home / ".local").exists()
 
 
@@ -721,53 +686,37 @@ def test_a_path_that_no_unit_can_name_is_refused(
 
 @pytest.fixture(scope="module")
 def hardened() -> Iterator[Manager]:
-    manager = Manager("-c")
-    yield manager
-    manager.stop()
-
-
-@pytest.fixture
-def strict(possible: None, request: pytest.FixtureRequest) -> Manager:
     """No user namespaces, as on a hardened system; nothing is installed."""
-    manager: Manager = request.getfixturevalue("hardened")
-    manager.wipe()
-    return manager
+    yield from boot("-c")
 
 
-def test_without_user_namespaces_the_drop_in_is_left_out(strict: Manager) -> None:
-    told = strict.make("install-systemd").stdout.decode()
+@alone
+def test_without_user_namespaces_the_drop_in_is_left_out_and_an_older_one_removed(
+    hardened: Manager
+) -> None:
+    hardened.write(SANDBOX, (ROOT / "contrib/systemd/sandbox.conf").read_text(), 0o644)
+    told = hardened.install()
     assert "sandbox.conf does not start on this system: it allows no user namespaces" in told
     assert "217/USER" in told
-    assert not strict.exists(SANDBOX.parent)
-    assert strict.show("ActiveState") == "active"
-    assert strict.curl(f"{URL}/healthz").stdout == b"ok\n"
-    assert "trial" not in strict.text("systemctl", "--user", "list-units", "--all")
-
-
-def test_a_drop_in_that_does_not_start_any_more_is_removed(strict: Manager) -> None:
-    strict.write(SANDBOX, (ROOT / "contrib/systemd/sandbox.conf").read_text(), 0o644)
-    told = strict.make("install-systemd").stdout.decode()
     assert f"Removed: {SANDBOX}\n" in told
-    assert not strict.exists(SANDBOX.parent)
-    assert strict.curl(f"{URL}/healthz").stdout == b"ok\n"
-    pid = strict.main_pid()
-    strict.make("install-systemd")
-    assert strict.main_pid() == pid
+    assert not hardened.exists(SANDBOX.parent)
+    assert hardened.answers()
+    no_trace_of_the_trial(hardened)
+    pid = hardened.main_pid()
+    hardened.install()
+    assert hardened.main_pid() == pid
 
 
+@alone
 def test_a_drop_in_that_can_not_be_mounted_is_left_out(manager: Manager) -> None:
     # Ends as it does where users may have namespaces, but mount nothing in them.
-    drop_in = manager.outside(HOME / "tree/contrib/systemd/sandbox.conf")
-    before = drop_in.read_text()
-    drop_in.write_text(before + "BindReadOnlyPaths=/nonexistent\n")
-    try:
-        told = manager.make("install-systemd").stdout.decode()
-    finally:
-        drop_in.write_text(before)
+    manager.source("contrib/systemd/sandbox.conf",
+                   lambda text: text + "BindReadOnlyPaths=/nonexistent\n")  # fmt: skip
+    told = manager.install()
     assert "does not start on this system: it lets no user mount anything, 226/NAMESPACE." in told
     assert not manager.exists(SANDBOX.parent)
-    assert not manager.exists(RUNTIME / "systemd/user")
-    assert manager.curl(f"{URL}/healthz").stdout == b"ok\n"
+    assert manager.answers()
+    no_trace_of_the_trial(manager)
 
 
 # ---------------------------------------------------------------- signing
@@ -801,12 +750,13 @@ def commit(manager: Manager, key: str) -> None:
     assert 'Good "git" signature for tester@example.com' in told
 
 
+@alone
 @pytest.mark.parametrize("place", PLACES)
 def test_a_commit_is_signed_by_an_agent_in(manager: Manager, keys: Keys, place: str) -> None:
     # In the whole sandbox, and by an agent that was started anew under it, too.
     path = PLACES[place]
     number = manager.agent(path, keys["ed25519"])
-    manager.make("install-systemd")
+    manager.install()
     manager.settings(UPSTREAM=path)
     assert manager.show("DropInPaths") == str(SANDBOX)
     commit(manager, keys.line("ed25519"))
@@ -815,25 +765,38 @@ def test_a_commit_is_signed_by_an_agent_in(manager: Manager, keys: Keys, place: 
     commit(manager, keys.line("other"))
 
 
-def test_status_tells_address_and_agent(manager: Manager, keys: Keys) -> None:
+@alone
+def test_status_pubkey_and_logs_tell_of_the_service(manager: Manager, keys: Keys) -> None:
     path = PLACES["runtime"]
     manager.agent(path, keys["ed25519"])
-    manager.make("install-systemd")
+    manager.install()
     wanted = f"listening on 127.0.0.1:7221, using the agent at '{path}'"
     wait_for(lambda: manager.show("StatusText") == wanted, 5, f"the status {wanted}")
     assert f'Status: "{wanted}"' in manager.make("status").stdout.decode()
-
-
-def test_pubkey_prints_the_key_of_the_service(manager: Manager, keys: Keys) -> None:
-    manager.agent(PLACES["runtime"], keys["ed25519"])
-    manager.make("install-systemd")
     elsewhere = {"SSH_AGENT_PROXY_PUBKEY_URL": "http://127.0.0.1:9/"}
     assert manager.make("pubkey", **elsewhere).stdout.decode().strip() == keys.line("ed25519")
 
+    commit(manager, keys.line("ed25519"))
+    lines = wait_for(lambda: logged(manager, "outcome=signed "), message="the signature's line")
+    assert [(line["PRIORITY"], line["SYSLOG_IDENTIFIER"]) for line in lines] == [("5", NAME)]
+    told = manager.make("logs", "ARGS=--output=cat --lines=5 --no-pager").stdout.decode()
+    assert lines[0]["MESSAGE"] in told
+    landlock = logged(manager, "Landlock: ")[0]["MESSAGE"]
+    assert re.match("Landlock: (in force |.*(this kernel has none|not enabled))", landlock)
 
+
+def logged(manager: Manager, start: str) -> List[Dict[str, Any]]:
+    """What the journal has of this run of the service that begins so."""
+    argv = ["journalctl", "--user", "--quiet", f"--user-unit={NAME}", "--output=json"]
+    argv += [f"_SYSTEMD_INVOCATION_ID={manager.show('InvocationID')}"]
+    lines = [json.loads(line) for line in manager.text(*argv).splitlines()]
+    return [line for line in lines if line["MESSAGE"].startswith(start)]
+
+
+@alone
 def test_pubkey_asks_a_socket_too_with_a_token(manager: Manager, keys: Keys) -> None:
     manager.agent(PLACES["runtime"], keys["ed25519"])
-    manager.make("install-systemd")
+    manager.install()
     tokens = ENV.with_name("tokens")
     token = manager.text(f"{HOME}/.local/bin/ssh-agent-proxy", "token", "me",
                          "--token-file", tokens)  # fmt: skip
@@ -841,24 +804,23 @@ def test_pubkey_asks_a_socket_too_with_a_token(manager: Manager, keys: Keys) -> 
     url = f"PROXY_URL=unix:{RUNTIME}/ssh-agent-proxy/socket"
     told = manager.make("pubkey", url, SSH_AGENT_PROXY_TOKEN=token).stdout.decode()
     assert told.strip() == keys.line("ed25519")
-    answer = manager.make("pubkey", url, check=False)
-    assert answer.returncode != 0
-    assert "a token is needed" in answer.stderr.decode()
+    assert "a token is needed" in manager.refuses("pubkey", url)
 
 
+@alone
 def test_the_folder_of_a_socket_outlives_the_service(manager: Manager) -> None:
     # As a container has it mounted.
-    manager.make("install-systemd")
+    manager.install()
     manager.settings(ADDR="unix:$XDG_RUNTIME_DIR/ssh-agent-proxy/socket")
     path = RUNTIME / NAME / "socket"
     folder = manager.text("stat", "-c", "%i %a", path.parent)
     assert folder.endswith(" 700")
-    for _ in range(2):
-        assert manager.curl("--unix-socket", path, "http://localhost/healthz").stdout == b"ok\n"
-        manager.ctl("stop", NAME)
-        assert not manager.exists(path)
-        assert manager.text("stat", "-c", "%i %a", path.parent) == folder
-        manager.ctl("start", NAME)
+    manager.ctl("stop", NAME)
+    assert not manager.exists(path)
+    assert manager.text("stat", "-c", "%i %a", path.parent) == folder
+    manager.ctl("start", NAME)
+    assert manager.curl("--unix-socket", path, "http://localhost/healthz").stdout == b"ok\n"
+    assert manager.text("stat", "-c", "%i %a", path.parent) == folder
 
 
 EXEC_AGENT = """\
@@ -881,10 +843,11 @@ while True:
 """
 
 
+@alone
 def test_a_program_of_the_settings_runs_in_the_sandbox(manager: Manager, keys: Keys) -> None:
     manager.agent(PLACES["runtime"], keys["ed25519"])
     manager.write(HOME / "relay.py", EXEC_AGENT)
-    manager.make("install-systemd")
+    manager.install()
     manager.settings(UPSTREAM=f"exec:{manager.python} {HOME}/relay.py {PLACES['runtime']}")
     assert manager.show("DropInPaths") == str(SANDBOX)
     commit(manager, keys.line("ed25519"))
@@ -910,10 +873,11 @@ def busy(manager: Manager) -> bool:
     return any(line.split()[1] == ours and line.split()[3] == "01" for line in found)
 
 
+@alone
 def test_what_is_in_flight_is_finished_when_it_stops(manager: Manager, keys: Keys) -> None:
     path = PLACES["runtime"]
     number = manager.agent(path, keys["ed25519"])
-    manager.make("install-systemd")
+    manager.install()
     manager.settings(UPSTREAM=path)
     wait_for(lambda: "using the agent" in manager.show("StatusText"))
     manager.run("kill", "-STOP", number)
@@ -938,11 +902,12 @@ until [ -e "$RUNTIME_DIRECTORY/yes" ]; do sleep 0.05; done
 """
 
 
+@alone
 def test_a_prompt_is_no_yes_and_no_no_when_it_stops(manager: Manager, keys: Keys) -> None:
     # The askpass program must not get the signal that is meant for the proxy.
     manager.agent(PLACES["runtime"], keys["ed25519"])
     manager.write(HOME / "askpass", ASKPASS, 0o700)
-    manager.make("install-systemd")
+    manager.install()
     manager.settings(UPSTREAM=PLACES["runtime"], CONFIRM=HOME / "askpass")
     request = sign(manager)
     folder = RUNTIME / NAME
@@ -956,108 +921,54 @@ def test_a_prompt_is_no_yes_and_no_no_when_it_stops(manager: Manager, keys: Keys
     assert manager.show("Result") == "success"
 
 
+@alone
 def test_one_that_dies_comes_back(manager: Manager) -> None:
-    manager.make("install-systemd")
+    manager.install()
     manager.quick()
     pid = manager.main_pid()
     manager.run("kill", "-KILL", str(pid))
     wait_for(lambda: manager.show("NRestarts") == "1" and manager.show("ActiveState") == "active")
     assert manager.main_pid() not in (0, pid)
-    assert manager.curl(f"{URL}/healthz").stdout == b"ok\n"
-
-
-# ---------------------------------------------------------------- the log
-
-
-def journal(manager: Manager, *args: str) -> List[Dict[str, Any]]:
-    argv = ["journalctl", "--user", "--quiet", f"--user-unit={NAME}", "--output=json", *args]
-    return [json.loads(line) for line in manager.text(*argv).splitlines()]
-
-
-def test_landlock_is_in_force_in_the_service(manager: Manager) -> None:
-    manager.make("install-systemd")
-    invocation = f"_SYSTEMD_INVOCATION_ID={manager.show('InvocationID')}"
-
-    def landlock() -> List[str]:
-        lines = journal(manager, invocation)
-        return [line["MESSAGE"] for line in lines if line["MESSAGE"].startswith("Landlock: ")]
-
-    told = wait_for(landlock, message="what the log says of Landlock")
-    if "this kernel has none" in told[0] or "not enabled at boot" in told[0]:
-        cannot_run("a kernel with Landlock")
-    assert told[0].startswith("Landlock: in force "), told
-
-
-def test_a_signature_is_in_the_journal_with_its_priority(manager: Manager, keys: Keys) -> None:
-    manager.agent(PLACES["runtime"], keys["ed25519"])
-    manager.make("install-systemd")
-    commit(manager, keys.line("ed25519"))
-    invocation = f"_SYSTEMD_INVOCATION_ID={manager.show('InvocationID')}"
-
-    def signed() -> List[Dict[str, Any]]:
-        lines = journal(manager, invocation)
-        return [line for line in lines if line["MESSAGE"].startswith("outcome=signed ")]
-
-    lines = wait_for(signed, message="the line of the signature")
-    assert [line["PRIORITY"] for line in lines] == ["5"]
-    assert lines[0]["SYSLOG_IDENTIFIER"] == NAME
-    told = manager.make("logs", "ARGS=--output=cat --lines=5 --no-pager").stdout.decode()
-    assert lines[0]["MESSAGE"] in told
+    assert manager.answers()
 
 
 # ---------------------------------------------------------------- uninstalling
 
 
-def test_uninstalling_leaves_the_settings_alone(manager: Manager) -> None:
-    manager.make("install-systemd")
+@alone
+def test_uninstalling_leaves_the_settings_and_the_users_own_drop_in(manager: Manager) -> None:
+    manager.install()
+    mine = manager.drop_in("Nice=1")
     manager.make("uninstall")
     told = manager.make("uninstall-systemd").stdout.decode()
-    assert manager.files() == [str(ENV.relative_to(HOME))]
-    assert f"Kept: {ENV}\n" in told
+    kept = sorted(str(path.relative_to(HOME)) for path in (ENV, mine))
+    assert manager.files() == kept
+    assert f"Kept: {ENV}\nKept: {mine}\n" in told
     assert f"Removed: {UNIT}\n" in told
-    assert manager.show("LoadState") == "not-found"
-    assert manager.show("ActiveState") == "inactive"
+    assert [manager.show("LoadState"), manager.show("ActiveState")] == ["not-found", "inactive"]
     assert not manager.exists(RUNTIME / NAME)
-    assert manager.curl(f"{URL}/healthz", check=False).returncode == 7
-    told = manager.make("uninstall-systemd").stdout.decode()
-    assert "No service is installed" in told
-    assert manager.files() == [str(ENV.relative_to(HOME))]
+    assert not manager.answers()
+    assert "No service is installed" in manager.make("uninstall-systemd").stdout.decode()
+    assert manager.files() == kept
 
 
-def test_uninstalling_leaves_the_users_own_drop_in(manager: Manager) -> None:
-    manager.make("install-systemd")
-    manager.quick()
-    told = manager.make("uninstall-systemd").stdout.decode()
-    mine = SANDBOX.with_name("zz.conf")
-    assert f"Kept: {mine}\n" in told
-    assert manager.exists(mine)
-    assert not manager.exists(SANDBOX)
-
-
+@alone
 def test_uninstalling_ends_a_service_whose_unit_is_gone(manager: Manager) -> None:
-    manager.make("install-systemd")
+    manager.install()
     manager.outside(UNIT).unlink()
     manager.make("uninstall-systemd")
     assert not manager.exists(SANDBOX)
-    assert manager.curl(f"{URL}/healthz", check=False).returncode == 7
+    assert not manager.answers()
 
 
-def test_without_journalctl_there_is_no_log_to_show(installed: Manager) -> None:
+@alone
+def test_what_there_is_nothing_to_show_of_is_told(manager: Manager) -> None:
+    for target in ("status", "logs"):
+        assert "no service is installed: make install-systemd" in manager.refuses(target)
+    manager.install()
     # All the programs but that one.
-    installed.sh('mkdir ~/most; ln -s /usr/bin/* ~/most; rm ~/most/journalctl')
-    try:
-        answer = installed.make("logs", check=False, PATH=f"{HOME}/most")
-    finally:
-        installed.run("rm", "-r", HOME / "most")
-    assert answer.returncode != 0
-    assert "there is no journalctl here" in answer.stderr.decode()
-
-
-@pytest.mark.parametrize("target", ["status", "logs"])
-def test_what_is_not_installed_is_told_how_to_be(manager: Manager, target: str) -> None:
-    answer = manager.make(target, check=False)
-    assert answer.returncode != 0
-    assert "no service is installed: make install-systemd" in answer.stderr.decode()
+    manager.sh("mkdir ~/most; ln -s /usr/bin/* ~/most; rm ~/most/journalctl")
+    assert "there is no journalctl here" in manager.refuses("logs", PATH=f"{HOME}/most")
 
 
 # ---------------------------------------------------------------- for packagers
@@ -1119,21 +1030,22 @@ def test_nothing_of_the_template_is_set() -> None:
     assert [line for line in lines if line and not line.startswith("#")] == []
 
 
-@pytest.mark.parametrize(("name", "value"), examples())
-def test_the_program_takes_the_example(home: Path, name: str, value: str) -> None:
+def test_the_program_takes_each_example(home: Path) -> None:
     from ssh_agent_proxy import COMMANDS, Config
 
     stand_in(home / "bin", "ssh-askpass", "exit 0")
     (home / ".ssh").mkdir()
     (home / ".ssh/id_ed25519.pub").write_text(dict(examples())["SSH_AGENT_PROXY_PUBKEY"])
     env = {"HOME": str(home), "XDG_RUNTIME_DIR": "/run/user/1", "PATH": str(home / "bin")}
-    alone = dict(env, SSH_AGENT_PROXY_CONFIRM="ssh-askpass") if "_FOR" in name else env
-    default = Config.from_env(alone, [], COMMANDS)
-    config = Config.from_env({**alone, name: value}, [], COMMANDS)
-    field = name[len("SSH_AGENT_PROXY_") :].lower()
-    assert getattr(config, field) != getattr(default, field)
+    for name, value in examples():
+        alone = dict(env, SSH_AGENT_PROXY_CONFIRM="ssh-askpass") if "_FOR" in name else env
+        default = Config.from_env(alone, [], COMMANDS)
+        config = Config.from_env({**alone, name: value}, [], COMMANDS)
+        field = name[len("SSH_AGENT_PROXY_") :].lower()
+        assert getattr(config, field) != getattr(default, field), value
 
 
+@alone
 def test_systemd_hands_the_examples_on_as_they_stand(manager: Manager) -> None:
     text = re.sub(r"(?m)^#(SSH_AGENT_PROXY_)", r"\1", TEMPLATE.read_text())
     manager.write(HOME / "all", text)
