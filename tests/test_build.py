@@ -21,11 +21,13 @@ from conftest import (
     Agent,
     Keys,
     Proxy,
+    Repository,
     cannot_run,
     clean_env,
     http,
     need,
     run,
+    short_folder,
     wait_for,
 )
 from test_make import (
@@ -34,12 +36,15 @@ from test_make import (
     bound_by_modes,
     copy_project,
     files,
+    link_venv,
     make,
     mode,
     stand_in,
 )
 
 BUILD = Path("contrib", "build.py")
+long = pytest.mark.long
+FORMS = ["zipapp", pytest.param("shiv", marks=long)]
 
 
 @pytest.fixture
@@ -68,6 +73,7 @@ def pythons() -> List[str]:
     return usable
 
 
+@long
 def test_every_python_of_this_machine_builds_the_same_bytes(tree: Path, home: Path) -> None:
     built = {}
     for python in pythons():
@@ -78,70 +84,63 @@ def test_every_python_of_this_machine_builds_the_same_bytes(tree: Path, home: Pa
     assert len(set(built.values())) == 1, list(built)
 
 
+TARGETS = {"build": ["ssh-agent-proxy"], "build-all": ["ssh-agent-proxy", "ssh-agent-proxy.shiv"]}
+
+
+@pytest.mark.parametrize("target", ["build", pytest.param("build-all", marks=long)])
 def test_two_clones_at_two_times_are_built_to_the_same_bytes(
-    tree: Path, home: Path, short: Path
+    tree: Path, home: Path, short: Path, target: str
 ) -> None:
-    make(tree, home, "build", TZ="UTC")
     elsewhere = copy_project(short / "another clone")
+    for clone in (tree, elsewhere):
+        shiv_python()
+        link_venv(clone, "has-shiv")
+    make(tree, home, target, TZ="UTC")
     for name in ("ssh_agent_proxy.py", "shim.sh"):
         os.utime(elsewhere / name, (1, 2_000_000_000))
         (elsewhere / name).chmod(0o700)
     before = os.umask(0o077)
     try:
-        make(elsewhere, home, "build", TZ="Asia/Tokyo", LANG="C", SOURCE_DATE_EPOCH="1")
+        make(elsewhere, home, target, TZ="Asia/Tokyo", LANG="C", SOURCE_DATE_EPOCH="1")
     finally:
         os.umask(before)
-    first, second = (path / "dist" / "ssh-agent-proxy" for path in (tree, elsewhere))
-    assert first.read_bytes() == second.read_bytes()
-    assert mode(first) == mode(second) == 0o755
+    assert files(tree / "dist") == TARGETS[target]
+    for name in TARGETS[target]:
+        first, second = (path / "dist" / name for path in (tree, elsewhere))
+        assert first.read_bytes() == second.read_bytes()
+        assert mode(first) == mode(second) == 0o755
 
 
-def members(path: Path) -> Dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:
-        return {
-            each.filename: (each.date_time, each.external_attr, archive.read(each.filename))
-            for each in archive.infolist()
-        }
+@pytest.mark.parametrize("form", FORMS)
+def test_it_holds_the_sources_uncompressed(form: str, built: Callable[[str], Path]) -> None:
+    folder = "site-packages/" if form == "shiv" else ""
+    assert built(form).read_bytes().startswith(f"#!{PYTHON} -I\n".encode())
+    with zipfile.ZipFile(built(form)) as archive:
+        assert archive.read(f"{folder}shim.sh") == SHIM.read_bytes()
+        assert archive.read(f"{folder}ssh_agent_proxy.py") == PROXY.read_bytes()
+        assert archive.testzip() is None
+        members = archive.infolist()
+    assert {each.compress_type for each in members} == {zipfile.ZIP_STORED}
+    assert {each.external_attr >> 16 for each in members} == {0o100644}
+    assert {each.date_time for each in members} == {(1980, 1, 1, 0, 0, 0)}
+    if form == "zipapp":
+        names = {each.filename for each in members}
+        assert names == {"__main__.py", "shim.sh", "ssh_agent_proxy.py"}
 
 
-def test_the_python_that_is_set_is_in_the_first_line_and_nowhere_else(
+def test_the_first_line_names_the_systems_python_or_the_one_that_is_set(
     tree: Path, home: Path
 ) -> None:
-    built = tree / "dist" / "ssh-agent-proxy"
-    make(tree, home, "build", f"PYTHON={PYTHON}")
-    chosen = members(built)
-    assert first_line(tree) == f"#!{PYTHON} -I\n"
-    run([MAKE, "build"], cwd=tree, env=default_python(home))
-    assert members(built) == chosen
-    assert first_line(tree) == "#!/usr/bin/python3 -I\n"
-
-
-def default_python(home: Path) -> Dict[str, str]:
-    """An environment in which make's own default for PYTHON is the Python of this run."""
-    return clean_env(home, PATH=stand_in(home / "default", "python3", f"exec '{PYTHON}' \"$@\""))
-
-
-def test_zipapp_holds_the_sources_uncompressed(tree: Path, home: Path) -> None:
-    make(tree, home, "build")
-    assert files(tree / "dist") == ["ssh-agent-proxy"]
-    assert mode(tree / "dist" / "ssh-agent-proxy") == 0o755
-    with zipfile.ZipFile(tree / "dist" / "ssh-agent-proxy") as archive:
-        members = {member.filename: member for member in archive.infolist()}
-        assert set(members) == {"__main__.py", "shim.sh", "ssh_agent_proxy.py"}
-        assert {m.compress_type for m in members.values()} == {zipfile.ZIP_STORED}
-        assert {m.external_attr >> 16 for m in members.values()} == {0o100644}
-        assert archive.read("shim.sh") == (tree / "shim.sh").read_bytes()
-        assert archive.read("ssh_agent_proxy.py") == (tree / "ssh_agent_proxy.py").read_bytes()
-
-
-def first_line(tree: Path) -> str:
-    with open(tree / "dist" / "ssh-agent-proxy", "rb") as f:
-        return f.readline().decode()
-
-
-def test_zipapp_runs_with_the_python_of_the_environment(tree: Path, home: Path) -> None:
-    make(tree, home, "build", PYTHON=PYTHON)
-    assert first_line(tree) == f"#!{PYTHON} -I\n"
+    default = {"PATH": stand_in(home / "default", "python3", f"exec '{PYTHON}' \"$@\"")}
+    chosen = f"#!{PYTHON} -I\n"
+    for arguments, env, first_line in (
+        ([f"PYTHON={PYTHON}"], {}, chosen),
+        ([], {"PYTHON": PYTHON}, chosen),
+        ([], default, "#!/usr/bin/python3 -I\n"),
+    ):
+        run([MAKE, "build", *arguments], cwd=tree, env=clean_env(home, **env))
+        with open(tree / "dist" / "ssh-agent-proxy", "rb") as f:
+            assert f.readline().decode() == first_line
 
 
 def test_a_python_that_no_first_line_can_name_is_refused(tree: Path, home: Path) -> None:
@@ -156,40 +155,39 @@ def test_a_python_that_no_first_line_can_name_is_refused(tree: Path, home: Path)
 
 def test_a_right_build_is_left_untouched(tree: Path, home: Path) -> None:
     make(tree, home, "build")
-    built = tree / "dist" / "ssh-agent-proxy"
-    before = built.stat()
-    make(tree, home, "build")
-    assert (built.stat().st_ino, built.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    built.write_bytes(b"something else")
-    make(tree, home, "build")
-    assert zipfile.is_zipfile(built)
+    target = tree / "dist" / "ssh-agent-proxy"
+    before = target.stat()
+    make(tree, home, "build-darwin")
+    assert (target.stat().st_ino, target.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    target.write_bytes(b"something else")
+    make(tree, home, "build-darwin")
+    assert zipfile.is_zipfile(target)
 
 
 def test_an_interrupted_build_leaves_the_old_one_and_nothing_else(tree: Path, home: Path) -> None:
-    make(tree, home, "build")
-    built = tree / "dist" / "ssh-agent-proxy"
-    built.write_bytes(b"the old one")
+    target = tree / "dist" / "ssh-agent-proxy"
+    target.parent.mkdir()
+    target.write_bytes(b"the old one")
     # The moment at which the new one stands beside it.
     script = (
         "import pathlib, runpy, sys\n"
         "def interrupted(*_): raise KeyboardInterrupt\n"
         "pathlib.Path.replace = interrupted\n"
-        f"sys.argv = ['build.py', {str(built)!r}, '/usr/bin/python3']\n"
+        f"sys.argv = ['build.py', {str(target)!r}, '/usr/bin/python3']\n"
         f"runpy.run_path({str(tree / BUILD)!r}, run_name='__main__')\n"
     )
     assert run([PYTHON, "-c", script], env=clean_env(home), check=False).returncode != 0
-    assert built.read_bytes() == b"the old one"
+    assert target.read_bytes() == b"the old one"
     assert files(tree / "dist") == ["ssh-agent-proxy"]
 
 
-@pytest.mark.parametrize("target", ["build-darwin"])
-def test_a_target_that_is_another_name_for_build(tree: Path, home: Path, target: str) -> None:
-    make(tree, home, "build")
-    built = (tree / "dist" / "ssh-agent-proxy").read_bytes()
-    make(tree, home, "clean")
-    make(tree, home, target)
-    assert files(tree / "dist") == ["ssh-agent-proxy"]
-    assert (tree / "dist" / "ssh-agent-proxy").read_bytes() == built
+def test_a_failing_shiv_is_told_and_leaves_nothing(tree: Path, home: Path) -> None:
+    stand_in(home / "bad", "python", "exit 3")
+    argv = [PYTHON, "-I", tree / BUILD, home / "built", PYTHON, home / "bad" / "python"]
+    answer = run(argv, env=clean_env(home), check=False)
+    assert answer.stderr == b"build: shiv failed, with exit status 3\n"
+    assert not (home / "built").exists()
+    assert files(home / "tmp") == []
 
 
 def test_the_scripts_own_metadata_is_what_uv_and_pipx_read() -> None:
@@ -202,30 +200,61 @@ def test_the_scripts_own_metadata_is_what_uv_and_pipx_read() -> None:
     assert all(line == "#" or line.startswith("# ") for line in content)
     text = "\n".join(line[2:] for line in content)
     assert text == 'requires-python = ">=3.9"'  # no dependency
-    if sys.version_info >= (3, 11):
-        import tomllib
-
-        assert tomllib.loads(text) == {"requires-python": ">=3.9"}
 
 
 # ---------------------------------------------------------------- what runs
 
 
-@pytest.fixture
-def program(tree: Path, home: Path, short: Path) -> Path:
-    """As installed; what is installed does not need the tree that it came from."""
-    make(tree, home, "install", f"BINDIR={short}/a bin")
-    shutil.rmtree(tree)
-    return short / "a bin" / "ssh-agent-proxy"
+def shiv_python() -> str:
+    """The Python of the venv that runs the tests; make puts shiv into it."""
+    if not importlib.util.find_spec("shiv"):
+        cannot_run("shiv is missing: make test installs it, or pip install shiv")
+    return sys.executable
+
+
+@pytest.fixture(scope="module")
+def built() -> Iterator[Callable[[str], Path]]:
+    """built(FORM): made once, in a tree that is not there any more when it runs."""
+    with short_folder() as folder:
+
+        def build(form: str) -> Path:
+            target = folder / form / "ssh-agent-proxy"
+            if not target.exists():
+                tree = copy_project(folder / "a tree")
+                target.parent.mkdir()
+                if form == "zipapp":
+                    make(tree, folder, "install", f"BINDIR={target.parent}")
+                else:
+                    argv = [PYTHON, "-I", tree / BUILD, target, PYTHON, shiv_python()]
+                    run(argv, env=clean_env(folder))
+                shutil.rmtree(tree)
+            return target
+
+        yield build
 
 
 @pytest.fixture
-def start(home: Path) -> Iterator[Callable[..., Proxy]]:
-    """start(PROGRAM, AGENT, ENV): `serve`, listening."""
+def program(built: Callable[[str], Path], short: Path) -> Path:
+    return install(built("zipapp"), short)
+
+
+@pytest.fixture
+def shiv(built: Callable[[str], Path], short: Path) -> Path:
+    return install(built("shiv"), short)
+
+
+def install(source: Path, short: Path) -> Path:
+    (short / "a bin").mkdir()
+    return Path(shutil.copy(source, short / "a bin"))
+
+
+@pytest.fixture
+def start(home: Path, agent_with_key: Agent) -> Iterator[Callable[..., Proxy]]:
+    """start(PROGRAM, ENV): `serve`, listening."""
     started: List[Proxy] = []
 
-    def start(argv: List[Any], agent: Agent, env: Dict[str, str]) -> Proxy:
-        words = [*argv, "--addr", "127.0.0.1:0", "--upstream", agent.sock]
+    def start(argv: List[Any], env: Dict[str, str]) -> Proxy:
+        words = [*argv, "--addr", "127.0.0.1:0", "--upstream", agent_with_key.sock]
         started.append(Proxy([str(word) for word in words], env))
         return started[-1]
 
@@ -245,9 +274,9 @@ def works(proxy: Proxy) -> None:
 
 
 def test_one_that_runs_hands_out_its_own_shim_after_an_upgrade(
-    program: Path, agent: Agent, home: Path, start: Callable[..., Proxy]
+    program: Path, home: Path, start: Callable[..., Proxy]
 ) -> None:
-    proxy = start([program], agent, clean_env(home))
+    proxy = start([program], clean_env(home))
     longer = program.with_name("longer")
     with zipfile.ZipFile(program) as old, zipfile.ZipFile(longer, "x") as new:
         for name in old.namelist():
@@ -259,26 +288,49 @@ def test_one_that_runs_hands_out_its_own_shim_after_an_upgrade(
     assert http(proxy.port, "GET", "/shim").body == SHIM.read_bytes()
 
 
-def test_it_tells_the_version_of_the_source(program: Path, home: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_it_tells_the_version_of_the_source(
+    form: str, built: Callable[[str], Path], home: Path
+) -> None:
     version = re.search(r'(?m)^VERSION = "(.+)"', PROXY.read_text("utf-8"))
     assert version
-    told = run([program, "--version"], env=clean_env(home)).stdout.decode()
+    told = run([built(form), "--version"], env=clean_env(home)).stdout.decode()
     assert told == f"ssh-agent-proxy {version.group(1)}\n"
+    wrong = run([built(form), "--addr", "nonsense"], env=clean_env(home), check=False)
+    assert wrong.returncode == 2, "the program's own exit status"
 
 
-# How it may be called. It is in "a bin"; the folder that is worked in, "cwd", is hostile.
-WAYS = {
-    "by its path": "exec '../a bin/ssh-agent-proxy'",
-    "from its folder": "cd '../a bin' && exec ./ssh-agent-proxy",
-    "on the PATH": "PATH=\"$PWD/../a bin:$PATH\" && exec ssh-agent-proxy",
-    "a link to it": "ln -s '../a bin/ssh-agent-proxy' link && exec ./link",
-    "a link beside it": "cd '../a bin' && ln -s ssh-agent-proxy link && exec ./link",
-    "a link to a link": "ln -s '../a bin/ssh-agent-proxy' one && ln -s one two && exec ./two",
-    "a link on the PATH": "ln -s \"$PWD/../a bin/ssh-agent-proxy\" agent-proxy && "
-    'PATH="$PWD:$PATH" && exec agent-proxy',
-    "a link to its folder": "ln -s '../a bin' folder && exec folder/ssh-agent-proxy",
-    "by an interpreter": "cp '../a bin/ssh-agent-proxy' x.pyz && exec PYTHON -I x.pyz",
-}
+def test_an_old_python_is_told_so(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 8, 18))
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(program), run_name="__main__")
+    assert ended.value.code == "ssh-agent-proxy needs Python 3.9 or newer, this is 3.8"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_commit_is_signed_by_what_is_built(
+    form: str,
+    built: Callable[[str], Path],
+    home: Path,
+    keys: Keys,
+    start: Callable[..., Proxy],
+) -> None:
+    proxy = start([built(form)], clean_env(home))
+    # The shim as the program hands it out.
+    shim = home / "ssh-agent-proxy-sign"
+    shim.write_bytes(run([built(form), "shim"], env=clean_env(home)).stdout)
+    shim.chmod(0o755)
+    public = keys["ed25519"].with_suffix(".pub")
+    repository = Repository(home / "container", f"{proxy.url}/sign", public)
+    repository.git("config", "gpg.ssh.program", shim)
+    repository.commit("signed")
+    told = repository.run("verify-commit", "HEAD").stderr.decode()
+    assert 'Good "git" signature for committer@example.com' in told
+    assert proxy.stop() == 0
+
+
+# ---------------------------------------------------------------- what else might run
 
 
 def mark(path: Path) -> str:
@@ -294,7 +346,7 @@ def lay_out_modules(folder: Path, ran: Path) -> None:
             names.add(path.stem)
     # Without those that it starts with, it would end before it has run anything.
     loaded = run([PYTHON, "-I", "-c", "import sys; print(*sys.modules)"]).stdout.decode().split()
-    for name in names - set(loaded) | {"__main__"}:
+    for name in names - set(loaded) | {"__main__", "sitecustomize"}:
         (folder / f"{name}.py").write_text(mark(ran))
     (folder / "http.py").unlink()  # a package goes first, anyway
     (folder / "http").mkdir()
@@ -342,42 +394,74 @@ def test_the_hostile_modules_would_run(
     assert name in (short / "ran").read_text().split()
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_it_runs_no_code_but_its_own(
-    way: str,
-    program: Path,
-    hostile: Dict[str, str],
-    short: Path,
-    agent: Agent,
-    keys: Keys,
-    start: Callable[..., Proxy],
+# How it may be called, and what makes that possible. It is in "a bin"; the folder that is worked
+# in, "cwd", is hostile.
+WAYS = {
+    "by its path": (":", "'../a bin/ssh-agent-proxy'"),
+    "a link on the PATH": (
+        "ln -s \"$PWD/../a bin/ssh-agent-proxy\" agent-proxy",
+        'env PATH="$PWD:$PATH" agent-proxy',
+    ),
+    "from its folder": (":", "sh -c 'cd \"../a bin\" && exec ./ssh-agent-proxy \"$@\"' sh"),
+    "on the PATH": (":", 'env PATH="$PWD/../a bin:$PATH" ssh-agent-proxy'),
+    "a link to it": ("ln -s '../a bin/ssh-agent-proxy' link", "./link"),
+    "a link beside it": ("ln -s ssh-agent-proxy '../a bin/link'", "'../a bin/link'"),
+    "a link to a link": ("ln -s '../a bin/ssh-agent-proxy' one && ln -s one two", "./two"),
+    "a link to its folder": ("ln -s '../a bin' folder", "folder/ssh-agent-proxy"),
+    "by an interpreter": ("cp '../a bin/ssh-agent-proxy' x.pyz", "PYTHON -I x.pyz"),
+}
+SHORT_WAYS = ("by its path", "a link on the PATH")
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=() if way in SHORT_WAYS else long) for way in WAYS]
+)
+def test_it_runs_no_code_but_its_own_however_it_is_called(
+    way: str, program: Path, hostile: Dict[str, str], short: Path, start: Callable[..., Proxy]
 ) -> None:
-    agent.add(keys["ed25519"])
     lay_out_modules(short / "a bin", short / "ran")
     for name in ("PYTHONHOME", "PYTHONPLATLIBDIR", "PYTHONINSPECT", "PYTHONWARNINGS"):
         hostile[name] = str(short / "cwd")
-    line = WAYS[way].replace("PYTHON", shlex.quote(PYTHON))
-    argv = ["sh", "-c", f'cd "$0" && {line} "$@"', short / "cwd"]
-    works(start([*argv, "-v"], agent, hostile))
+    prepare, line = WAYS[way]
+    run(["sh", "-c", prepare], env=hostile, cwd=short / "cwd")
+    line = line.replace("PYTHON", shlex.quote(PYTHON))
+    argv = ["sh", "-c", f'cd "$0" && exec {line} "$@"', short / "cwd"]
+    assert run([*argv, "shim"], env=hostile).stdout == SHIM.read_bytes()
+    works(start([*argv, "-v"], hostile))
     assert not (short / "ran").exists(), (short / "ran").read_text()
     assert not (short / "cache").exists()
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_it_prints_the_shim_byte_for_byte(
-    way: str, program: Path, home: Path, short: Path
+@long
+def test_through_shiv_pythonpath_is_not_obeyed(
+    shiv: Path, hostile: Dict[str, str], short: Path
 ) -> None:
-    (short / "cwd").mkdir()
-    (short / "cwd" / "shim.sh").write_text("echo another shim\n")
-    line = WAYS[way].replace("PYTHON", shlex.quote(PYTHON))
-    printed = run(["sh", "-c", f"{line} shim"], env=clean_env(home), cwd=short / "cwd").stdout
-    assert printed == SHIM.read_bytes()
+    run([shiv, "--version"], env=hostile, cwd=short / "cwd")
+    assert not (short / "ran").exists()
 
 
-# ---------------------------------------------------------------- homes
+@long
+def test_through_shiv_a_source_that_was_edited_does_not_run(shiv: Path, home: Path) -> None:
+    env = clean_env(home)
+    run([shiv, "--version"], env=env)
+    unpacked = next(home.glob(".shiv/*/site-packages"))
+    edited = (unpacked / "ssh_agent_proxy.py", SHIM.with_name("ssh_agent_proxy.py").read_text())
+    for path, before in (edited, (unpacked / "hmac.py", None)):
+        path.write_text(mark(home / "ran"))
+        answer = run([shiv, "--version"], env=env, check=False)
+        assert answer.returncode == 1
+        assert b"has been modified" in answer.stderr
+        assert not (home / "ran").exists()
+        path.unlink() if before is None else path.write_text(before)
+    run([shiv, "--version"], env=env)
 
 
-HOMES = ["read-only", "closed", "missing", "a file", "not set", "empty"]
+# ---------------------------------------------------------------- homes, and what is written
+
+
+HOMES = ["read-only", "not set"] + [
+    pytest.param(home, marks=long) for home in ("closed", "missing", "a file", "empty")
+]
 
 
 @pytest.fixture(params=HOMES)
@@ -399,251 +483,28 @@ def odd_home(request: pytest.FixtureRequest, home: Path, short: Path) -> Iterato
         odd.chmod(0o700)
 
 
-def test_a_home_that_is_closed_is_closed_to_the_test(short: Path) -> None:
-    (short / "odd home").mkdir(mode=0o500)
-    done = run([*bound_by_modes(), "mkdir", short / "odd home" / "x"], check=False)
-    assert done.returncode != 0
-
-
+@pytest.mark.parametrize("form", FORMS)
 def test_it_works_without_a_home_to_write_to(
-    program: Path,
-    odd_home: Dict[str, str],
-    agent: Agent,
-    keys: Keys,
-    start: Callable[..., Proxy],
-) -> None:
-    agent.add(keys["ed25519"])
-    works(start([*bound_by_modes(), program], agent, odd_home))
-
-
-# ---------------------------------------------------------------- what it writes
-
-OPENING = re.compile(r'\b(?:open|openat|openat2|creat)\((?:AT_FDCWD, |\d+, )?"([^"]*)".*')
-
-
-def written(trace: str) -> List[str]:
-    """The paths that a trace of system calls shows as opened for writing, made, or changed."""
-    found = []
-    for line in trace.splitlines():
-        if "+++ exited" in line or " --- SIG" in line:
-            continue
-        opened = OPENING.search(line)
-        if opened and re.search(r"O_WRONLY|O_RDWR|O_CREAT|O_TRUNC|creat\(", line):
-            found.append(opened.group(1))
-        elif not opened and not re.search(r"\) += -1 ", line):
-            found.append(line)
-    # The standard library's own cache, where nobody has filled it yet, is Python's to fill.
-    own = [re.escape(os.path.realpath(sysconfig.get_paths()["stdlib"])) + "/.*__pycache__", "/dev/"]
-    return [path for path in found if not re.match("|".join(own), path)]
-
-
-def whole_trace(trace: Path, pid: int) -> str:
-    text = trace.read_text()
-    return text if re.search(rf"(?m)^{pid} +\+\+\+ exited with 0 ", text) else ""
-
-
-# ("?": a system that has no such call is no error.)
-TRACED = (
-    "open", "openat", "creat", "mkdir", "mkdirat", "rename", "renameat", "renameat2", "link",
-    "linkat", "symlink", "symlinkat", "mknod", "mknodat", "truncate", "unlink", "unlinkat", "rmdir",
-)  # fmt: skip
-
-
-def test_it_unpacks_nothing_and_writes_no_file(
-    program: Path,
-    home: Path,
-    short: Path,
-    agent: Agent,
-    keys: Keys,
-    start: Callable[..., Proxy],
-) -> None:
-    agent.add(keys["ed25519"])
-    before = files(home), files(short / "a bin")
-    calls = ",".join(f"?{call}" for call in TRACED)
-    trace = short / "trace"
-    # -D: the process that is started, and gets the signals, is the program.
-    argv = [need("strace", "strace"), "-D", "-f", "-e", f"trace={calls}", "-o", trace]
-    proxy = start([*argv, program], agent, clean_env(home))
-    works(proxy)
-    text = wait_for(lambda: whole_trace(trace, proxy.pid), message="the end of the trace")
-    assert str(program) in text
-    assert written(text) == []
-    assert (files(home), files(short / "a bin")) == before
-
-
-def test_a_trace_tells_what_is_written(home: Path, short: Path) -> None:
-    # Else the test above would hold whatever the program did.
-    script = f"import os; open({str(home / 'made')!r}, 'w'); os.mkdir({str(home / 'folder')!r})"
-    argv = [need("strace", "strace"), "-f", "-e", "trace=open,openat,mkdir,mkdirat", "-o"]
-    run([*argv, short / "trace", PYTHON, "-I", "-c", script], env=clean_env(home))
-    told = written((short / "trace").read_text())
-    assert told[0] == str(home / "made")
-    assert str(home / "folder") in told[1]
-    assert len(told) == 2
-
-
-# ---------------------------------------------------------------- with git
-
-
-@pytest.mark.parametrize("form", ["zipapp", "shiv"])
-def test_a_commit_is_signed_by_what_is_built(
     form: str,
-    request: pytest.FixtureRequest,
-    home: Path,
-    agent: Agent,
-    keys: Keys,
-    start: Callable[..., Proxy],
-) -> None:
-    agent.add(keys["ed25519"])
-    built = request.getfixturevalue("program" if form == "zipapp" else "shiv")
-    proxy = start([built], agent, clean_env(home))
-    # The shim as the program hands it out.
-    shim = home / "ssh-agent-proxy-sign"
-    shim.write_bytes(run([built, "shim"], env=clean_env(home)).stdout)
-    shim.chmod(0o755)
-    signers = home / "signers"
-    signers.write_text(f"committer@example.com {keys.line('ed25519')}\n")
-    git = [need("git", "git"), "-C", home / "repository"]
-    env = clean_env(home, SSH_AGENT_PROXY_URL=f"{proxy.url}/sign")
-    run([*git[:1], "init", "-q", home / "repository"], env=env)
-    for setting in (
-        "gpg.format=ssh",
-        f"gpg.ssh.program={shim}",
-        f"gpg.ssh.defaultKeyCommand={shim} key",
-        f"gpg.ssh.allowedSignersFile={signers}",
-    ):
-        run([*git, "config", *setting.split("=", 1)], env=env)
-    run([*git, "commit", "-q", "-S", "--allow-empty", "-m", "signed"], env=env)
-    told = run([*git, "verify-commit", "HEAD"], env=env).stderr.decode()
-    assert 'Good "git" signature for committer@example.com' in told
-    assert proxy.stop() == 0
-
-
-# ---------------------------------------------------------------- an old Python
-
-
-def test_an_old_python_is_told_so(
-    program: Path, monkeypatch: pytest.MonkeyPatch, home: Path
-) -> None:
-    monkeypatch.setattr(sys, "version_info", (3, 8, 18))
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(program), run_name="__main__")
-    assert ended.value.code == "ssh-agent-proxy needs Python 3.9 or newer, this is 3.8"
-
-
-# ---------------------------------------------------------------- through shiv
-
-
-def shiv_python() -> str:
-    """The Python of the venv that runs the tests; make puts shiv into it."""
-    if not importlib.util.find_spec("shiv"):
-        cannot_run("shiv is missing: make test installs it, or pip install shiv")
-    return sys.executable
-
-
-def build_shiv(tree: Path, home: Path, target: Path, **env: str) -> Path:
-    argv = [PYTHON, "-I", tree / BUILD, target, PYTHON, shiv_python()]
-    run(argv, env=clean_env(home, **env))
-    return target
-
-
-@pytest.fixture
-def shiv(tree: Path, home: Path, short: Path) -> Path:
-    (short / "a bin").mkdir()
-    target = build_shiv(tree, home, short / "a bin" / "ssh-agent-proxy")
-    shutil.rmtree(tree)
-    return target
-
-
-def test_make_builds_it_with_the_shiv_of_its_venv(tree: Path, home: Path) -> None:
-    venv = tree / ".venv" / "{}.{}".format(*sys.version_info[:2])
-    # This run's own venv, with what make leaves in one when it has made it and put shiv into it.
-    venv.mkdir(parents=True)
-    for name in ("bin", "lib", "pyvenv.cfg"):
-        (venv / name).symlink_to(Path(shiv_python()).parent.parent / name)
-    (venv / "made-of").write_text(f"{PYTHON}\n")
-    (venv / "has-shiv").write_text("")
-    make(tree, home, "build-all")
-    dist = tree / "dist"
-    assert files(dist) == ["ssh-agent-proxy", "ssh-agent-proxy.shiv"]
-    other = build_shiv(tree, home, home / "built by hand")
-    assert (dist / "ssh-agent-proxy.shiv").read_bytes() == other.read_bytes()
-    assert mode(dist / "ssh-agent-proxy.shiv") == 0o755
-    assert zipapp_of(dist / "ssh-agent-proxy")["ssh_agent_proxy.py"] == (
-        tree / "ssh_agent_proxy.py"
-    ).read_bytes()
-
-
-def zipapp_of(path: Path) -> Dict[str, bytes]:
-    return {name: content for name, (_, _, content) in members(path).items()}
-
-
-def test_two_builds_through_shiv_are_byte_identical(tree: Path, home: Path, short: Path) -> None:
-    first = build_shiv(tree, home, home / "first", TZ="UTC")
-    elsewhere = copy_project(short / "another clone")
-    for name in ("ssh_agent_proxy.py", "shim.sh"):
-        os.utime(elsewhere / name, (1, 2_000_000_000))
-        (elsewhere / name).chmod(0o700)
-    before = os.umask(0o077)
-    try:
-        env = {"TZ": "Asia/Tokyo", "LANG": "C", "SOURCE_DATE_EPOCH": "1700000000"}
-        second = build_shiv(elsewhere, home, home / "second", **env)
-    finally:
-        os.umask(before)
-    assert first.read_bytes() == second.read_bytes()
-    assert mode(first) == mode(second) == 0o755
-
-
-def test_what_shiv_makes_holds_the_same_sources_uncompressed(shiv: Path) -> None:
-    found = zipapp_of(shiv)
-    assert found["site-packages/ssh_agent_proxy.py"] == PROXY.read_bytes()
-    assert found["site-packages/shim.sh"] == SHIM.read_bytes()
-    with zipfile.ZipFile(shiv) as archive:
-        assert archive.testzip() is None
-        assert {each.compress_type for each in archive.infolist()} == {zipfile.ZIP_STORED}
-        assert {each.external_attr >> 16 for each in archive.infolist()} == {0o100644}
-        assert {each.date_time for each in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
-    assert shiv.read_bytes().startswith(f"#!{PYTHON} -I\n".encode())
-
-
-def test_it_tells_its_version_through_shiv(shiv: Path, home: Path) -> None:
-    env = clean_env(home)
-    told = run([shiv, "--version"], env=env).stdout
-    assert told == run([PYTHON, "-I", PROXY, "--version"], env=env).stdout
-    wrong = run([shiv, "--addr", "nonsense"], env=env, check=False)
-    assert wrong.returncode == 2, "the program's own exit status"
-
-
-def test_a_failing_shiv_is_told_and_leaves_nothing(tree: Path, home: Path) -> None:
-    stand_in(home / "bad", "python", "exit 3")
-    argv = [PYTHON, "-I", tree / BUILD, home / "built", PYTHON, home / "bad" / "python"]
-    answer = run(argv, env=clean_env(home), check=False)
-    assert answer.stderr == b"build: shiv failed, with exit status 3\n"
-    assert not (home / "built").exists()
-    assert files(home / "tmp") == []
-
-
-def test_through_shiv_it_unpacks_into_shiv_root_and_nowhere_else(
-    shiv: Path,
+    built: Callable[[str], Path],
     odd_home: Dict[str, str],
     short: Path,
-    agent: Agent,
-    keys: Keys,
     start: Callable[..., Proxy],
 ) -> None:
-    agent.add(keys["ed25519"])
-    odd_home["SHIV_ROOT"] = str(short / "root")
+    # Through shiv, where it is told where to unpack instead.
     (short / "root").mkdir()
-    works(start([*bound_by_modes(), shiv], agent, odd_home))
+    odd_home["SHIV_ROOT"] = str(short / "root")
+    works(start([*bound_by_modes(), built(form)], odd_home))
     unpacked = {Path(name).name for name in files(short / "root")}
-    assert {"shim.sh", "ssh_agent_proxy.py"} <= unpacked
+    assert not unpacked if form == "zipapp" else {"shim.sh", "ssh_agent_proxy.py"} <= unpacked
     assert not (short / "odd home").is_dir() or files(short / "odd home") == []
 
 
+@long
 def test_through_shiv_it_dies_where_it_can_unpack_nowhere(
     shiv: Path, home: Path, short: Path
 ) -> None:
+    # This shows as well that a home that is closed is closed to the test.
     (short / "odd home").mkdir(mode=0o500)
     env = clean_env(home, HOME=short / "odd home")
     answer = run([*bound_by_modes(), shiv, "--version"], env=env, check=False)
@@ -651,26 +512,43 @@ def test_through_shiv_it_dies_where_it_can_unpack_nowhere(
     assert b"PermissionError" in answer.stderr
 
 
-def test_through_shiv_a_source_that_was_edited_does_not_run(shiv: Path, home: Path) -> None:
-    env = clean_env(home)
-    run([shiv, "--version"], env=env)
-    unpacked = next(home.glob(".shiv/*/site-packages"))
-    for name in ("ssh_agent_proxy.py", "hmac.py"):
-        before = (unpacked / name).read_text() if (unpacked / name).exists() else None
-        (unpacked / name).write_text(mark(home / "ran"))
-        answer = run([shiv, "--version"], env=env, check=False)
-        assert answer.returncode == 1
-        assert b"has been modified" in answer.stderr
-        assert not (home / "ran").exists()
-        if before is None:
-            (unpacked / name).unlink()
-        else:
-            (unpacked / name).write_text(before)
-    run([shiv, "--version"], env=env)
+# ("?": a system that has no such call is no error.)
+TRACED = (
+    "open", "openat", "creat", "mkdir", "mkdirat", "rename", "renameat", "renameat2", "link",
+    "linkat", "symlink", "symlinkat", "mknod", "mknodat", "truncate", "unlink", "unlinkat", "rmdir",
+)  # fmt: skip
+STRACE = ["-f", "-e", "trace=" + ",".join(f"?{call}" for call in TRACED), "-o"]
 
 
-def test_through_shiv_pythonpath_is_not_obeyed(
-    shiv: Path, hostile: Dict[str, str], short: Path
+def changes(trace: str) -> List[str]:
+    """The lines of a trace of system calls that open something for writing, make or change it."""
+    opens = re.compile(r"\b(?:open|openat)\(")
+    writes = re.compile(r"O_WRONLY|O_RDWR|O_CREAT|O_TRUNC")
+    # The standard library's own cache, where nobody has filled it yet, is Python's to fill.
+    cache = re.escape(os.path.realpath(sysconfig.get_paths()["stdlib"])) + "/.*__pycache__"
+    passed_over = re.compile(rf"\+\+\+ exited| --- SIG|\) += -1 |\"(?:{cache}|/dev/)")
+    lines = [line for line in trace.splitlines() if not passed_over.search(line)]
+    return [line for line in lines if writes.search(line) or not opens.search(line)]
+
+
+def test_it_unpacks_nothing_and_writes_no_file(
+    program: Path, home: Path, short: Path, start: Callable[..., Proxy]
 ) -> None:
-    run([shiv, "--version"], env=hostile, cwd=short / "cwd")
-    assert not (short / "ran").exists()
+    # -D: the process that is started, and gets the signals, is the program.
+    trace = short / "trace"
+    proxy = start([need("strace", "strace"), "-D", *STRACE, trace, program], clean_env(home))
+    works(proxy)
+    ended = f"{proxy.pid} +++ exited with 0 "
+    wait_for(lambda: ended in trace.read_text(), message="the end of the trace")
+    assert str(program) in trace.read_text()
+    assert changes(trace.read_text()) == []
+
+
+def test_a_trace_tells_what_is_written(home: Path, short: Path) -> None:
+    # Else the test above would hold whatever the program did.
+    script = f"import os; open({str(home / 'made')!r}, 'w'); os.mkdir({str(home / 'folder')!r})"
+    argv = [need("strace", "strace"), *STRACE, short / "trace", PYTHON, "-I", "-c", script]
+    run(argv, env=clean_env(home))
+    made, folder = changes((short / "trace").read_text())
+    assert str(home / "made") in made
+    assert str(home / "folder") in folder
