@@ -260,7 +260,10 @@ class Keys(Dict[str, Path]):
 
     def __missing__(self, name: str) -> Path:
         path = self.folder / name
-        run(["ssh-keygen", "-q", "-N", "", "-C", f"{name}@test", "-f", path, *KEY_KINDS[name]])
+        with held(self.folder / f"{name}.lock"):
+            if not path.exists():
+                argv = ["ssh-keygen", "-q", "-N", "", "-C", f"{name}@test", "-f", path]
+                run([*argv, *KEY_KINDS[name]])
         self[name] = path
         return path
 
@@ -269,9 +272,24 @@ class Keys(Dict[str, Path]):
         return self[name].with_suffix(".pub").read_text().strip()
 
 
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Of the processes that run tests, one at a time goes on from here."""
+    import fcntl
+
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    return Keys(tmp_path_factory.mktemp("keys"))
+    """The same for all processes that run tests: an RSA key takes its time."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    (folder / "keys").mkdir(exist_ok=True)
+    return Keys(folder / "keys")
 
 
 def fingerprint(key: Path) -> str:
