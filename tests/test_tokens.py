@@ -13,59 +13,55 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
 from conftest import (
+    HOST,
     PROXY,
     Agent,
     Answer,
     Keys,
     Proxy,
+    ask,
+    call,
     cannot_run,
     clean_env,
-    need,
-    parse_answer,
-    rows,
-    run,
-    wait_for,
-)
-from test_commands import call, one_line
-from test_http import (
-    HOST,
-    MIB,
-    clean,
+    commit,
+    connect,
     get,
     log_fields,
-    name_of,
+    need,
+    one_line,
+    parse_answer,
     post,
+    post_chunked,
+    private_file,
     read_all,
     refused,
     request_lines,
+    rows,
+    run,
+    short_folder,
+    tag,
     the_one_answer,
+    wait_for,
 )
+from test_http import clean, name_of
 
 import ssh_agent_proxy as p
 
 # No text of a log or an answer may hold this: each token of these tests begins with it.
 SECRET = "s3cr3t"
 TOKEN = SECRET + "-Tok3n._~+/AZaz09"
-SECOND = SECRET + "-second"
+SECOND = SECRET + "-second-of-these"
+WRONG = SECRET + "-of-nobody-here"
 FINGERPRINT = "SHA256:" + 43 * "a"
 VARIABLE = "SSH_AGENT_PROXY_TOKEN_FILE"
 
-TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
-PAYLOADS = {
-    "commit": f"tree {TREE}\n"
-    "author A U Thor <author@example.com> 1700000000 +0000\n"
-    "committer C O Mitter <committer@example.com> 1700000000 +0000\n\nSubject\n".encode(),
-    "tag": f"object {TREE}\ntype commit\ntag v1\n"
-    "tagger A U Thor <author@example.com> 1700000000 +0000\n\nMessage\n".encode(),
-    "other": b"hello",
-}
-COMMIT = PAYLOADS["commit"]
+COMMIT = commit()
+PAYLOADS = {"commit": COMMIT, "tag": tag(), "other": b"hello"}
 
 
 def bearer(token: str = TOKEN) -> str:
@@ -107,69 +103,60 @@ def test_a_line_is_a_token_its_name_and_its_leash(
     assert p.check_token(f"Bearer {TOKEN}", [token]) is token
 
 
+LONG = 16 * "a"
+
+
 @pytest.mark.parametrize("token", [
-    "a", "A", "0", "-", ".", "_", "~", "+", "/", "a=", "a==", "a===", "-=", "key=", "payloads=",
-    base64.b64encode(bytes(range(256))).decode(), base64.urlsafe_b64encode(b"\xff\xfe").decode(),
+    LONG, "Az09-._~+/Az09-._~+/", LONG + "=", LONG + "===", "-" + LONG, "key" + LONG + "=",
+    base64.b64encode(bytes(range(256))).decode(), base64.urlsafe_b64encode(bytes(20)).decode(),
     "f" * 4096,
 ])  # fmt: skip
-@pytest.mark.parametrize("rest", ["", " box", " payloads=tag"])
-def test_every_b64token_is_a_token(token: str, rest: str) -> None:
-    tokens = p.parse_tokens(token + rest)
-    assert p.check_token(f"Bearer {token}", tokens) is tokens[0]
+def test_every_b64token_is_a_token(token: str) -> None:
+    for rest in ("", " box", " payloads=tag"):
+        tokens = p.parse_tokens(token + rest)
+        assert p.check_token(f"Bearer {token}", tokens) is tokens[0]
 
 
-@pytest.mark.parametrize("token", [
+@pytest.mark.parametrize("odd", [
     "=", "==", "=a", "a=b", "a==b", "a=b=", '"a"', "a,b", "a;b", "a:b", "a%20b", "a%", "a#b", "a@b",
     "a!b", "a$b", "a&b", "a*b", "a|b", "<a>", "(a)", "a\\b", "\u00e4", "a\u00e4", "\u0661",
     "\uff41", "a\x00", "\x00", "a\x07b", "a\x1b[31m", "a\u200bb", "\ufeffa", "\ufffd", "Bearer:a",
-])  # fmt: skip
-def test_what_is_no_b64token_breaks_the_file(token: str) -> None:
-    with pytest.raises(p.ConfigError, match="line 1: "):
-        p.parse_tokens(f"{token} box\n")
+], ids=ascii)  # fmt: skip
+def test_what_is_no_b64token_breaks_the_file(odd: str) -> None:
+    for token in (odd, odd + LONG):
+        with pytest.raises(p.ConfigError, match="line 1: "):
+            p.parse_tokens(f"{token} box\n")
 
 
 # Each word that might be a token begins as one: none may be shown.
 BROKEN: List[Tuple[str, str, int]] = [
     ("two names", f"{TOKEN} {SECOND} {SECRET}", 1),
     ("a name behind an option", f"{TOKEN} payloads=tag {SECRET}", 1),
-    ("a name between options", f"{TOKEN} payloads=tag {SECRET} key={FINGERPRINT}", 1),
-    ("a name behind a name and an option", f"{TOKEN} box payloads=tag {SECRET}", 1),
     *[(f"a name with {c!r}", f"{TOKEN} {SECRET}{c}", 1) for c in ",;:/+~@%!*\"'()<>\\\u00e4\x00"],
     ("a comment behind the token", f"{TOKEN} # {SECRET}", 1),
-    ("a comment behind the name", f"{TOKEN} box # {SECRET}", 1),
     ("a comment behind an option", f"{TOKEN} payloads=tag #{SECRET}", 1),
     ("an indented comment", f"{TOKEN}\n # {SECRET}", 2),
-    ("an indented comment without a blank", f"{TOKEN}\n\t#{SECRET}", 2),
     ("the same token twice", f"{TOKEN} box\n{TOKEN} jar", 2),
     ("the same token twice, with others between", f"{TOKEN}\n#\n{SECOND}\n\n{TOKEN}", 5),
     ("key= twice", f"{TOKEN} key={FINGERPRINT} key={FINGERPRINT}", 1),
     ("payloads= twice", f"{TOKEN} payloads=tag payloads=tag", 1),
-    ("payloads= twice, with another between",
-     f"{TOKEN} payloads=tag key={FINGERPRINT} payloads=commit", 1),
     ("an unknown option", f"{TOKEN} {SECRET}=1", 1),
-    ("an unknown option behind a known one", f"{TOKEN} payloads=tag {SECRET}=1", 1),
     ("an option in capitals", f"{TOKEN} KEY={FINGERPRINT}", 1),
     ("an option without a name", f"{TOKEN} ={SECRET}", 1),
     ("key= without a value", f"{TOKEN} key=", 1),
     ("payloads= without a value", f"{TOKEN} payloads=", 1),
     ("an unknown option without a value", f"{TOKEN} {SECRET}=", 1),
     ("key= that is no fingerprint", f"{TOKEN} key={SECRET}", 1),
-    ("key= of MD5", f"{TOKEN} key=MD5:{':'.join(16 * ['ab'])}", 1),
     ("key= that is too short", f"{TOKEN} key={FINGERPRINT[:-1]}", 1),
     ("key= that is too long", f"{TOKEN} key={FINGERPRINT}a", 1),
-    ("key= with padding", f"{TOKEN} key={FINGERPRINT}=", 1),
-    ("key= with a blank behind", f"{TOKEN} key= {FINGERPRINT}", 1),
     ("key= that is a key", f"{TOKEN} key=ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI", 1),
     ("an unknown kind", f"{TOKEN} payloads={SECRET}", 1),
     ("an unknown kind among known ones", f"{TOKEN} payloads=commit,{SECRET},tag", 1),
     ("the kind other", f"{TOKEN} payloads=other", 1),
     ("a kind in capitals", f"{TOKEN} payloads=Commit", 1),
     ("any among kinds", f"{TOKEN} payloads=any,commit", 1),
-    ("kinds that begin with a comma", f"{TOKEN} payloads=,commit", 1),
     ("kinds that end with a comma", f"{TOKEN} payloads=commit,", 1),
     ("an empty kind between", f"{TOKEN} payloads=commit,,tag", 1),
-    ("a blank between kinds", f"{TOKEN} payloads=commit, tag", 1),
-    ("kinds with plus", f"{TOKEN} payloads=commit+tag", 1),
     ("a header's words", f"Authorization: Bearer {TOKEN}", 1),
     ("a mistake behind good lines", f"# mine\n{TOKEN} box\n\n{SECOND} jar {SECRET}\n", 4),
 ]  # fmt: skip
@@ -199,15 +186,16 @@ def test_only_blanks_and_tabs_separate_fields(separator: str) -> None:
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
 def test_a_file_has_comments_and_empty_lines_and_is_read_to_its_end(end: str) -> None:
+    third = SECRET + "-third-of-these"
     lines = [
         f"# {SECRET}", "#", f"#{TOKEN} box", f"{TOKEN} box", "", " \t", f"{SECOND} payloads=tag",
-        f"# {TOKEN}", "third",
+        f"# {TOKEN}", third,
     ]  # fmt: skip
     for last in ("", end):
         tokens = p.parse_tokens(end.join(lines) + last)
         assert [token.name for token in tokens] == ["box", "line 7", "line 9"]
         assert tokens[1].payloads == ("tag",)
-        assert p.check_token("Bearer third", tokens) is tokens[2]
+        assert p.check_token(f"Bearer {third}", tokens) is tokens[2]
 
 
 @pytest.mark.parametrize("text", rows([
@@ -222,20 +210,16 @@ def test_a_file_without_a_token_is_broken_and_the_way_out_is_named(text: str) ->
     assert SECRET not in str(e.value)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_bytes_of_every_sort_are_tokens_or_a_config_error(seed: int) -> None:
-    rng = random.Random(seed)
+def test_words_in_every_order_are_tokens_or_a_config_error_that_tells_none() -> None:
+    rng = random.Random(1)
     words = [TOKEN, SECOND, "box", "#", " ", "\t", "\n", "\r\n", "=", "key=", "payloads=", ",",
              FINGERPRINT, "commit", "any", "\x00", "\u2028", "\ufffd"]  # fmt: skip
     for _ in range(500):
         text = "".join(rng.choice(words) for _ in range(rng.randrange(12)))
         try:
-            tokens = p.parse_tokens(text)
+            assert SECRET not in "".join(token.key for token in p.parse_tokens(text))
         except p.ConfigError as e:
             assert SECRET not in str(e)
-        else:
-            assert tokens
-            assert SECRET not in "".join(token.key for token in tokens)
 
 
 def test_a_token_is_not_kept_in_memory() -> None:
@@ -252,34 +236,23 @@ TAKEN = [
 
 NOT_TAKEN: List[Tuple[str, Optional[str]]] = [
     ("none", None),
-    ("empty", ""),
     ("only the scheme", "Bearer"),
-    ("only the scheme and a blank", "Bearer "),
     ("no scheme", TOKEN),
     ("another scheme", f"Basic {TOKEN}"),
     ("another scheme, as Basic writes it", "Basic " + base64.b64encode(TOKEN.encode()).decode()),
     ("a scheme that begins alike", f"BearerX {TOKEN}"),
-    ("a scheme that ends alike", f"xBearer {TOKEN}"),
-    ("Token", f"Token {TOKEN}"),
     ("a colon", f"Bearer: {TOKEN}"),
     ("a tab", f"Bearer\t{TOKEN}"),
     ("no blank", f"Bearer{TOKEN}"),
     ("the scheme twice", f"Bearer Bearer {TOKEN}"),
     ("two tokens", f"Bearer {TOKEN} {TOKEN}"),
-    ("two tokens, the second wrong", f"Bearer {TOKEN} wrong"),
-    ("two tokens, the first wrong", f"Bearer wrong {TOKEN}"),
     ("a list of tokens", f"Bearer {TOKEN},{TOKEN}"),
-    ("a list of credentials", f"Bearer {TOKEN}, Bearer {TOKEN}"),
     ("a list of schemes", f"Basic {TOKEN}, Bearer {TOKEN}"),
-    ("a comma behind", f"Bearer {TOKEN},"),
     ("a parameter", f"Bearer token={TOKEN}"),
-    ("a parameter behind", f"Bearer {TOKEN};a=b"),
     ("in quotes", f'Bearer "{TOKEN}"'),
     ("in percent", "Bearer " + "".join(f"%{c:02x}" for c in TOKEN.encode())),
-    ("one in percent", f"Bearer {TOKEN.replace('s', '%73', 1)}"),
-    ("wrong", "Bearer wrong"),
+    ("wrong", f"Bearer {WRONG}"),
     ("shorter", f"Bearer {TOKEN[:-1]}"),
-    ("without the first", f"Bearer {TOKEN[1:]}"),
     ("longer", f"Bearer {TOKEN}x"),
     ("padded", f"Bearer {TOKEN}="),
     ("in another case", f"Bearer {TOKEN.swapcase()}"),
@@ -287,7 +260,6 @@ NOT_TAKEN: List[Tuple[str, Optional[str]]] = [
     ("in full width", f"Bearer {TOKEN.replace('s', chr(0xFF53))}"),
     ("its digest", f"Bearer {hashlib.sha256(TOKEN.encode()).hexdigest()}"),
     ("its name", "Bearer box"),
-    ("its line", f"Bearer {TOKEN} box"),
     ("very long", "Bearer " + 15000 * "a"),
 ]
 
@@ -307,7 +279,7 @@ def test_anything_else_than_a_token_of_the_file_is_401(value: Optional[str]) -> 
     assert SECRET not in str(e.value).lower()
 
 
-@pytest.mark.parametrize("given", [TOKEN, SECOND, "third", "wrong", ""])
+@pytest.mark.parametrize("given", [TOKEN, SECOND, WRONG, ""])
 def test_every_token_is_compared_in_constant_time_also_behind_the_right_one(
     given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,42 +290,18 @@ def test_every_token_is_compared_in_constant_time_also_behind_the_right_one(
         compared.append((a, b))
         return real(a, b)
 
-    tokens = p.parse_tokens(f"{TOKEN}\n{SECOND}\nthird\n")
+    tokens = p.parse_tokens(f"{TOKEN}\n{SECOND}\n{SECRET}-third-of-these\n")
     monkeypatch.setattr(hmac, "compare_digest", spy)
     try:
         p.check_token(f"Bearer {given}", tokens)
     except p.RequestError:
-        assert given in ("wrong", "")
+        assert given in (WRONG, "")
     assert len(compared) == 3
     for a, b in compared:
         # Digests: a comparison of texts of different lengths would tell the length.
         assert isinstance(a, bytes)
         assert len(a) == len(b) == hashlib.sha256().digest_size
     assert TOKEN.encode() not in [value for pair in compared for value in pair]
-
-
-# ================================================================ pure: the setting
-
-
-def test_the_setting_is_a_variable_and_an_option_and_its_path_is_expanded(home: Path) -> None:
-    def path_of(env: Dict[str, str], *argv: str) -> Tuple[str, str]:
-        env = {"HOME": str(home), **env}
-        file = p.Config.from_env(env, argv, {}).token_file
-        assert file
-        return file.path, file.setting
-
-    assert p.Config.from_env({"HOME": str(home)}, [], {}).token_file is None
-    assert p.Config.from_env({"HOME": str(home), VARIABLE: ""}, [], {}).token_file is None
-    expected = f"{home}/tokens"
-    for written in ("~/tokens", "%h/tokens", "$HOME/tokens", "${HOME}/tokens", expected):
-        assert path_of({VARIABLE: written}) == (expected, VARIABLE)
-        assert path_of({VARIABLE: "/x"}, "--token-file", written) == (expected, "--token-file")
-
-
-def test_an_unset_variable_in_the_path_is_exit_2(home: Path) -> None:
-    done = call(home, **{VARIABLE: "$NOWHERE/tokens"})
-    assert done.returncode == 2
-    assert f"{VARIABLE}: " in one_line(done.stderr)
 
 
 # ================================================================ a proxy that many tests share
@@ -364,7 +312,6 @@ class Door:
 
     def __init__(self, folder: Path, agent: Agent, *args: str) -> None:
         self.folder = folder
-        self.agent = agent
         self.path = folder / "tokens"
         self.write(f"{TOKEN} box\n")
         argv = [sys.executable, str(PROXY), "--addr", "127.0.0.1:0", "-v", *args]
@@ -386,7 +333,7 @@ class Door:
     def raw(self, data: bytes) -> Tuple[bytes, Dict[str, str]]:
         """What comes back for DATA, and the line that the log has for it."""
         before = len(self.proxy.log())
-        with socket.create_connection(("127.0.0.1", self.port), 10) as s:
+        with connect(self.port) as s:
             peer = name_of(s)
             s.sendall(data)
             received = read_all(s)
@@ -409,36 +356,28 @@ class Door:
 
 
 @pytest.fixture(scope="module")
-def agent2(keys: Keys) -> Iterator[Agent]:
-    """An agent with two keys."""
-    folder = Path(tempfile.mkdtemp(prefix="sap.", dir="/tmp"))
-    agent = Agent(folder / "agent")
-    agent.add(keys["ed25519"])
-    agent.add(keys["other"])
-    yield agent
-    agent.stop()
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def open_door(agent2: Agent) -> Iterator[Callable[..., Door]]:
-    """Proxies by their further arguments, each started once."""
+def open_door(keys: Keys) -> Iterator[Callable[..., Door]]:
+    """Proxies by their further arguments, each started once, in front of an agent of two keys."""
     doors: Dict[Tuple[str, ...], Door] = {}
+    with short_folder() as folder:
+        agent = Agent(folder / "agent")
+        agent.add(keys["ed25519"])
+        agent.add(keys["other"])
 
-    def start(*args: str) -> Door:
-        if args not in doors:
-            folder = Path(tempfile.mkdtemp(prefix="sap.", dir="/tmp"))
-            doors[args] = Door(folder, agent2, *args)
-        doors[args].write(f"{TOKEN} box\n")
-        return doors[args]
+        def start(*args: str) -> Door:
+            if args not in doors:
+                own = folder / str(len(doors))
+                own.mkdir()
+                doors[args] = Door(own, agent, *args)
+            doors[args].write(f"{TOKEN} box\n")
+            return doors[args]
 
-    yield start
-    for door in doors.values():
-        status = door.proxy.stop()
-        shutil.rmtree(door.folder)
-        clean(door.proxy)
-        assert SECRET not in door.proxy.log()
-        assert status == 0
+        yield start
+        for door in doors.values():
+            assert door.proxy.stop() == 0
+            clean(door.proxy)
+            assert SECRET not in door.proxy.log()
+        agent.stop()
 
 
 @pytest.fixture
@@ -457,35 +396,29 @@ def unauthorized(answer: Answer) -> Answer:
 # ---------------------------------------------------------------- who comes in
 
 
-@pytest.mark.parametrize("form", TAKEN)
-def test_the_holder_of_a_token_is_served(form: str, door: Door) -> None:
-    field = "Authorization: " + form.format(TOKEN)
-    answer, fields = door.ask(post(COMMIT, field))
+def test_the_holder_of_a_token_is_served(door: Door) -> None:
+    answer, fields = door.ask(post(COMMIT, "Authorization: bearer  " + TOKEN))
     assert answer.status == 200
     assert answer.body.startswith(b"-----BEGIN SSH SIGNATURE-----\n")
     assert (fields["outcome"], fields["token"]) == ("signed", "box")
-    answer, fields = door.ask(get("/publickey", field))
+    answer, fields = door.ask(get("/publickey", bearer()))
     assert answer.status == 200
     assert fields["token"] == "box"
 
 
-@pytest.mark.parametrize("value", rows([row for row in NOT_TAKEN if "full width" not in row[0]]))
-def test_nobody_else_is_served(value: Optional[str], door: Door) -> None:
-    fields = [] if value is None else [f"Authorization: {value}"]
+@pytest.mark.parametrize(("fields", "why"), rows([
+    ("none", [], "a token is needed"),
+    ("another scheme", [f"Authorization: Basic {TOKEN}"], "a token is needed"),
+    ("wrong", [bearer(WRONG)], "this token is not one of the proxy's"),
+    ("two tokens", [bearer(f"{TOKEN} {TOKEN}")], "this token is not one of the proxy's"),
+]))  # fmt: skip
+def test_nobody_else_is_served(fields: List[str], why: str, door: Door) -> None:
     for data in (post(COMMIT, *fields), get("/publickey", *fields)):
         answer, noted = door.ask(data)
-        unauthorized(answer)
+        assert unauthorized(answer).text.startswith(why)
         assert (noted["outcome"], noted["status"]) == ("refused", "401")
         assert "token" not in noted
         assert "digest" not in noted
-
-
-def test_a_missing_token_and_a_wrong_one_are_told_apart(door: Door) -> None:
-    missing = unauthorized(door.ask(get("/publickey"))[0]).text
-    wrong = unauthorized(door.ask(get("/publickey", bearer("wrong")))[0]).text
-    assert missing.startswith("a token is needed")
-    assert wrong != missing
-    assert "not one of the proxy's" in wrong
 
 
 def test_two_authorization_fields_are_malformed_even_where_both_are_right(door: Door) -> None:
@@ -494,7 +427,7 @@ def test_two_authorization_fields_are_malformed_even_where_both_are_right(door: 
 
 
 # What a client shows to everybody anyway: a log may hold it.
-SHOWN = "shown-Tok3n"
+SHOWN = "shown-Tok3n-of-these"
 
 
 @pytest.mark.parametrize(("data", "status"), rows([
@@ -505,8 +438,7 @@ SHOWN = "shown-Tok3n"
     ("behind a question mark", get(f"/publickey?access_token={SHOWN}"), 404),
     ("in the target's authority",
      f"GET http://{SHOWN}@localhost/publickey HTTP/1.1\r\n".encode() + HOST + b"\r\n", 400),
-    ("in a trailer", b"POST /sign HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n"
-     b"1\r\nx\r\n0\r\n" + bearer(SHOWN).encode() + b"\r\n\r\n", 401),
+    ("in a trailer", post_chunked(b"1\r\nx\r\n0\r\n" + bearer(SHOWN).encode() + b"\r\n\r\n"), 401),
 ]))  # fmt: skip
 def test_a_token_is_taken_from_nowhere_else(data: bytes, status: int, door: Door) -> None:
     door.write(f"{SHOWN} box\n")
@@ -514,29 +446,17 @@ def test_a_token_is_taken_from_nowhere_else(data: bytes, status: int, door: Door
     refused(door.ask(data)[0], status)
 
 
-def send(port: int, data: bytes) -> Answer:
-    with socket.create_connection(("127.0.0.1", port), 10) as s:
-        s.sendall(data)
-        return the_one_answer(read_all(s))
-
-
 def head(path: str, *fields: str) -> bytes:
     return b"HEAD" + get(path, *fields)[3:]
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/shim"])
-@pytest.mark.parametrize("method", ["GET", "HEAD"])
-@pytest.mark.parametrize("fields", rows([
-    ("none", ()), ("wrong", (bearer("wrong"),)), ("right", (bearer(),)),
-]))  # fmt: skip
-def test_health_and_shim_need_no_token(
-    path: str, method: str, fields: Tuple[str, ...], door: Door
-) -> None:
-    data, noted = door.raw((get if method == "GET" else head)(path, *fields))
-    answer = parse_answer(data)
-    assert answer.status == 200
-    assert (method == "HEAD") == (answer.body == b"")
-    assert "token" not in noted
+def test_health_and_shim_need_no_token(path: str, door: Door) -> None:
+    for fields in ((), (bearer("wrong"),), (bearer(),)):
+        for asked in (get, head):
+            data, noted = door.raw(asked(path, *fields))
+            assert parse_answer(data).status == 200
+            assert "token" not in noted
 
 
 def test_head_needs_a_token_too_and_its_answer_has_no_body(door: Door) -> None:
@@ -555,118 +475,82 @@ def test_an_unnamed_token_is_its_line_in_the_log(door: Door) -> None:
 
 
 def test_each_of_many_tokens_comes_in_under_its_own_name(door: Door) -> None:
-    door.write("".join(f"{SECRET}-{n} box{n}\n" for n in range(500)))
+    door.write("".join(f"{SECRET}-of-many-{n} box{n}\n" for n in range(500)))
     for n in (0, 250, 499):
-        answer, fields = door.ask(get("/publickey", bearer(f"{SECRET}-{n}")))
+        answer, fields = door.ask(get("/publickey", bearer(f"{SECRET}-of-many-{n}")))
         assert answer.status == 200
         assert fields["token"] == f"box{n}"
-    unauthorized(door.ask(get("/publickey", bearer(f"{SECRET}-500")))[0])
+    unauthorized(door.ask(get("/publickey", bearer(f"{SECRET}-of-many-500")))[0])
 
 
 def test_without_a_token_file_a_token_is_not_looked_at(proxy: Proxy) -> None:
     for fields in ((), (bearer(),), ("Authorization: nonsense",)):
-        answer = send(proxy.port, post(COMMIT, *fields))
-        assert answer.status == 200
+        assert ask(proxy.port, post(COMMIT, *fields)).status == 200
     assert SECRET not in proxy.log()
 
 
 # ---------------------------------------------------------------- the order of checks
 
 BEFORE: List[Tuple[str, bytes, int]] = [
-    ("framing", b"POST /sign HTTP/1.1\r\n" + HOST + b"Content-Length: x\r\n\r\n", 400),
-    ("two lengths", post(b"x", "Content-Length: 1"), 400),
+    ("framing", post(b"x", "Content-Length: 1"), 400),
     ("host", b"GET /publickey HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421),
-    ("host of the target", b"GET http://evil.example/publickey HTTP/1.1\r\n" + HOST + b"\r\n", 421),
     ("origin", get("/publickey", "Origin: http://localhost"), 403),
-    ("site", post(COMMIT, "Sec-Fetch-Site: same-origin"), 403),
     ("path", get("/nope"), 404),
-    ("the root", get("/"), 404),
-    ("a query", get("/publickey?"), 404),
     ("a longer path", get("/healthz/publickey"), 404),
-    ("GET of /sign", get("/sign"), 405),
-    ("POST to /publickey", b"POST /publickey" + post(b"x")[10:], 405),
-    ("OPTIONS of /sign", b"OPTIONS /sign" + post(b"x")[10:], 405),
+    ("a query", get("/publickey?"), 404),
+    ("method", get("/sign"), 405),
 ]
 
 BEHIND: List[Tuple[str, bytes]] = [
-    ("a namespace that is malformed", post(COMMIT, "SSHSIG-Namespace: a b")),
     ("a namespace that is not allowed", post(COMMIT, "SSHSIG-Namespace: file")),
     ("a hash that is unknown", post(COMMIT, "SSHSIG-Hash: md5")),
-    ("a key that is malformed", post(COMMIT, "SSHSIG-Key: nonsense")),
-    ("a key that is malformed, for /publickey", get("/publickey", "SSHSIG-Key: nonsense")),
+    ("a key that is malformed", get("/publickey", "SSHSIG-Key: nonsense")),
     ("no length", b"POST /sign HTTP/1.1\r\n" + HOST + b"\r\n"),
     ("too large", post(b"", length=1 << 40)),
     ("an empty body", post(b"")),
     ("a body that is cut off", post(b"x", length=2)),
-    ("a malformed chunk",
-     b"POST /sign HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\nnonsense\r\n"),
-    ("a body that would be signed", post(COMMIT)),
+    ("a malformed chunk", post_chunked(b"nonsense\r\n")),
 ]
 
 
-@pytest.mark.parametrize("how", ["no token", "broken file"])
 @pytest.mark.parametrize(("data", "status"), rows(BEFORE))
-def test_what_is_checked_before_the_token(data: bytes, status: int, how: str, door: Door) -> None:
-    if how == "broken file":
-        door.write("")
-    answer, _ = door.ask(data)
-    refused(answer, status)
-    assert "www-authenticate" not in answer.headers
+def test_what_is_checked_before_the_token(data: bytes, status: int, door: Door) -> None:
+    for text in (f"{TOKEN}\n", "broken\n\n"):
+        door.write(text)
+        answer, _ = door.ask(data)
+        refused(answer, status)
+        assert "www-authenticate" not in answer.headers
 
 
-@pytest.mark.parametrize("how", ["no token", "broken file"])
 @pytest.mark.parametrize("data", rows(BEHIND))
-def test_what_is_checked_behind_the_token(data: bytes, how: str, door: Door) -> None:
-    if how == "broken file":
-        door.write("")
-        refused(door.ask(data)[0], 503)
-    else:
-        unauthorized(door.ask(data)[0])
+def test_what_is_checked_behind_the_token(data: bytes, door: Door) -> None:
+    unauthorized(door.ask(data)[0])
 
 
 def test_the_agent_is_not_asked_for_those_who_have_no_token(
     scripted_agent: Callable[..., Path], start_proxy: Callable[..., Proxy], short: Path
 ) -> None:
     asked: List[int] = []
-
-    def count(connection: socket.socket) -> None:
-        asked.append(1)
-
-    path = short / "tokens"
-    path.write_text(f"{TOKEN}\n")
-    path.chmod(0o600)
-    proxy = start_proxy("--token-file", path, upstream=scripted_agent(count))
+    path = private_file(short / "tokens", f"{TOKEN}\n")
+    upstream = scripted_agent(lambda connection: asked.append(1))
+    proxy = start_proxy("--token-file", path, upstream=upstream)
     proxy.wait_log("/sign can't work yet")
     asked.clear()
-    for data in (post(COMMIT), get("/publickey"), post(COMMIT, bearer("wrong"))):
-        unauthorized(send(proxy.port, data))
+    for data in (post(COMMIT), get("/publickey"), post(COMMIT, bearer(WRONG))):
+        unauthorized(ask(proxy.port, data))
     assert not asked
-    assert send(proxy.port, get("/publickey", bearer())).status in (502, 503)
+    assert ask(proxy.port, get("/publickey", bearer())).status in (502, 503)
     assert asked
 
 
 @pytest.mark.parametrize("fields", rows([
     ("a length", "Content-Length: 1073741824\r\n"),
-    ("chunks", "Transfer-Encoding: chunked\r\n"),
     ("a length that waits", "Content-Length: 1073741824\r\nExpect: 100-continue\r\n"),
     ("chunks that wait", "Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n"),
 ]))  # fmt: skip
 def test_nothing_of_a_body_is_waited_for(fields: str, door: Door) -> None:
     received, _ = door.raw(b"POST /sign HTTP/1.1\r\n" + HOST + fields.encode() + b"\r\n")
     unauthorized(the_one_answer(received))  # and nobody was told to go on
-
-
-@pytest.mark.parametrize("framing", ["length", "chunks"])
-def test_a_client_that_keeps_sending_reads_its_401(framing: str, door: Door) -> None:
-    with socket.create_connection(("127.0.0.1", door.port), 10) as s:
-        if framing == "length":
-            s.sendall(post(b"", bearer("wrong"), length=1 << 30))
-        else:
-            s.sendall(b"POST /sign HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n")
-            s.sendall(b"4000000\r\n")
-        for _ in range(16):
-            s.sendall(bytes(4 * MIB))
-        unauthorized(the_one_answer(read_all(s)))
 
 
 # ---------------------------------------------------------------- leashes: key=
@@ -698,50 +582,46 @@ def naming(keys: Keys, how: str, name: str) -> List[str]:
 
 @pytest.mark.parametrize("pin", ["", "ed25519", "other"])
 @pytest.mark.parametrize("key", ["ed25519", "other"])
-@pytest.mark.parametrize("how", ["nothing", "line", "fingerprint"])
 def test_a_tokens_key_signs_whatever_is_pinned_for_all(
-    how: str, key: str, pin: str, open_door: Callable[..., Door], keys: Keys, short: Path
+    key: str, pin: str, open_door: Callable[..., Door], keys: Keys, short: Path
 ) -> None:
     door = open_door(*(["--pubkey", keys.line(pin)] if pin else []))
     leashed(door, keys, key)
-    named = naming(keys, how, key)
-    answer, fields = door.ask(post(COMMIT, bearer(), *named))
-    assert answer.status == 200, answer
-    assert verified(keys, key, short, answer.body)
-    assert fields["key"] == fingerprint(keys, key)
-    answer, _ = door.ask(get("/publickey", bearer(), *named))
-    assert answer.text.split()[:2] == keys.line(key).split()[:2]
+    for how in ("nothing", "line", "fingerprint"):
+        named = naming(keys, how, key)
+        answer, fields = door.ask(post(COMMIT, bearer(), *named))
+        assert answer.status == 200, answer
+        assert verified(keys, key, short, answer.body)
+        assert fields["key"] == fingerprint(keys, key)
+        answer, _ = door.ask(get("/publickey", bearer(), *named))
+        assert answer.text.split()[:2] == keys.line(key).split()[:2]
 
 
 @pytest.mark.parametrize("pin", ["", "ed25519", "other"])
-@pytest.mark.parametrize("how", ["line", "fingerprint"])
 @pytest.mark.parametrize(("key", "named"), [
     ("ed25519", "other"), ("other", "ed25519"), ("ed25519", "rsa2048"),
 ])  # fmt: skip
 def test_another_key_than_the_tokens_is_refused(
-    key: str, named: str, how: str, pin: str, open_door: Callable[..., Door], keys: Keys
+    key: str, named: str, pin: str, open_door: Callable[..., Door], keys: Keys
 ) -> None:
     door = open_door(*(["--pubkey", keys.line(pin)] if pin else []))
     leashed(door, keys, key)
-    for data in (post(COMMIT, bearer(), *naming(keys, how, named)),
-                 get("/publickey", bearer(), *naming(keys, how, named))):  # fmt: skip
-        answer, _ = door.ask(data)
-        refused(answer, 403)
-        assert fingerprint(keys, key) in answer.text
-        if key != pin:  # else both say so
-            assert "key=" in answer.text
+    for how in ("line", "fingerprint"):
+        fields = [bearer(), *naming(keys, how, named)]
+        for data in (post(COMMIT, *fields), get("/publickey", *fields)):
+            answer = refused(door.ask(data)[0], 403)
+            assert fingerprint(keys, key) in answer.text
+            if key != pin:  # else both say so
+                assert "key=" in answer.text
 
 
-@pytest.mark.parametrize("how", ["nothing", "line", "fingerprint"])
-def test_a_tokens_key_that_the_agent_lacks_is_no_usable_key(
-    how: str, door: Door, keys: Keys
-) -> None:
+def test_a_tokens_key_that_the_agent_lacks_is_no_usable_key(door: Door, keys: Keys) -> None:
     leashed(door, keys, "rsa2048")
-    named = naming(keys, how, "rsa2048")
-    for data in (post(COMMIT, bearer(), *named), get("/publickey", bearer(), *named)):
-        answer, _ = door.ask(data)
-        refused(answer, 503)
-        assert fingerprint(keys, "rsa2048") in answer.text
+    for how in ("nothing", "line", "fingerprint"):
+        fields = [bearer(), *naming(keys, how, "rsa2048")]
+        for data in (post(COMMIT, *fields), get("/publickey", *fields)):
+            answer = refused(door.ask(data)[0], 503)
+            assert fingerprint(keys, "rsa2048") in answer.text
     assert door.status(SECOND) == 200
 
 
@@ -798,13 +678,12 @@ def test_a_tokens_payloads_replace_the_general_setting(
 
 
 def test_a_token_is_revoked_by_deleting_its_line(door: Door) -> None:
-    door.write(f"{TOKEN} box\n{SECOND} jar\n")
-    for _ in range(5):
+    for _ in range(3):
+        door.write(f"{TOKEN} box\n{SECOND} jar\n")
         assert door.status(TOKEN) == door.status(SECOND) == 200
         door.write(f"{SECOND} jar\n")
         unauthorized(door.ask(post(COMMIT, bearer()))[0])
         assert door.status(SECOND) == 200
-        door.write(f"{TOKEN} box\n{SECOND} jar\n")
 
 
 def test_a_change_that_leaves_size_and_time_as_they_were_counts(door: Door) -> None:
@@ -835,7 +714,7 @@ def test_a_leash_that_is_changed_counts_from_the_next_request(door: Door, keys: 
 def test_a_token_counts_until_the_request_is_whole(later: str, status: int, door: Door) -> None:
     # Who holds the body back must not outlast the line.
     request = post(COMMIT, bearer())
-    with socket.create_connection(("127.0.0.1", door.port), 10) as s:
+    with connect(door.port) as s:
         s.sendall(b"POST /sign HTTP/1.1\r\n" + HOST + f"{bearer()}\r\nExpect: 100-continue\r\n"
                   f"Content-Length: {len(COMMIT)}\r\n\r\n".encode())  # fmt: skip
         assert s.recv(100).startswith(b"HTTP/1.1 100 ")  # the token has been looked at
@@ -847,19 +726,17 @@ def test_a_token_counts_until_the_request_is_whole(later: str, status: int, door
 
 
 def test_a_line_that_is_being_written_is_waited_for(door: Door) -> None:
-    for _ in range(3):
-        door.path.write_text("")
-        with door.path.open("a") as f, socket.create_connection(("127.0.0.1", door.port), 10) as s:
-            f.write(f"{TOKEN} box")  # its leash is yet to come
-            f.flush()
-            s.sendall(post(b"anything", bearer()))
-            s.settimeout(0.05)
-            with pytest.raises(socket.timeout):
-                s.recv(1)
-            f.write(" payloads=commit\n")
-            f.flush()
-            s.settimeout(10)
-            assert refused(the_one_answer(read_all(s)), 403)
+    door.path.write_text("")
+    with door.path.open("a") as f, connect(door.port) as s:
+        f.write(f"{TOKEN} box")  # its leash is yet to come
+        f.flush()
+        s.sendall(post(b"anything", bearer()))
+        s.settimeout(0.05)
+        with pytest.raises(socket.timeout):
+            s.recv(1)
+        f.write(" payloads=commit\n")
+        f.flush()
+        assert refused(the_one_answer(read_all(s)), 403)
 
 
 def test_a_last_line_without_an_end_counts_all_the_same(door: Door) -> None:
@@ -916,28 +793,40 @@ UNUSABLE: List[Tuple[str, Callable[[Path], None], str]] = [
     ("a socket", replace_by_socket, "No such device|not a regular file"),
     ("a device", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
     ("too large", written(f"{TOKEN}\n" + 65536 * "#"), "larger than 64 KiB"),
-    ("a hundred thousand tokens", written("".join(f"{SECRET}{n}\n" for n in range(100000))),
-     "larger than 64 KiB"),
     ("empty", written(""), "no token in it.*token NAME"),
-    ("only comments", written(f"#{TOKEN}\n"), "no token in it.*token NAME"),
     ("a broken line", written(f"# mine\n{TOKEN} box\n{SECOND} {SECRET} {SECRET}\n"), "line 3: "),
-    ("the same token twice", written(f"{TOKEN} box\n{TOKEN} jar\n"), "line 2: "),
     *[(f"of mode {mode:04o}", written(f"{TOKEN}\n", mode), r"chmod 600")
-      for mode in (0o640, 0o604, 0o644, 0o660, 0o606, 0o620, 0o602, 0o610, 0o601)],
+      for mode in (0o640, 0o604, 0o620, 0o602, 0o610, 0o601)],
     ("another user's", give_away, r"must be yours"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("spoil", "why"), rows(UNUSABLE))
+def test_of_a_file_that_can_not_be_used_setting_path_and_reason_are_told(
+    spoil: Callable[[Path], None], why: str, short: Path
+) -> None:
+    path = short / "tokens"
+    spoil(path)
+    with pytest.raises(p.ConfigError) as e:
+        p.File(str(path), VARIABLE).read(p.parse_tokens, private=True)
+    assert str(e.value).startswith(f"{VARIABLE}: ")
+    assert str(path) in str(e.value)
+    assert re.search(why, str(e.value))
+    assert SECRET not in str(e.value)
+
+
+# These are tried with the program too.
+FEW = [row for row in UNUSABLE if row[0] in ("a FIFO", "empty", "a broken line", "of mode 0640")]
+
+
+@pytest.mark.parametrize(("spoil", "why"), rows([UNUSABLE[0], *FEW]))
 def test_a_file_that_can_not_be_used_any_more_closes_the_door_until_it_can(
     spoil: Callable[[Path], None], why: str, door: Door
 ) -> None:
     assert door.status(TOKEN) == 200
     door.clear()
     spoil(door.path)
-    for data in (
-        post(COMMIT, bearer()), get("/publickey", bearer()), post(COMMIT), post(COMMIT, bearer("x"))
-    ):  # fmt: skip
+    for data in (post(COMMIT, bearer()), get("/publickey")):
         answer, fields = door.ask(data)
         refused(answer, 503)
         # What the file holds and where it is concerns nobody but its owner.
@@ -946,18 +835,12 @@ def test_a_file_that_can_not_be_used_any_more_closes_the_door_until_it_can(
         assert str(door.path) not in answer.text
         assert not re.search(r"line \d", answer.text)
         assert fields["outcome"] == "failed"
-        assert str(door.path) in fields["reason"]
-        assert VARIABLE in fields["reason"]
+        assert f"{VARIABLE}: can't use '{door.path}'" in fields["reason"]
         assert re.search(why, fields["reason"]), fields["reason"]
-    assert send(door.port, get("/healthz")).status == 200
-    assert send(door.port, get("/shim")).status == 200
+    assert ask(door.port, get("/healthz")).status == 200
+    assert ask(door.port, get("/shim")).status == 200
     door.write(f"{TOKEN} box\n")
     assert door.status(TOKEN) == 200
-
-
-# Each of these is a start of the program: of the modes a few will do.
-FEW = [row for row in UNUSABLE if row[0] not in ("of mode 0660", "of mode 0606", "of mode 0620",
-                                                 "of mode 0602", "of mode 0610")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("spoil", "why"), rows(FEW))
@@ -982,21 +865,17 @@ def test_a_file_that_an_option_names_is_complained_of_by_the_option(home: Path) 
     assert one_line(done.stderr).startswith("ssh-agent-proxy: --token-file: ")
 
 
-def test_a_missing_file_names_the_command_that_makes_it(home: Path) -> None:
-    done = call(home, "--addr", "127.0.0.1:0", **{VARIABLE: home / "tokens"})
-    assert "ssh-agent-proxy token NAME" in one_line(done.stderr)
-
-
-def test_a_file_that_can_not_be_used_is_known_before_anything_is_listened_on(home: Path) -> None:
+def test_a_file_that_is_missing_is_known_before_anything_is_listened_on(home: Path) -> None:
     done = call(home, "--addr", f"unix:{home}/proxy", "--token-file", home / "tokens")
     assert done.returncode == 2
+    assert "ssh-agent-proxy token NAME" in one_line(done.stderr)
     assert os.listdir(home) == ["tmp"]
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o400, 0o700])
-def test_a_file_that_is_closed_to_others_is_taken(mode: int, door: Door) -> None:
-    door.write(f"{TOKEN}\n", mode)
-    assert door.status(TOKEN) == 200
+def test_a_file_that_is_closed_to_others_is_taken(door: Door) -> None:
+    for mode in (0o600, 0o400, 0o700):
+        door.write(f"{TOKEN}\n", mode)
+        assert door.status(TOKEN) == 200
 
 
 def test_a_link_to_a_good_file_is_followed(door: Door) -> None:
@@ -1016,30 +895,14 @@ def test_a_file_just_within_64_kib_is_read(door: Door) -> None:
     assert door.status(TOKEN) == 200
 
 
-def test_the_same_user_is_the_one_that_the_process_runs_as(
-    short: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = short / "tokens"
-    path.write_text(f"{TOKEN}\n")
-    path.chmod(0o600)
-    assert p.File(str(path), "X").read(p.parse_tokens, private=True)
-    own = os.geteuid()
-    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
-    with pytest.raises(p.ConfigError, match=r"^X: "):
-        p.File(str(path), "X").read(p.parse_tokens, private=True)
-
-
 # ---------------------------------------------------------------- what is never shown
 
 
 def test_no_token_stands_in_a_log_an_argument_or_an_answer(
-    agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy], short: Path
+    agent_with_key: Agent, start_proxy: Callable[..., Proxy], short: Path
 ) -> None:
-    agent.add(keys["ed25519"])
-    path = short / "tokens"
-    path.write_text(f"{TOKEN} box\n{SECOND}\n")
-    path.chmod(0o600)
-    proxy = start_proxy("-v", upstream=agent.sock, env={VARIABLE: str(path)})
+    path = private_file(short / "tokens", f"{TOKEN} box\n{SECOND}\n")
+    proxy = start_proxy("-v", upstream=agent_with_key.sock, env={VARIABLE: str(path)})
     answers = b""
     for token in (TOKEN, SECOND, SECRET, f"{SECRET} {SECRET}", f"{SECRET}\xff"):
         for data in (
@@ -1049,20 +912,16 @@ def test_no_token_stands_in_a_log_an_argument_or_an_answer(
             post(COMMIT, bearer(token), "Origin: x"),
             post(COMMIT, bearer(token), bearer(token)),
             post(COMMIT, bearer(token), "SSHSIG-Hash: md5"),
-            b"GET /publickey HTTP/1.1\r\nHost: x.example\r\n" + bearer(token).encode("latin-1")
-            + b"\r\n\r\n",
-        ):  # fmt: skip
-            with socket.create_connection(("127.0.0.1", proxy.port), 10) as s:
-                s.sendall(data)
-                answers += read_all(s)
+        ):
+            answers += ask(proxy.port, data).body
     path.write_text(f"{TOKEN} {SECRET} {SECRET}\n")
-    answers += send(proxy.port, post(COMMIT, bearer())).body
+    answers += ask(proxy.port, post(COMMIT, bearer())).body
     assert SECRET.encode() not in answers
     if sys.platform == "linux":
         for name in ("cmdline", "environ"):
             assert SECRET.encode() not in Path(f"/proc/{proxy.pid}/{name}").read_bytes()
     assert proxy.stop() == 0
-    assert len(request_lines(proxy.log())) == 36
+    assert len(request_lines(proxy.log())) == 31
     assert SECRET not in proxy.log()
 
 
@@ -1070,9 +929,7 @@ def test_no_token_stands_in_a_log_an_argument_or_an_answer(
 def test_beyond_loopback_a_token_file_is_asked_for_unless_there_is_one(
     short: Path, start_proxy: Callable[..., Proxy]
 ) -> None:
-    path = short / "tokens"
-    path.write_text(f"{TOKEN}\n")
-    path.chmod(0o600)
+    path = private_file(short / "tokens", f"{TOKEN}\n")
     foreign = "192.0.2.1:0"  # of no machine (RFC 5737)
     proxy = start_proxy(addr=foreign, upstream=short / "none")
     assert VARIABLE in proxy.wait_log("WARNING .*192.0.2.1.*").group(0)
@@ -1099,22 +956,18 @@ def added(home: Path, file: Path, name: str = "box") -> str:
     return out[:-1]
 
 
-def test_a_token_is_made_and_printed_alone(home: Path) -> None:
+def test_a_token_is_made_and_printed_alone_and_a_second_differs(home: Path) -> None:
     file = home / "tokens"
-    token = added(home, file)
-    assert file.read_text() == f"{token} box\n"
+    first = added(home, file, "AZaz09._-")
+    assert file.read_text() == f"{first} AZaz09._-\n"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert len(token) * 6 >= 256  # bits that nobody guesses
-
-
-def test_two_tokens_differ_and_both_stand_in_the_file(home: Path) -> None:
-    file = home / "tokens"
-    first, second = added(home, file, "a"), added(home, file, "b")
+    assert len(first) * 6 >= 256  # bits that nobody guesses
+    second = added(home, file, "b")
     assert first != second
-    assert file.read_text() == f"{first} a\n{second} b\n"
+    assert file.read_text() == f"{first} AZaz09._-\n{second} b\n"
 
 
-@pytest.mark.parametrize("mask", ["000", "022", "077"])
+@pytest.mark.parametrize("mask", ["000", "077"])
 def test_whatever_the_umask_nobody_else_can_read_what_is_made(mask: str, home: Path) -> None:
     file = home / "a" / "b" / "c" / "tokens"
     script = f'umask {mask}; exec "$@"'
@@ -1134,13 +987,9 @@ def test_a_folder_that_is_there_keeps_its_mode(home: Path) -> None:
 
 
 @pytest.mark.parametrize(("before", "between"), rows([
-    ("an empty file", b"", b""),
-    ("a line", b"abc jar\n", b""),
-    ("a line without its end", b"abc jar", b"\n"),
-    ("a comment without its end", b"abc jar\n# mine", b"\n"),
-    ("lines of Windows", b"# mine\r\nabc jar\r\n", b""),
-    ("empty lines", b"\n\nabc\n\n", b""),
-    ("only comments", b"# mine\n", b""),
+    ("a line without its end", b"abcdefghijklmnop jar", b"\n"),
+    ("a comment without its end", b"abcdefghijklmnop jar\n# mine", b"\n"),
+    ("lines of Windows", b"# mine\r\nabcdefghijklmnop jar\r\n", b""),
 ]))  # fmt: skip
 def test_what_stands_in_the_file_stays(before: bytes, between: bytes, home: Path) -> None:
     file = home / "tokens"
@@ -1163,11 +1012,9 @@ def test_what_is_printed_signs_at_once(door: Door, home: Path) -> None:
 
 
 def test_the_option_names_the_file_too_and_its_path_is_expanded(home: Path) -> None:
-    for written_as in ("~/1", "%h/2", "$HOME/3"):
-        done = call(home, "--token-file", written_as, "token", "box")
-        assert done.returncode == 0, done
-        path = home / written_as[-1]
-        assert path.read_text() == done.stdout.decode()[:-1] + " box\n"
+    done = call(home, "--upstream", home / "none", "--token-file", "~/tokens", "token", "box")
+    assert (done.returncode, done.stderr) == (0, b"")  # no agent is needed
+    assert (home / "tokens").read_text() == done.stdout.decode()[:-1] + " box\n"
 
 
 def test_tokens_added_at_once_are_all_there(home: Path) -> None:
@@ -1175,60 +1022,34 @@ def test_tokens_added_at_once_are_all_there(home: Path) -> None:
     env = clean_env(home, **{VARIABLE: file})
     argv = [sys.executable, str(PROXY), "token"]
     started = [
-        subprocess.Popen([*argv, f"box{n}"], env=env, stdout=subprocess.PIPE) for n in range(8)
+        subprocess.Popen([*argv, f"box{n}"], env=env, stdout=subprocess.PIPE) for n in range(4)
     ]
     printed = [process.communicate(timeout=20)[0].decode()[:-1] for process in started]
-    assert [process.returncode for process in started] == 8 * [0]
+    assert [process.returncode for process in started] == 4 * [0]
     expected = {f"{token} box{n}" for n, token in enumerate(printed)}
     assert {line for line in file.read_text().splitlines() if line} == expected
-    assert len(set(printed)) == 8
+    assert len(set(printed)) == 4
 
 
-@pytest.mark.parametrize("name", [
-    "", "a b", "a=b", "key=", "#a", "a,b", "../a", "a\nb", "a\r", "\u00e4", "a\x1b[31m",
-    "a\u202eb", "a~",
-])  # fmt: skip
-def test_a_bad_name_is_exit_2_and_nothing_is_made(name: str, home: Path) -> None:
-    status, out, err = add(home, name, file=home / "tokens")
-    assert (status, out) == (2, "")
-    assert one_line(err.encode()).isprintable()
-    assert os.listdir(home) == ["tmp"]
-
-
-def test_names_of_every_character_that_is_promised(home: Path) -> None:
-    file = home / "tokens"
-    name = "AZaz09._-"
-    assert file.exists() is False
-    token = added(home, file, name)
-    assert file.read_text() == f"{token} {name}\n"
-
-
-@pytest.mark.parametrize("words", [(), ("box", "jar")], ids=["none", "two"])
-def test_one_name_is_needed(words: Tuple[str, ...], home: Path) -> None:
+@pytest.mark.parametrize("words", [["a=b"], ["#a"], ["a\nb"], ["a\u202eb"], [], ["box", "jar"]])
+def test_a_bad_name_is_exit_2_and_nothing_is_made(words: List[str], home: Path) -> None:
     status, out, err = add(home, *words, file=home / "tokens")
     assert (status, out) == (2, "")
     line = one_line(err.encode())
+    assert line.isprintable()
     assert "name" in line.lower()
     assert "no such command" not in line  # there is one
     assert os.listdir(home) == ["tmp"]
 
 
-@pytest.mark.parametrize("env", [{}, {VARIABLE: ""}], ids=["unset", "empty"])
-def test_without_a_file_it_is_exit_2_and_the_setting_is_named(
-    env: Dict[str, str], home: Path
-) -> None:
-    done = call(home, "token", "box", **env)
+def test_without_a_file_it_is_exit_2_and_the_setting_is_named(home: Path) -> None:
+    done = call(home, "token", "box", **{VARIABLE: ""})
     assert (done.returncode, done.stdout) == (2, b"")
     assert VARIABLE in one_line(done.stderr)
 
 
 # A FIFO has no reader, a device no mode of ours: whatever they are, it ends in one line.
-NOT_ADDED_TO = [
-    row for row in FEW if row[0] not in ("gone", "a link to nothing", "empty", "only comments")
-]
-
-
-@pytest.mark.parametrize(("spoil", "why"), rows(NOT_ADDED_TO))
+@pytest.mark.parametrize(("spoil", "why"), rows([row for row in FEW if row[0] != "empty"]))
 def test_nothing_is_added_to_a_file_that_can_not_be_used(
     spoil: Callable[[Path], None], why: str, home: Path
 ) -> None:
@@ -1264,7 +1085,7 @@ def test_nothing_is_added_that_would_make_the_file_too_large(door: Door, home: P
     assert door.status(TOKEN) == 200
 
 
-@pytest.mark.parametrize("room", [0, 1, 12, 40])
+@pytest.mark.parametrize("room", [0, 12])
 def test_a_token_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(
     room: int, home: Path
 ) -> None:
@@ -1313,30 +1134,12 @@ def test_a_folder_that_can_not_be_written_to_is_exit_1_in_one_line(where: str, h
     assert os.listdir(folder) == []
 
 
-def test_a_file_where_a_folder_should_be_is_exit_1_in_one_line(home: Path) -> None:
-    (home / "file").write_text("")
-    status, out, err = add(home, "box", file=home / "file" / "tokens")
-    assert (status, out) == (1, "")
-    assert str(home / "file") in one_line(err.encode())
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
 def test_a_token_that_nobody_could_be_told_is_exit_1(home: Path) -> None:
     argv = ["sh", "-c", 'exec "$@" >/dev/full', "sh", sys.executable, PROXY, "token", "box"]
     done = run(argv, env=clean_env(home, **{VARIABLE: home / "tokens"}), check=False)
     assert done.returncode == 1
     assert "standard output" in one_line(done.stderr)
-
-
-def test_help_names_the_command_and_the_setting(home: Path) -> None:
-    said = call(home, "--help").stdout.decode()
-    assert re.search(r"^  token .*NAME", said, re.M)
-    assert "--token-file" in said
-
-
-def test_no_agent_is_needed_and_none_is_asked(home: Path, short: Path) -> None:
-    done = call(home, "--upstream", short / "none", "--token-file", home / "t", "token", "box")
-    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_curl_signs_with_a_token_that_stands_in_no_argument(
