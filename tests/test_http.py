@@ -481,17 +481,12 @@ def test_a_malformed_head_is_refused(data: bytes) -> None:
     refuses_head(data)
 
 
-LARGE_HEADS = [
-    ("a value", field_of(b"A: " + b"b" * 17408)),
+@pytest.mark.parametrize("data", rows([
     ("many values", field_of(b"A: %s\r\n" % (b"b" * 900) * 19 + b"C: d")),
     ("a name", field_of(b"A" * 17408 + b": b")),
     ("the target", line_of(b"GET /" + b"a" * 17408 + b" HTTP/1.1")),
     ("no line end", b"a" * 17408),
-    ("101 fields", field_of(b"A: b\r\n" * 99 + b"C: d")),
-]
-
-
-@pytest.mark.parametrize("data", rows(LARGE_HEADS))
+]))  # fmt: skip
 def test_a_head_that_is_too_large_is_refused(data: bytes) -> None:
     refuses_head(data + b"a\nb\rc", 431)
 
@@ -540,49 +535,39 @@ def test_a_chunked_body_that_ends_early_is_malformed(data: bytes) -> None:
         assert e.value.status == 400, end
 
 
-BAD_CHUNKED: List[Tuple[str, bytes, int]] = [
-    ("no size", b"\r\nhello\r\n0\r\n\r\n", 400),
-    ("only an extension", b";a\r\nhello\r\n0\r\n\r\n", 400),
-    ("no digit", b"g\r\nhello\r\n0\r\n\r\n", 400),
-    ("a sign", b"+5\r\nhello\r\n0\r\n\r\n", 400),
-    ("a minus", b"-5\r\nhello\r\n0\r\n\r\n", 400),
-    ("0x", b"0x5\r\nhello\r\n0\r\n\r\n", 400),
-    ("an underscore", b"0_5\r\nhello\r\n0\r\n\r\n", 400),
-    ("a leading blank", b" 5\r\nhello\r\n0\r\n\r\n", 400),
-    ("a trailing blank", b"5 \r\nhello\r\n0\r\n\r\n", 400),
-    ("a trailing tab", b"5\t\r\nhello\r\n0\r\n\r\n", 400),
-    ("a word behind the size", b"5 a\r\nhello\r\n0\r\n\r\n", 400),
-    ("a NUL behind the size", b"5\x00\r\nhello\r\n0\r\n\r\n", 400),
-    ("a NUL in an extension", b"5;\x00\r\nhello\r\n0\r\n\r\n", 400),
-    ("a CR in an extension", b"5;a\rb\r\nhello\r\n0\r\n\r\n", 400),
-    ("two CR", b"5\r\r\nhello\r\n0\r\n\r\n", 400),
-    ("a bare LF behind the size", b"5\nhello\r\n0\r\n\r\n", 400),
-    ("a bare LF behind an extension", b"5;a\nhello\r\n0\r\n\r\n", 400),
-    ("a bare LF behind the data", b"5\r\nhello\n0\r\n\r\n", 400),
-    ("a bare CR behind the data", b"5\r\nhello\r0\r\n\r\n", 400),
-    ("two bytes in place of CR LF", b"5\r\nhello\n\r0\r\n\r\n", 400),
-    ("two letters in place of CR LF", b"5\r\nhelloab0\r\n\r\n", 400),
-    ("nothing behind the data", b"5\r\nhello0\r\n\r\n", 400),
-    ("more data than announced", b"4\r\nhello\r\n0\r\n\r\n", 400),
-    ("less data than announced", b"6\r\nhello\r\n0\r\n\r\n", 400),
-    ("a bare LF at the end", b"5\r\nhello\r\n0\r\n\n", 400),
-    ("a bare LF behind the last size", b"5\r\nhello\r\n0\n\r\n", 400),
-    ("a bare LF behind a trailer", b"5\r\nhello\r\n0\r\nA: b\n\r\n", 400),
-    ("a trailer without a colon", b"5\r\nhello\r\n0\r\nA\r\n\r\n", 400),
-    ("a folded trailer", b"5\r\nhello\r\n0\r\nA: b\r\n c\r\n\r\n", 400),
-    ("a blank before a trailer's colon", b"5\r\nhello\r\n0\r\nA : b\r\n\r\n", 400),
-    ("a NUL in a trailer", b"5\r\nhello\r\n0\r\nA: \x00\r\n\r\n", 400),
-    ("101 trailers", b"5\r\nhello\r\n0\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
-    ("full-width digits", "\uff15\r\nhello\r\n0\r\n\r\n".encode(), 400),
-    ("one byte over 1 GiB", b"40000001\r\n", 413),
-    ("one byte over 1 GiB, leading zeros", b"0000000040000001\r\n", 413),
-    ("one byte over 1 GiB in two chunks", b"5\r\nhello\r\n3ffffffc\r\n", 413),
-    ("2**32", b"100000000\r\n", 413),
-    ("2**64 - 1", b"ffffffffffffffff\r\n", 413),
-    ("2**64 + 5", b"10000000000000005\r\nhello\r\n0\r\n\r\n", 400),
-]
+# Each is in the place of a body of five bytes, or ends it wrongly.
+BAD_CHUNKS = [
+    # Sizes.
+    b"\r\nhello", b";a\r\nhello", b"g\r\nhello", b"+5\r\nhello", b"-5\r\nhello", b"0x5\r\nhello",
+    b"0_5\r\nhello", b" 5\r\nhello", b"5 \r\nhello", b"5\t\r\nhello", b"5 a\r\nhello",
+    b"5\x00\r\nhello", b"5;\x00\r\nhello", b"5;a\rb\r\nhello", b"5\r\r\nhello", b"5\nhello",
+    b"5;a\nhello", b"\xef\xbc\x95\r\nhello", b"10000000000000005\r\nhello",
+    # More or less than announced.
+    b"4\r\nhello", b"6\r\nhello",
+]  # fmt: skip
 
-@pytest.mark.parametrize(("data", "status"), rows(BAD_CHUNKED))
+BAD_CHUNKED: List[Tuple[bytes, int]] = [
+    *((chunk + b"\r\n0\r\n\r\n", 400) for chunk in BAD_CHUNKS),
+    *(
+        (b"5\r\nhello" + end + b"0\r\n\r\n", 400)
+        for end in (b"\n", b"\r", b"\n\r", b"ab", b"")
+    ),
+    *(
+        (b"5\r\nhello\r\n0" + end, status)
+        for end, status in (
+            (b"\r\n\n", 400), (b"\n\r\n", 400), (b"\r\nA: b\n\r\n", 400), (b"\r\nA\r\n\r\n", 400),
+            (b"\r\nA: b\r\n c\r\n\r\n", 400), (b"\r\nA : b\r\n\r\n", 400),
+            (b"\r\nA: \x00\r\n\r\n", 400), (b"\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
+        )
+    ),
+    (b"40000001\r\n", 413),  # one byte over 1 GiB
+    (b"0000000040000001\r\n", 413),
+    (b"5\r\nhello\r\n3ffffffc\r\n", 413),
+    (b"ffffffffffffffff\r\n", 413),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "status"), BAD_CHUNKED, ids=ascii)
 def test_a_malformed_chunked_body_is_refused_in_whatever_pieces_it_comes(
     data: bytes, status: int
 ) -> None:
@@ -665,7 +650,7 @@ REFUSED: List[Tuple[str, bytes, int]] = [
     ("a browser", signing(b"Sec-Fetch-Site: same-origin"), 403),
     # Of those whose head is malformed every eighth, for they go one way.
     *((ascii(data), data, 400) for data in BAD_HEADS[::8]),
-    *((f"17 KiB: {name}", data, 431) for name, data in LARGE_HEADS[:2]),
+    ("17 KiB", field_of(b"A: " + b"b" * 17408, SIGN) + b"a\nb\rc", 431),
 ]  # fmt: skip
 
 
@@ -716,17 +701,6 @@ def test_allow_names_the_methods(shared: Shared) -> None:
         answer = refused(http(shared.port, "PUT", path, b"x"), 405)
         assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
     assert refused(http(shared.port, "GET", "/sign"), 405).headers["allow"] == "POST"
-
-
-@pytest.mark.parametrize("where", ["path", "path in quotes", "method"])
-def test_no_length_of_text_hides_who_asked(where: str, shared: Shared) -> None:
-    word = b"=" if where == "path in quotes" else b"a"
-    first = word * 15000 + b" /" if where == "method" else b"GET /" + word * 15000
-    received, log = shared.ask(line_of(first + b" HTTP/1.1"))
-    refused(the_one_answer(received), 404)
-    (line,) = log  # found by its peer
-    assert log_fields(line)["status"] == "404"
-    assert log_fields(line)["ms"].isdigit()
 
 
 # ---------------------------------------------------------------- which fault comes first
@@ -904,30 +878,6 @@ def test_a_second_request_is_never_read(
     assert len(log) == 1
 
 
-def test_the_log_has_a_line_for_each_request_in_their_order(proxy: Proxy, keys: Keys) -> None:
-    key = p.parse_key_line(keys.line("ed25519"))[0].fingerprint
-    expected = [
-        (get("/healthz"), {"outcome": "served", "method": "GET", "path": "/healthz"}),
-        (post(b"x"), {"outcome": "signed", "namespace": "git", "key": key, "kind": "other"}),
-        (get("/publickey"), {"outcome": "served", "path": "/publickey", "key": key}),
-        (post(b"x", PAGE), {"outcome": "refused", "status": "403", "path": "/sign"}),
-        (get("/nope?secret"), {"outcome": "refused", "path": "/nope"}),
-    ]
-    peers = []
-    for data, _ in expected:
-        with connect(proxy.port) as s:
-            peers.append(name_of(s))
-            s.sendall(data)
-            read_all(s)
-    wait_for(lambda: len(request_lines(proxy.log())) >= len(expected))
-    found = request_lines(proxy.log())
-    assert len(found) == len(expected)
-    for line, (_, fields), peer in zip(found, expected, peers):
-        noted = log_fields(line)
-        assert {**noted, **fields, "peer": peer} == noted
-        assert ("reason" in noted) == (noted["outcome"] == "refused")
-
-
 def test_a_peer_over_ipv6_is_shown_like_an_address(start_proxy: Callable[..., Proxy]) -> None:
     proxy = start_proxy("--upstream", "/none", addr="[::1]:0")
     with socket.create_connection(("::1", proxy.port), 10) as s:
@@ -993,13 +943,11 @@ def test_bodies_of_every_size_are_signed_as_ssh_keygen_does(
 
 
 @linux
-@pytest.mark.parametrize("data", [post(b"hello"), post_chunked(chunks(b"hello", [2]))],
-                         ids=["length", "chunked"])  # fmt: skip
 def test_a_request_byte_by_byte_is_the_same(
-    data: bytes, proxy: Proxy, ssh_keygen: Callable[..., bytes]
+    proxy: Proxy, ssh_keygen: Callable[..., bytes]
 ) -> None:
     with connect(proxy.port) as s:
-        for byte in data:
+        for byte in post_chunked(chunks(b"hello", [2])):
             s.sendall(bytes([byte]))
             all_read(proxy.port)
         assert the_one_answer(read_all(s)).body == ssh_keygen(b"hello")
@@ -1041,21 +989,15 @@ def test_curl_is_served_in_all_its_ways(
 
 
 @linux
-@pytest.mark.parametrize("framing", ["length", "chunked"])
-def test_memory_stays_flat_under_a_large_body(framing: str, shared: Shared) -> None:
+def test_memory_stays_flat_under_a_large_body(shared: Shared) -> None:
     piece = bytes(4 * MIB)
     raw(shared.port, post(piece))
     before = peak_memory(shared.proxy.pid)
     with connect(shared.port) as s:
-        if framing == "length":
-            s.sendall(post(b"", length=16 * len(piece)))
-            for _ in range(16):
-                s.sendall(piece)
-        else:
-            s.sendall(post_chunked(b""))
-            for _ in range(16):
-                s.sendall(b"%x\r\n%s\r\n" % (len(piece), piece))
-            s.sendall(b"0\r\n\r\n")
+        s.sendall(post_chunked(b""))
+        for _ in range(16):
+            s.sendall(b"%x\r\n%s\r\n" % (len(piece), piece))
+        s.sendall(b"0\r\n\r\n")
         assert the_one_answer(read_all(s, 60)).status == 200
     assert peak_memory(shared.proxy.pid) - before < 4 * MIB
 
@@ -1087,16 +1029,6 @@ def test_an_answer_reaches_a_client_that_sends_all_before_it_reads(
     head: bytes, status: int, shared: Shared
 ) -> None:
     assert send_all_before_reading(shared.port, head).status == status
-
-
-def test_an_answer_reaches_curl_that_is_still_sending(proxy: Proxy, short: Path) -> None:
-    file = short / "file"
-    with file.open("wb") as f:
-        f.truncate(32 * MIB)
-    upload = ["-H", PAGE, "-w", "%{http_code}", "-X", "POST", "-T", file]
-    for expect in ("Expect:", "Expect: 100-continue"):
-        answer = curl(proxy, "-H", expect, *upload)
-        assert answer.endswith(b"\n403"), answer
 
 
 def test_a_client_that_never_stops_sending_is_left(quick: Shared) -> None:
@@ -1349,24 +1281,19 @@ def test_a_request_that_waits_for_the_agent_keeps_its_place(
 
 
 @linux
-def test_threads_stay_few_under_repeated_evictions(proxy: Proxy, clients: Clients) -> None:
+def test_a_flood_of_slow_connections_keeps_nobody_out_and_threads_stay_few(
+    proxy: Proxy, ssh_keygen: Callable[..., bytes], clients: Clients
+) -> None:
+    expected = ssh_keygen(b"hello")
     most = 0
     for n in range(400):
         clients.opened.append(connect(proxy.port))
         clients.opened[-1].sendall([b"", START, post(b"hell", length=5)][n % 3])
         most = max(most, tasks(proxy.pid))
-    assert served(proxy.port)
+        if n % 20 == 0:
+            assert ask(proxy.port, post(b"hello")).body == expected
     # 128 places, 16 that are closed gently, 16 that are about to be free, and the main thread.
     assert most < 170
-
-
-def test_a_flood_of_idle_connections_keeps_nobody_out(
-    proxy: Proxy, ssh_keygen: Callable[..., bytes], clients: Clients
-) -> None:
-    expected = ssh_keygen(b"hello")
-    for _ in range(20):
-        clients.opened += [connect(proxy.port) for _ in range(20)]
-        assert ask(proxy.port, post(b"hello")).body == expected
 
 
 def stopped(pid: int) -> bool:
@@ -1387,19 +1314,6 @@ def all_at_once(proxy: Proxy, number: int, data: bytes, clients: Clients) -> Lis
 
 
 @linux
-def test_200_at_once_are_all_served_in_the_end(
-    proxy: Proxy, ssh_keygen: Callable[..., bytes], clients: Clients
-) -> None:
-    expected = ssh_keygen(b"hello")
-    left = 200
-    while left:
-        answers = all_at_once(proxy, left, post(b"hello"), clients)
-        signed = [answer for answer in answers if answer.status == 200]
-        assert {answer.body for answer in signed} == {expected}
-        left -= len(signed)
-
-
-@linux
 @pytest.mark.parametrize("size", [1, 50000])
 def test_a_client_that_has_sent_its_request_is_never_turned_away_in_silence(
     size: int, agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy], clients: Clients
@@ -1407,9 +1321,13 @@ def test_a_client_that_has_sent_its_request_is_never_turned_away_in_silence(
     """With few places newcomers take them from clients that have done their part."""
     agent.add(keys["ed25519"])
     proxy = start_proxy(python=tuned(PLACES=2), upstream=agent.sock)
-    for _ in range(4):
-        for answer in all_at_once(proxy, 50, post(bytes(size)), clients):
-            if answer.status != 200:
+    left = 200
+    while left:  # those that come again are all served in the end
+        answers = all_at_once(proxy, min(left, 50), post(bytes(size)), clients)
+        for answer in answers:
+            if answer.status == 200:
+                left -= 1
+            else:
                 busy(answer)
     clean(proxy)
 
@@ -1506,43 +1424,30 @@ def test_a_signal_ends_it_and_what_is_in_flight_is_finished(
 # ================================================================ whatever else may come
 
 SEEDS = [
-    get("/healthz"),
     get("/publickey", "SSHSIG-Hash: sha256"),
-    get("http://localhost/shim"),
-    post(b"hello"),
     post(b"hello", "Expect: 100-continue", "SSHSIG-Namespace: git"),
-    post_chunked(chunks(b"hello, world", [3, 4])),
-    post_chunked(b"5;a=b\r\nhello\r\n0\r\nA: b\r\n\r\n", "SSHSIG-Key: SHA256:" + "A" * 43),
+    post_chunked(b"5;a=b\r\nhello\r\n0\r\nA: b\r\n\r\n"),
     b"POST /sign HTTP/1.0\r\nContent-Length: 5\r\n\r\nhello",
 ]
 
 SPLICES = [
-    b"\r\n", b"\n", b"\r", b" ", b"\t", b":", b"\x00", b"\xff", b"\x1b", b"%", b"0", b"9" * 30,
-    b"[::1]", b"http://", b"\r\n\r\n", b"Host: a\r\n", b"Content-Length: 5\r\n", b"HTTP/1.1", b";",
-    b"Transfer-Encoding: chunked\r\n", "\u202e".encode(), b"A: " + b"b" * 5000 + b"\r\n",
-    b"ffffffff",
+    b"\r\n", b"\n", b"\r", b" ", b":", b"\x00", b"\xff", b"\x1b", b"%", b"0", b"[::1]", b"http://",
+    b"\r\n\r\n", b"Host: a\r\n", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
+    b"A: " + b"b" * 5000 + b"\r\n", b"ffffffff", *SEEDS,
 ]  # fmt: skip
+
 
 def mutant(rng: random.Random) -> bytes:
     data = bytearray(rng.choice(SEEDS))
-    for _ in range(rng.randrange(1, 5)):
+    for _ in range(rng.randrange(1, 4)):
         at = rng.randrange(len(data) + 1)
-        end = min(len(data), at + rng.choice((1, 1, 2, 5, 20)))
-        how = rng.randrange(4)
-        if how == 0:
-            data[at:end] = bytes(rng.randrange(256) for _ in range(end - at))
-        elif how == 1:
-            del data[at:end]
-        elif how == 2:
-            data[at:at] = rng.choice(SPLICES)
-        else:
-            data[at:at] = rng.choice(SEEDS)[rng.randrange(10) :][: rng.randrange(60)]
+        end = at + rng.choice((0, 1, 2, 5, 20))
+        data[at:end] = rng.choice([b"", rng.choice(SPLICES)])
     return bytes(data)
 
 
 def test_mutated_requests_get_one_answer_each_and_show_no_fault(shared: Shared) -> None:
     rng = random.Random(20)
-    statuses = set()
     for _ in range(200):
         data = mutant(rng) or b"\n"
         with connect(shared.port) as s:
@@ -1552,10 +1457,9 @@ def test_mutated_requests_get_one_answer_each_and_show_no_fault(shared: Shared) 
         if received.startswith(CONTINUE):
             received = received[len(CONTINUE) :]
         assert answers_in(received) == 1, data
-        statuses.add(parse_answer(received).status)
-    # 400 is also what a client gets that closes its side before it has its answer.
-    assert statuses <= {200, 400, 403, 404, 405, 411, 413, 421, 431}, statuses
-    assert {400, 404, 405} <= statuses
+        # 400 is also what a client gets that closes its side before it has its answer.
+        status = parse_answer(received).status
+        assert status in (200, 400, 403, 404, 405, 411, 413, 421, 431), data
     assert served(shared.port)
     clean(shared.proxy)
     assert all(line.isprintable() for line in shared.proxy.log().split("\n"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import pytest
-from conftest import HOST, Agent, Answer, Keys, Proxy, ask, get, http, refused
+from conftest import HOST, Agent, Answer, Keys, Proxy, ask, http, refused
 from test_http import Shared, shared_proxy
 
 import ssh_agent_proxy as p
@@ -229,16 +229,6 @@ def ways_to_name(line: str) -> List[str]:
     return [line, " ".join(line.split()[:2]), key_of(line).fingerprint]
 
 
-def test_a_key_is_named_by_its_line_or_its_fingerprint(keys: Keys) -> None:
-    key, other = key_of(keys.line("ed25519")), key_of(keys.line("other"))
-    for named in ways_to_name(keys.line("ed25519")):
-        wanted = p.choose_key(named, p.Wanted())
-        assert wanted.fits(key)
-        assert not wanted.fits(other)
-    for any_key in (key, other):
-        assert p.choose_key(None, p.Wanted()).fits(any_key)
-
-
 def pins(line: str) -> Dict[str, p.Wanted]:
     """A key pinned as PUBKEY does it, and as a token's key= does."""
     key = key_of(line)
@@ -364,11 +354,6 @@ def test_a_page_gets_nothing_from_any_path(method: str, path: str, shared: Share
     assert shared.agent.asked == []
 
 
-def test_what_a_person_typed_into_the_address_bar_is_served(shared: Shared) -> None:
-    headers = {"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-User": "?1"}
-    assert request(shared.port, "GET", "/publickey", headers).status == 200
-
-
 def test_a_preflight_is_never_answered_with_leave(shared: Shared) -> None:
     preflight = {
         "Origin": "http://evil.example",
@@ -379,10 +364,6 @@ def test_a_preflight_is_never_answered_with_leave(shared: Shared) -> None:
     refused(request(shared.port, "OPTIONS", "/sign", preflight), 403)
     del preflight["Origin"]
     refused(request(shared.port, "OPTIONS", "/sign", preflight), 405)
-
-
-def test_a_second_origin_hides_no_first(shared: Shared) -> None:
-    refused(ask(shared.port, get("/healthz", "Origin: http://evil.example", "Origin:")), 403)
 
 
 @pytest.mark.parametrize(("fields", "status"), [

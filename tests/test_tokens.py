@@ -8,7 +8,6 @@ import hmac
 import os
 import random
 import re
-import shutil
 import socket
 import stat
 import subprocess
@@ -32,7 +31,6 @@ from conftest import (
     connect,
     get,
     log_fields,
-    need,
     one_line,
     parse_answer,
     post,
@@ -131,33 +129,24 @@ def test_what_is_no_b64token_breaks_the_file(odd: str) -> None:
 # Each word that might be a token begins as one: none may be shown.
 BROKEN: List[Tuple[str, str, int]] = [
     ("two names", f"{TOKEN} {SECOND} {SECRET}", 1),
-    ("a name behind an option", f"{TOKEN} payloads=tag {SECRET}", 1),
     *[(f"a name with {c!r}", f"{TOKEN} {SECRET}{c}", 1) for c in ",;:/+~@%!*\"'()<>\\\u00e4\x00"],
     ("a comment behind the token", f"{TOKEN} # {SECRET}", 1),
-    ("a comment behind an option", f"{TOKEN} payloads=tag #{SECRET}", 1),
     ("an indented comment", f"{TOKEN}\n # {SECRET}", 2),
     ("the same token twice", f"{TOKEN} box\n{TOKEN} jar", 2),
     ("the same token twice, with others between", f"{TOKEN}\n#\n{SECOND}\n\n{TOKEN}", 5),
     ("key= twice", f"{TOKEN} key={FINGERPRINT} key={FINGERPRINT}", 1),
     ("payloads= twice", f"{TOKEN} payloads=tag payloads=tag", 1),
     ("an unknown option", f"{TOKEN} {SECRET}=1", 1),
-    ("an option in capitals", f"{TOKEN} KEY={FINGERPRINT}", 1),
     ("an option without a name", f"{TOKEN} ={SECRET}", 1),
     ("key= without a value", f"{TOKEN} key=", 1),
     ("payloads= without a value", f"{TOKEN} payloads=", 1),
-    ("an unknown option without a value", f"{TOKEN} {SECRET}=", 1),
     ("key= that is no fingerprint", f"{TOKEN} key={SECRET}", 1),
     ("key= that is too short", f"{TOKEN} key={FINGERPRINT[:-1]}", 1),
     ("key= that is too long", f"{TOKEN} key={FINGERPRINT}a", 1),
-    ("key= that is a key", f"{TOKEN} key=ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI", 1),
     ("an unknown kind", f"{TOKEN} payloads={SECRET}", 1),
-    ("an unknown kind among known ones", f"{TOKEN} payloads=commit,{SECRET},tag", 1),
     ("the kind other", f"{TOKEN} payloads=other", 1),
     ("a kind in capitals", f"{TOKEN} payloads=Commit", 1),
-    ("any among kinds", f"{TOKEN} payloads=any,commit", 1),
-    ("kinds that end with a comma", f"{TOKEN} payloads=commit,", 1),
     ("an empty kind between", f"{TOKEN} payloads=commit,,tag", 1),
-    ("a header's words", f"Authorization: Bearer {TOKEN}", 1),
     ("a mistake behind good lines", f"# mine\n{TOKEN} box\n\n{SECOND} jar {SECRET}\n", 4),
 ]  # fmt: skip
 
@@ -237,18 +226,13 @@ TAKEN = [
 NOT_TAKEN: List[Tuple[str, Optional[str]]] = [
     ("none", None),
     ("only the scheme", "Bearer"),
-    ("no scheme", TOKEN),
     ("another scheme", f"Basic {TOKEN}"),
-    ("another scheme, as Basic writes it", "Basic " + base64.b64encode(TOKEN.encode()).decode()),
     ("a scheme that begins alike", f"BearerX {TOKEN}"),
     ("a colon", f"Bearer: {TOKEN}"),
     ("a tab", f"Bearer\t{TOKEN}"),
     ("no blank", f"Bearer{TOKEN}"),
     ("the scheme twice", f"Bearer Bearer {TOKEN}"),
-    ("two tokens", f"Bearer {TOKEN} {TOKEN}"),
     ("a list of tokens", f"Bearer {TOKEN},{TOKEN}"),
-    ("a list of schemes", f"Basic {TOKEN}, Bearer {TOKEN}"),
-    ("a parameter", f"Bearer token={TOKEN}"),
     ("in quotes", f'Bearer "{TOKEN}"'),
     ("in percent", "Bearer " + "".join(f"%{c:02x}" for c in TOKEN.encode())),
     ("wrong", f"Bearer {WRONG}"),
@@ -258,9 +242,6 @@ NOT_TAKEN: List[Tuple[str, Optional[str]]] = [
     ("in another case", f"Bearer {TOKEN.swapcase()}"),
     ("with a byte beyond ASCII", f"Bearer {TOKEN}\xa0"),
     ("in full width", f"Bearer {TOKEN.replace('s', chr(0xFF53))}"),
-    ("its digest", f"Bearer {hashlib.sha256(TOKEN.encode()).hexdigest()}"),
-    ("its name", "Bearer box"),
-    ("very long", "Bearer " + 15000 * "a"),
 ]
 
 
@@ -421,11 +402,6 @@ def test_nobody_else_is_served(fields: List[str], why: str, door: Door) -> None:
         assert "digest" not in noted
 
 
-def test_two_authorization_fields_are_malformed_even_where_both_are_right(door: Door) -> None:
-    answer, _ = door.ask(post(COMMIT, bearer(), bearer()))
-    refused(answer, 400)
-
-
 # What a client shows to everybody anyway: a log may hold it.
 SHOWN = "shown-Tok3n-of-these"
 
@@ -459,28 +435,11 @@ def test_health_and_shim_need_no_token(path: str, door: Door) -> None:
             assert "token" not in noted
 
 
-def test_head_needs_a_token_too_and_its_answer_has_no_body(door: Door) -> None:
-    answer = parse_answer(door.raw(head("/publickey"))[0])
-    assert (answer.status, answer.body) == (401, b"")
-    assert answer.headers["www-authenticate"] == "Bearer"
-    answer = parse_answer(door.raw(head("/publickey", bearer()))[0])
-    assert (answer.status, answer.body) == (200, b"")
-
-
 def test_an_unnamed_token_is_its_line_in_the_log(door: Door) -> None:
     door.write(f"# mine\n\n{SECOND}\n{TOKEN}\n")
     answer, fields = door.ask(post(COMMIT, bearer()))
     assert answer.status == 200
     assert fields["token"] == "line 4"
-
-
-def test_each_of_many_tokens_comes_in_under_its_own_name(door: Door) -> None:
-    door.write("".join(f"{SECRET}-of-many-{n} box{n}\n" for n in range(500)))
-    for n in (0, 250, 499):
-        answer, fields = door.ask(get("/publickey", bearer(f"{SECRET}-of-many-{n}")))
-        assert answer.status == 200
-        assert fields["token"] == f"box{n}"
-    unauthorized(door.ask(get("/publickey", bearer(f"{SECRET}-of-many-500")))[0])
 
 
 def test_without_a_token_file_a_token_is_not_looked_at(proxy: Proxy) -> None:
@@ -492,23 +451,20 @@ def test_without_a_token_file_a_token_is_not_looked_at(proxy: Proxy) -> None:
 # ---------------------------------------------------------------- the order of checks
 
 BEFORE: List[Tuple[str, bytes, int]] = [
-    ("framing", post(b"x", "Content-Length: 1"), 400),
     ("host", b"GET /publickey HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421),
-    ("origin", get("/publickey", "Origin: http://localhost"), 403),
     ("path", get("/nope"), 404),
-    ("a longer path", get("/healthz/publickey"), 404),
     ("a query", get("/publickey?"), 404),
     ("method", get("/sign"), 405),
 ]
 
 BEHIND: List[Tuple[str, bytes]] = [
     ("a namespace that is not allowed", post(COMMIT, "SSHSIG-Namespace: file")),
-    ("a hash that is unknown", post(COMMIT, "SSHSIG-Hash: md5")),
     ("a key that is malformed", get("/publickey", "SSHSIG-Key: nonsense")),
     ("no length", b"POST /sign HTTP/1.1\r\n" + HOST + b"\r\n"),
-    ("too large", post(b"", length=1 << 40)),
     ("an empty body", post(b"")),
-    ("a body that is cut off", post(b"x", length=2)),
+    # Nothing of a body is waited for, and nobody is told to go on.
+    ("a body that is to come", post(b"", length=1 << 30)),
+    ("a body that waits", post(b"", "Expect: 100-continue", length=1 << 30)),
     ("a malformed chunk", post_chunked(b"nonsense\r\n")),
 ]
 
@@ -541,16 +497,6 @@ def test_the_agent_is_not_asked_for_those_who_have_no_token(
     assert not asked
     assert ask(proxy.port, get("/publickey", bearer())).status in (502, 503)
     assert asked
-
-
-@pytest.mark.parametrize("fields", rows([
-    ("a length", "Content-Length: 1073741824\r\n"),
-    ("a length that waits", "Content-Length: 1073741824\r\nExpect: 100-continue\r\n"),
-    ("chunks that wait", "Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n"),
-]))  # fmt: skip
-def test_nothing_of_a_body_is_waited_for(fields: str, door: Door) -> None:
-    received, _ = door.raw(b"POST /sign HTTP/1.1\r\n" + HOST + fields.encode() + b"\r\n")
-    unauthorized(the_one_answer(received))  # and nobody was told to go on
 
 
 # ---------------------------------------------------------------- leashes: key=
@@ -637,14 +583,6 @@ def test_a_token_without_key_is_under_the_general_pin(
     assert "--pubkey" in refused(answer, 403).text or "PUBKEY" in answer.text
 
 
-def test_one_tokens_key_does_not_hold_another_token(door: Door, keys: Keys) -> None:
-    leashed(door, keys, "ed25519")
-    for name in ("ed25519", "other"):
-        answer, fields = door.ask(post(COMMIT, bearer(SECOND), *naming(keys, "line", name)))
-        assert answer.status == 200
-        assert fields["key"] == fingerprint(keys, name)
-
-
 # ---------------------------------------------------------------- leashes: payloads=
 
 
@@ -697,13 +635,6 @@ def test_a_change_that_leaves_size_and_time_as_they_were_counts(door: Door) -> N
     assert (door.path.stat().st_size, door.path.stat().st_ino) == (before.st_size, before.st_ino)
     assert door.status(TOKEN) == 401
     assert door.status(other) == 200
-
-
-def test_a_leash_that_is_changed_counts_from_the_next_request(door: Door, keys: Keys) -> None:
-    for name in ("ed25519", "other", "ed25519"):
-        leashed(door, keys, name)
-        _, fields = door.ask(get("/publickey", bearer()))
-        assert fields["key"] == fingerprint(keys, name)
 
 
 @pytest.mark.parametrize(("later", "status"), rows([
@@ -843,26 +774,13 @@ def test_a_file_that_can_not_be_used_any_more_closes_the_door_until_it_can(
     assert door.status(TOKEN) == 200
 
 
-@pytest.mark.parametrize(("spoil", "why"), rows(FEW))
-def test_with_a_file_that_can_not_be_used_it_does_not_start(
-    spoil: Callable[[Path], None], why: str, home: Path
-) -> None:
-    path = home / "tokens"
-    spoil(path)
-    done = call(home, "--addr", "127.0.0.1:0", **{VARIABLE: path})
-    assert done.returncode == 2
+def test_with_a_broken_file_it_does_not_start(home: Path) -> None:
+    path = private_file(home / "tokens", f"# mine\n{TOKEN} {SECRET} {SECRET}\n")
+    done = call(home, "--addr", "127.0.0.1:0", "--token-file", path, **{VARIABLE: "/x"})
+    assert (done.returncode, done.stdout) == (2, b"")
     line = one_line(done.stderr)
-    assert line.startswith(f"ssh-agent-proxy: {VARIABLE}: ")
-    assert str(path) in line
-    assert re.search(why, line), line
+    assert line.startswith(f"ssh-agent-proxy: --token-file: can't use '{path}': line 2: ")
     assert SECRET not in line
-    assert done.stdout == b""
-
-
-def test_a_file_that_an_option_names_is_complained_of_by_the_option(home: Path) -> None:
-    done = call(home, "--addr", "127.0.0.1:0", "--token-file", home / "tokens", **{VARIABLE: "/x"})
-    assert done.returncode == 2
-    assert one_line(done.stderr).startswith("ssh-agent-proxy: --token-file: ")
 
 
 def test_a_file_that_is_missing_is_known_before_anything_is_listened_on(home: Path) -> None:
@@ -887,12 +805,6 @@ def test_a_link_to_a_good_file_is_followed(door: Door) -> None:
     assert door.status(TOKEN) == 200
     elsewhere.chmod(0o644)
     assert door.status(TOKEN) == 503
-
-
-def test_a_file_just_within_64_kib_is_read(door: Door) -> None:
-    start = f"{TOKEN}\n"
-    door.write(start + (65536 - len(start)) * "#")
-    assert door.status(TOKEN) == 200
 
 
 # ---------------------------------------------------------------- what is never shown
@@ -976,14 +888,6 @@ def test_whatever_the_umask_nobody_else_can_read_what_is_made(mask: str, home: P
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (*file.parents, file)}
     assert modes["tokens"] == 0o600
     assert {name: oct(modes[name]) for name in "abc"} == dict.fromkeys("abc", "0o700")
-
-
-def test_a_folder_that_is_there_keeps_its_mode(home: Path) -> None:
-    folder = home / "folder"
-    folder.mkdir()
-    folder.chmod(0o755)
-    added(home, folder / "tokens")
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
 
 
 @pytest.mark.parametrize(("before", "between"), rows([
@@ -1105,33 +1009,11 @@ def test_a_token_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(
     assert file.read_text() == before
 
 
-def another_user(argv: List[str], home: Path, env: Dict[str, str]) -> Any:
-    """Runs the program as a user to whom modes mean something."""
-    if os.geteuid() != 0:
-        return run([sys.executable, PROXY, *argv], env=env, check=False)
-    setpriv = [need("setpriv", "util-linux"), "--reuid=65534", "--regid=65534", "--clear-groups"]
-    python = Path("/usr/bin/python3")  # which another user can run, wherever ours is
-    if not python.exists():
-        cannot_run("/usr/bin/python3 is missing: install python3")
-    program = home.parent / "program.py"
-    shutil.copyfile(PROXY, program)
-    for path in (program, home.parent, home):
-        path.chmod(0o755)
-    return run([*setpriv, python, program, *argv], env=env, check=False)
-
-
-@pytest.mark.parametrize("where", ["tokens", "missing/tokens"])
-def test_a_folder_that_can_not_be_written_to_is_exit_1_in_one_line(where: str, home: Path) -> None:
-    folder = home / "folder"
-    folder.mkdir()
-    folder.chmod(0o555)
-    file = folder / where
-    done = another_user(["token", "box"], home, clean_env(home, **{VARIABLE: file}))
-    assert (done.returncode, done.stdout) == (1, b"")
-    line = one_line(done.stderr)
-    assert str(file) in line
-    assert "Permission denied" in line
-    assert os.listdir(folder) == []
+def test_a_file_where_a_folder_should_be_is_exit_1_in_one_line(home: Path) -> None:
+    (home / "file").write_text("")
+    status, out, err = add(home, "box", file=home / "file" / "tokens")
+    assert (status, out) == (1, "")
+    assert str(home / "file") in one_line(err.encode())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
@@ -1140,16 +1022,3 @@ def test_a_token_that_nobody_could_be_told_is_exit_1(home: Path) -> None:
     done = run(argv, env=clean_env(home, **{VARIABLE: home / "tokens"}), check=False)
     assert done.returncode == 1
     assert "standard output" in one_line(done.stderr)
-
-
-def test_curl_signs_with_a_token_that_stands_in_no_argument(
-    door: Door, keys: Keys, home: Path, short: Path
-) -> None:
-    header = short / "header"
-    header.write_text(bearer())
-    argv = [need("curl", "curl"), "-qsf", "-H", f"@{header}", "--data-binary", "@-"]
-    done = run([*argv, f"http://127.0.0.1:{door.port}/sign"], env=clean_env(home), input=COMMIT)
-    assert verified(keys, "ed25519", short, done.stdout)
-    done = run([*argv[:2], f"http://127.0.0.1:{door.port}/publickey"], env=clean_env(home),
-               check=False)  # fmt: skip
-    assert done.returncode == 22
