@@ -6,11 +6,12 @@ import os
 import plistlib
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 import pytest
-from conftest import SHIM, Agent, Keys, Proxy, http, rows
+from conftest import ROOT, SHIM, Agent, Proxy, http, rows, run
 from test_make import copy_project, files, make, mode, path_without, refused, snapshot, stand_in
 
 JOB = f"gui/{os.getuid()}/ssh-agent-proxy"
@@ -61,8 +62,13 @@ class Mac:
         return make(self.tree, self.home, *args, check=check, HOME=str(self.user), PATH=path,
                     JOB=JOB, LAUNCHD=str(self.launchd))  # fmt: skip
 
+    def install(self) -> List[str]:
+        """What launchctl was asked to do."""
+        self.make("install-launchd")
+        return self.calls()
+
     def calls(self) -> List[str]:
-        """What launchctl was asked to do, without questions."""
+        """The same since the last time, without questions."""
         file = self.launchd / "calls"
         if not file.exists():
             return []
@@ -92,18 +98,18 @@ def mac(tree: Path, home: Path, short: Path) -> Mac:
 
 # ---------------------------------------------------------------- the plist
 
-USERS = ["user", "two  blanks", "R&D <b>", "it's \"me\"", "@LOG@ ]]>", "--><key>", "ünïcode",
-         "%h\\1"]  # fmt: skip
 
-
-@pytest.mark.parametrize("name", USERS)
 def test_it_says_what_launchd_shall_do_whatever_the_users_name(
-    tree: Path, home: Path, short: Path, name: str
+    tree: Path, home: Path, short: Path
 ) -> None:
-    user = short / name
+    user = short / """two  blanks R&D <b> it's "me" @LOG@ ]]> --><key> ünïcode %h\\1"""
     user.mkdir()
     mac = Mac(tree, home, user)
-    mac.make("install-launchd")
+    before = os.umask(0o002)
+    try:
+        assert mac.install() == [f"enable {JOB}", f"bootstrap {DOMAIN} {mac.plist}"]
+    finally:
+        os.umask(before)
     assert mac.written() == {
         "Label": "ssh-agent-proxy",
         "ProgramArguments": [str(user / ".local" / "bin" / "ssh-agent-proxy"), "serve"],
@@ -116,35 +122,19 @@ def test_it_says_what_launchd_shall_do_whatever_the_users_name(
         "Umask": 0o077,
         "StandardErrorPath": str(user / "Library" / "Logs" / "ssh-agent-proxy.log"),
     }
-    assert mac.calls() == [f"enable {JOB}", f"bootstrap {DOMAIN} {mac.plist}"]
     assert (mac.launchd / "loaded").read_bytes() == mac.plist.read_bytes()
-
-
-def test_it_names_the_program_where_it_was_installed(mac: Mac, short: Path) -> None:
-    mac.make("install-launchd", f"BINDIR={short}/a & b")
-    program = Path(mac.written()["ProgramArguments"][0])
-    assert program == short / "a & b" / "ssh-agent-proxy"
-    assert mode(program) == 0o755
-
-
-def test_the_log_is_its_owners_and_the_plist_for_launchd_to_read(mac: Mac) -> None:
-    before = os.umask(0o002)
-    try:
-        mac.make("install-launchd")
-    finally:
-        os.umask(before)
-    assert mode(mac.log) == 0o600
-    assert mode(mac.plist) == 0o600
+    assert [mode(mac.log), mode(mac.plist)] == [0o600, 0o600]
     assert files(mac.plist.parent) == ["ssh-agent-proxy.plist"]
 
 
-def test_what_the_plist_starts_serves(
-    mac: Mac, agent: Agent, keys: Keys
-) -> None:
-    agent.add(keys["ed25519"])
-    mac.set(f"SSH_AGENT_PROXY_ADDR=127.0.0.1:0\nSSH_AUTH_SOCK='{agent.sock}'\n")
-    mac.make("install-launchd")
+def test_what_the_plist_starts_serves(mac: Mac, agent_with_key: Agent, short: Path) -> None:
+    # Program and settings may be elsewhere.
+    (short / "else where").mkdir()
+    settings = f"SSH_AGENT_PROXY_ADDR=127.0.0.1:0\nSSH_AUTH_SOCK='{agent_with_key.sock}'\n"
+    (short / "else where" / "env").write_text(settings)
+    mac.make("install-launchd", f"CONFIG_DIR={short}/else where", f"BINDIR={short}/a & b")
     plist = mac.written()
+    assert plist["ProgramArguments"][0] == f"{short}/a & b/ssh-agent-proxy"
     env = {"HOME": str(mac.user), "PATH": "/usr/bin:/bin:/usr/sbin:/sbin"}
     proxy = Proxy(plist["ProgramArguments"], {**env, **plist["EnvironmentVariables"]})
     try:
@@ -157,126 +147,121 @@ def test_what_the_plist_starts_serves(
 
 # ---------------------------------------------------------------- settings
 
-LINES = rows([
-    ("plain", "A=b", {"A": "b"}),
-    ("several", "A=b\nC_1=d\n", {"A": "b", "C_1": "d"}),
-    ("the last of two", "A=b\nA=c", {"A": "c"}),
-    ("comments", "# x\n;y=z\n\n \t\nA=b # not one", {"A": "b # not one"}),
-    ("commented out", "#A=b\n", {}),
-    ("empty", "A=\nB=''\n", {"A": "", "B": ""}),
-    ("blanks around", "  A = b c \t\r\n", {"A": "b c"}),
-    ("double quotes", 'A="b  \'c"', {"A": "b  'c"}),
-    ("single quotes", "A=' b \"c '", {"A": ' b "c '}),
-    ("quotes inside", "A=it's \"so\"", {"A": "it's \"so\""}),
-    ("what XML knows", "A=<b>&amp;]]>", {"A": "<b>&amp;]]>"}),
-    ("nothing is expanded", "A=$HOME %h `b` $(c) @LOG@", {"A": "$HOME %h `b` $(c) @LOG@"}),
-    ("an equals sign", "A=exec:b --c=d", {"A": "exec:b --c=d"}),
-    ("no line", "", {}),
-])  # fmt: skip
+SETTINGS = """\
+PLAIN=b
+TWICE=b
+TWICE=c
+# x
+;y=z
+
+ \t
+COMMENT=b # not one
+#COMMENTED=out
+EMPTY=
+EMPTY_TOO=''
+  BLANKS = b c \t\r
+DOUBLE="b  'c"
+SINGLE=' b "c '
+INSIDE=it's "so"
+XML=<b>&amp;]]>
+ALONE=$HOME %h `b` $(c) @LOG@
+EQUALS=exec:b --c=d
+"""
+READ = {
+    "PLAIN": "b",
+    "TWICE": "c",
+    "COMMENT": "b # not one",
+    "EMPTY": "",
+    "EMPTY_TOO": "",
+    "BLANKS": "b c",
+    "DOUBLE": "b  'c",
+    "SINGLE": ' b "c ',
+    "INSIDE": "it's \"so\"",
+    "XML": "<b>&amp;]]>",
+    "ALONE": "$HOME %h `b` $(c) @LOG@",
+    "EQUALS": "exec:b --c=d",
+}
 
 
-@pytest.mark.parametrize(("text", "variables"), LINES)
-def test_settings_are_read_as_systemd_would(
-    mac: Mac, text: str, variables: Dict[str, str]
-) -> None:
-    mac.set(text)
-    mac.make("install-launchd")
-    assert mac.written()["EnvironmentVariables"] == variables
+def test_settings_are_read_as_systemd_would(mac: Mac) -> None:
+    mac.set(SETTINGS)
+    mac.install()
+    assert mac.written()["EnvironmentVariables"] == READ
 
 
 REFUSED = rows([
-    ("no value", "A", "line 1: not NAME=VALUE"),
-    ("a shell's export", "\nexport A=b", "line 2: not NAME=VALUE"),
-    ("no name", "=b", "line 1: not NAME=VALUE"),
-    ("a backslash", "A=b\\", "line 1: a backslash in A is not understood here"),
-    ("an open quote", 'A="b', 'line 1: A does not end with the " that it begins with'),
-    ("a lone quote", "A='", "line 1: A does not end with the ' that it begins with"),
-    ("two quoted parts", "A='b' 'c'", "line 1: A does not end with the ' that it begins with"),
-    ("more after a quote", "A='b' # c", "line 1: A does not end with the ' that it begins with"),
-    ("a control character", "A=b\x01", "can't stand in a plist"),
-    ("a NUL", "A=b\x00", "can't stand in a plist"),
+    ("no value", b"A", "line 1: not NAME=VALUE"),
+    ("a shell's export", b"\nexport A=b", "line 2: not NAME=VALUE"),
+    ("no name", b"=b", "line 1: not NAME=VALUE"),
+    ("a backslash", b"A=b\\", "line 1: a backslash in A is not understood here"),
+    ("an open quote", b'A="b', 'line 1: A does not end with the " that it begins with'),
+    ("a lone quote", b"A='", "line 1: A does not end with the ' that it begins with"),
+    ("two quoted parts", b"A='b' 'c'", "line 1: A does not end with the ' that it begins with"),
+    ("a control character", b"A=b\x01", "can't stand in a plist"),
     ("what is not UTF-8", b"A=\xff", "can't stand in a plist"),
 ])  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "why"), REFUSED)
-def test_settings_that_might_mean_something_else_change_nothing(
-    mac: Mac, text: Any, why: str
+def test_settings_that_might_mean_something_else_write_nothing(
+    short: Path, text: bytes, why: str
 ) -> None:
-    mac.set("A=as it was\n")
-    mac.make("install-launchd")
-    mac.calls()
-    before = snapshot(mac.user / "Library")
-    mac.settings.write_bytes(text if isinstance(text, bytes) else text.encode())
-    answer = mac.make("install-launchd", check=False)
+    settings, plist = short / "env", short / "plist"
+    settings.write_bytes(text)
+    plist.write_text("as it was")
+    fill = [sys.executable, "-I", ROOT / "contrib/launchd/fill.py"]
+    answer = run([*fill, short / "program", short / "log", settings, plist], check=False)
     assert answer.returncode != 0
     errors = answer.stderr.decode()
-    assert why in errors
-    assert str(mac.settings if "line" in why else mac.plist) in errors
+    assert f"{settings}: {why}" in errors or (str(plist) in errors and why in errors)
     assert "Traceback" not in errors
-    assert snapshot(mac.user / "Library") == before
-    assert mac.calls() == []
-
-
-def test_settings_may_be_elsewhere(mac: Mac, short: Path) -> None:
-    (short / "else where").mkdir()
-    (short / "else where" / "env").write_text("SSH_AGENT_PROXY_ADDR=127.0.0.1:7222\n")
-    mac.make("install-launchd", f"CONFIG_DIR={short}/else where")
-    assert mac.written()["EnvironmentVariables"] == {"SSH_AGENT_PROXY_ADDR": "127.0.0.1:7222"}
+    assert plist.read_text() == "as it was"
+    assert files(short) == ["env", "plist"]
 
 
 # ---------------------------------------------------------------- again, and no longer
 
 
 def test_a_second_install_puts_the_new_settings_into_force(mac: Mac) -> None:
-    mac.make("install-launchd")
-    once = snapshot(mac.user)
-    mac.calls()
+    mac.install()
     mac.log.write_text("what it said\n")
     mac.set("A=b\n")
-    mac.make("install-launchd")
     boots = [f"bootout {JOB}", f"enable {JOB}", f"bootstrap {DOMAIN} {mac.plist}"]
-    assert mac.calls() == boots
+    assert mac.install() == boots
     assert mac.log.read_text() == "what it said\n"
     assert (mac.launchd / "loaded").read_bytes() == mac.plist.read_bytes()
     assert mac.written()["EnvironmentVariables"] == {"A": "b"}
-    mac.settings.unlink()
-    mac.log.write_text("")
-    mac.make("install-launchd")
-    shutil.rmtree(mac.user / ".config")
-    assert snapshot(mac.user) == once
+    # With settings that can't be read it goes on as it is.
+    before = snapshot(mac.user / "Library")
+    mac.set("A")
+    assert mac.make("install-launchd", check=False).returncode != 0
+    assert mac.calls() == []
+    assert snapshot(mac.user / "Library") == before
 
 
-def test_a_proxy_that_is_still_finishing_is_waited_for(mac: Mac) -> None:
-    mac.make("install-launchd")
-    mac.calls()
+def test_a_proxy_that_is_still_finishing_is_waited_for_with_a_bound(mac: Mac) -> None:
+    mac.install()
     (mac.launchd / "draining").write_text("x\n" * 3)
-    mac.make("install-launchd")
     boots = [f"enable {JOB}", f"bootstrap {DOMAIN} {mac.plist}"]
-    assert mac.calls() == [f"bootout {JOB}", "sleep", "sleep", "sleep", *boots]
-
-
-@pytest.mark.parametrize("target", ["install-launchd", "uninstall-launchd"])
-def test_a_proxy_that_does_not_go_is_told(mac: Mac, target: str) -> None:
-    mac.make("install-launchd")
-    (mac.launchd / "draining").write_text("x\n" * 100)
-    answer = mac.make(target, check=False)
-    assert answer.returncode != 0
-    assert f"launchd still has {JOB}: launchctl bootout {JOB}\n" in answer.stderr.decode()
-    assert mac.plist.exists()
+    assert mac.install() == [f"bootout {JOB}", "sleep", "sleep", "sleep", *boots]
+    for target in ("install-launchd", "uninstall-launchd"):
+        (mac.launchd / "draining").write_text("x\n" * 100)
+        answer = mac.make(target, check=False)
+        assert answer.returncode != 0
+        assert f"launchd still has {JOB}: launchctl bootout {JOB}\n" in answer.stderr.decode()
+        assert mac.plist.exists()
 
 
 def test_one_that_was_disabled_is_enabled(mac: Mac) -> None:
     (mac.launchd / "disabled").write_text("")
-    mac.make("install-launchd")
+    mac.install()
     assert (mac.launchd / "loaded").exists()
 
 
 def test_an_old_launchctl_is_spoken_to_as_it_knows(mac: Mac) -> None:
     (mac.launchd / "old").write_text("")
-    mac.make("install-launchd")
+    assert mac.install()[-1] == f"load -w {mac.plist}"
     assert (mac.launchd / "loaded").read_bytes() == mac.plist.read_bytes()
-    assert mac.calls()[-1] == f"load -w {mac.plist}"
     mac.make("uninstall-launchd")
     assert mac.calls()[-1] == f"unload {mac.plist}"
     assert not (mac.launchd / "loaded").exists()
@@ -291,39 +276,29 @@ def test_a_launchd_that_refuses_is_told_with_its_reason(mac: Mac) -> None:
 
 
 def test_uninstall_leaves_log_and_settings_and_programs(mac: Mac) -> None:
+    mac.make("uninstall-launchd")  # where it was never installed
+    assert files(mac.user) == []
     mac.set("A=b\n")
-    mac.make("install-launchd")
+    mac.install()
     mac.log.write_text("what it said\n")
-    mac.calls()
     before = snapshot(mac.user)
     mac.make("uninstall-launchd")
     assert mac.calls() == [f"bootout {JOB}"]
     del before["Library/LaunchAgents/ssh-agent-proxy.plist"]
     assert snapshot(mac.user) == before
-    mac.make("uninstall-launchd")
-    assert mac.calls() == []
-    assert snapshot(mac.user) == before
-
-
-def test_one_that_was_never_installed_can_be_uninstalled(mac: Mac) -> None:
-    mac.make("uninstall-launchd")
-    assert files(mac.user) == []
 
 
 # ---------------------------------------------------------------- where it can't be
 
 
 @pytest.mark.parametrize("target", ["install-launchd", "uninstall-launchd"])
-def test_without_launchctl_it_says_so_and_writes_nothing(
-    tree: Path, home: Path, short: Path, target: str
-) -> None:
-    (short / "user").mkdir()
+def test_without_launchctl_it_says_so_and_writes_nothing(mac: Mac, home: Path, target: str) -> None:
     path = path_without("launchctl", home / "bin")
     (home / "bin" / "id").symlink_to(str(shutil.which("id")))
-    told = refused(tree, home, target, PATH=path, HOME=str(short / "user"))
+    told = refused(mac.tree, home, target, PATH=path, HOME=str(mac.user))
     assert told.startswith("there is no launchctl here: launchd is macOS's (on Linux: make ")
     assert len([line for line in told.splitlines() if not line.startswith("make: ***")]) == 1
-    assert files(short / "user") == []
+    assert files(mac.user) == []
 
 
 NOT_SO: Sequence[Any] = rows([
@@ -334,10 +309,10 @@ NOT_SO: Sequence[Any] = rows([
 
 @pytest.mark.parametrize(("args", "env", "why"), NOT_SO)
 def test_it_is_refused_before_anything_is_written(
-    mac: Mac, tree: Path, home: Path, args: List[str], env: Dict[str, str], why: str
+    mac: Mac, home: Path, args: List[str], env: Dict[str, str], why: str
 ) -> None:
     path = f"{home / 'mac'}:{os.environ['PATH']}"
     given = dict(env, HOME=str(mac.user), PATH=path, LAUNCHD=str(mac.launchd))
-    assert why in refused(tree, home, "install-launchd", *args, **given)
+    assert why in refused(mac.tree, home, "install-launchd", *args, **given)
     assert files(mac.user) == []
     assert mac.calls() == []
