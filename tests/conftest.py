@@ -434,6 +434,20 @@ class ScriptedAgent:
             sock.close()
 
 
+# A program for exec: with the path of an agent's socket as its argument.
+RELAY = """\
+import socket, sys
+with socket.socket(socket.AF_UNIX) as s:
+    s.connect(sys.argv[1])
+    while True:
+        data = sys.stdin.buffer.raw.read(65536)
+        if not data:
+            break
+        s.sendall(data)
+        sys.stdout.buffer.raw.write(s.recv(65536))
+"""
+
+
 @pytest.fixture
 def scripted_agent(short: Path) -> Iterator[Callable[..., Path]]:
     """Starts a ScriptedAgent with the handler given; its path."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
-from conftest import ROOT, Keys, cannot_run, clean_env, need, rows, run, wait_for
+from conftest import RELAY, ROOT, Keys, cannot_run, clean_env, need, rows, run, wait_for
 
 alone = pytest.mark.alone
 
@@ -823,30 +823,10 @@ def test_the_folder_of_a_socket_outlives_the_service(manager: Manager) -> None:
     assert manager.text("stat", "-c", "%i %a", path.parent) == folder
 
 
-EXEC_AGENT = """\
-import os, socket, sys, threading
-s = socket.socket(socket.AF_UNIX)
-s.connect(sys.argv[1])
-def there():
-    while True:
-        data = os.read(0, 65536)
-        if not data:
-            break
-        s.sendall(data)
-    s.shutdown(socket.SHUT_WR)
-threading.Thread(target=there, daemon=True).start()
-while True:
-    data = s.recv(65536)
-    if not data:
-        break
-    os.write(1, data)
-"""
-
-
 @alone
 def test_a_program_of_the_settings_runs_in_the_sandbox(manager: Manager, keys: Keys) -> None:
     manager.agent(PLACES["runtime"], keys["ed25519"])
-    manager.write(HOME / "relay.py", EXEC_AGENT)
+    manager.write(HOME / "relay.py", RELAY)
     manager.install()
     manager.settings(UPSTREAM=f"exec:{manager.python} {HOME}/relay.py {PLACES['runtime']}")
     assert manager.show("DropInPaths") == str(SANDBOX)
