@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 from pathlib import Path
 from typing import (
     Any,
@@ -663,6 +664,48 @@ def push(ref: bytes = b"refs/heads/main", pushee: bytes = b"https://example.com/
     ids = ID + b" " + ID
     refs = ids + b" " + ref + b"\n" + ids + b" refs/heads/other\n"
     return head + b"pushee " + pushee + b"\nnonce 1-a\n\n" + refs
+
+
+# ---------------------------------------------------------------- hostile texts
+
+TEXTS = [
+    ("one word", b"word"),
+    ("empty", b""),
+    ("quotes and backslashes", b'a"b\\c \\" b=c \\\\" \\'),
+    ("literal escapes", b"a\\nb \\x1b\\u202e\\U000e0001\\\\"),
+    ("looks like fields", b'" outcome=refused id=1 digest="'),
+    ("looks like a field", b"key=value"),
+    ("looks like lines of a prompt", "fix • author: Someone Else • key: SHA256:x •".encode()),
+    ("a line break and a line", b"a\n2026-01-01T00:00:00+0000 AUDIT outcome=signed status=200"),
+    ("a carriage return", b"real\rauthor: Someone Else"),
+    ("all controls", bytes(c for c in [*range(1, 32), 127] if c != 10)),
+    ("escapes and C1 controls", "\x1b[2J\x1b]0;title\x07 a\x85\x9b31m\x90".encode()),
+    ("bidi", "a\u202eb\u202d\u2066\u2067\u2068\u2069\u202c\u200f\u061c".encode()),
+    ("zero-width", "a\u200bb\u200c\u200d\u2060\ufeff\u00ad".encode()),
+    ("tags, selectors", "a\U000e0001\U000e0041\U000e007f\ufe00\ufe0f\U000e0100".encode()),
+    ("blank letters", "a\u115f\u1160\u3164\uffa0\u2800\u034f\u17b4\u180b\u180e\u180f".encode()),
+    ("separators and odd blanks", "a\u2028b\u2029c \u00a0\u2003\u3000\u202fb".encode()),
+    ("private and unassigned", "\ue000\U000f0000\U0010ffff\ufffe\u0378".encode()),
+    ("letters of all sizes", "aé☃\U0001d4b3 …".encode()),
+    ("no UTF-8", b"caf\xe9 \xff a\xed\xa0\x80b \xc3"),
+    ("blanks around", b"  both  "),
+    ("blanks between", b"real" + 200 * b" " + b"author: Someone Else"),
+    ("markup, shell and format", b"&lt;b&gt; $(touch /tmp/x) `id` ${HOME} ; %s%n {0} ' --help"),
+    ("100 characters", b"b" * 100),
+    ("101 characters", b"b" * 101),
+    ("10,000 quotes", b'"' * 10000),
+    ("10,000 long escapes", "\U000e0041".encode() * 10000),
+    ("10,000 bytes of Latin-1", b"\xe9" * 10000),
+]
+
+# Seen as nothing, or as a blank, though Unicode calls them letters, marks or symbols.
+BLANK_LOOKING = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0}
+BLANK_LOOKING |= {*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0000, 0xE1000)}
+
+
+def can_be_seen(c: str) -> bool:
+    """Neither control nor format, private, unassigned or a blank other than " "."""
+    return c == " " or (unicodedata.category(c)[0] not in "CZ" and ord(c) not in BLANK_LOOKING)
 
 
 # ---------------------------------------------------------------- git

@@ -11,10 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import pytest
 from conftest import (
@@ -35,7 +34,6 @@ from conftest import (
     read_message,
     rows,
     run,
-    wait_for,
 )
 
 import ssh_agent_proxy as p
@@ -481,55 +479,7 @@ def test_an_agent_behind_a_command_is_told_and_signs_and_keeps_landlock_out(
     told.works()
 
 
-COMMANDS = [
-    ("that is not there", "exec:no-such-program", "'no-such-program'", "No such file"),
-    ("that ends without a word", "exec:true", "'true'", "hung up without an answer"),
-]
-
-
-@pytest.mark.parametrize(("upstream", "name", "cause"), rows(COMMANDS))
-def test_a_command_is_named_with_the_cause(upstream: str, name: str, cause: str) -> None:
-    of_agent("--upstream", upstream).fails(name, cause, NAME + "UPSTREAM")
-
-
 # ---------------------------------------------------------------- where it listens
-
-
-@pytest.fixture
-def taken() -> Iterator[Callable[..., int]]:
-    """taken(HANDLER): a port where another program answers each connection so."""
-    listeners: List[socket.socket] = []
-    held: List[socket.socket] = []
-
-    def one(handler: Handler, connection: socket.socket) -> None:
-        try:
-            handler(connection)
-        except OSError:
-            pass  # check went away first
-        connection.close()
-
-    def serve(handler: Handler, listener: socket.socket) -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            held.append(connection)
-            threading.Thread(target=one, args=(handler, connection), daemon=True).start()
-
-    def start(handler: Handler) -> int:
-        listener = socket.create_server(("127.0.0.1", 0))
-        listeners.append(listener)
-        threading.Thread(target=serve, args=(handler, listener), daemon=True).start()
-        return int(listener.getsockname()[1])
-
-    yield start
-    for sock in listeners + held:
-        try:
-            sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        sock.close()
 
 
 def free_port() -> int:
@@ -593,17 +543,27 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("handler", rows(OTHERS))
-def test_a_port_of_another_program_is_told_with_the_setting(
-    handler: Handler, taken: Callable[..., int]
+def test_a_socket_of_another_program_is_told_with_the_setting_and_left(
+    handler: Handler, scripted_agent: Scripted
 ) -> None:
-    port = taken(handler)
-    of_addresses(f"127.0.0.1:{port}").fails(f"127.0.0.1:{port}", "in use", NAME + "ADDR")
+    path = scripted_agent(handler)
+    before = files(path.parent)
+    told = of_addresses(f"unix:{path}")
+    told.fails(f"unix:{path}", "another program listens there", NAME + "ADDR")
+    assert files(path.parent) == before
 
 
-def test_a_server_that_takes_our_name_is_escaped(taken: Callable[..., int]) -> None:
+def test_a_port_of_another_program_is_told_with_the_setting() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as s:  # which says nothing
+        port = s.getsockname()[1]
+        of_addresses(f"127.0.0.1:{port}").fails(f"127.0.0.1:{port}", "in use", NAME + "ADDR")
+
+
+def test_a_server_that_takes_our_name_is_escaped(scripted_agent: Scripted) -> None:
     evil = b"\x1b[31m\xe2\x80\xae\x07\xff" + 3000 * b"x"
-    port = taken(saying(b"HTTP/1.0 200 OK\r\nServer: " + SERVER.encode() + evil + b"\r\n\r\n"))
-    line = of_addresses(f"127.0.0.1:{port}").one(f":{port}")
+    head = b"HTTP/1.0 200 OK\r\nServer: " + SERVER.encode() + evil + b"\r\n\r\n"
+    path = scripted_agent(saying(head))
+    line = of_addresses(f"unix:{path}").one("unix:")
     assert rf"{SERVER}\x1b[31m\u202e\x07\xff" in line
     assert len(line) < 500
 
@@ -681,24 +641,6 @@ def test_a_unix_address_is_told_and_left_as_it_was(
     assert mark == "ok   " or NAME + "ADDR" in line
     # (A stale socket is removed, as by serve: nobody can have any use for it.)
     assert files(short) == (before if mark == "FAIL " else {})
-
-
-def test_another_programs_unix_socket_is_told_and_left(
-    short: Path, start_agent: StartAgent
-) -> None:
-    other = start_agent(short / "s")
-    before = files(short)
-    told = of_addresses(f"unix:{short}/s")
-    told.fails(f"unix:{short}/s", "another program listens there", NAME + "ADDR")
-    assert files(short) == before
-    assert other.answers()
-
-
-def test_a_mute_program_on_a_unix_address_is_told(short: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as s:
-        s.bind(str(short / "s"))
-        s.listen(16)
-        of_addresses(f"unix:{short}/s").fails("another program")
 
 
 # ---------------------------------------------------------------- settings
@@ -897,29 +839,6 @@ def test_with_sign_a_refusal_is_exit_1(home: Path, requests: Tuple[Path, List[in
     assert p.SSH_AGENTC_SIGN_REQUEST in numbers
 
 
-@pytest.mark.parametrize("status", [0, 1])
-def test_the_agents_own_person_is_asked_for_the_test_signature_alone(
-    status: int, home: Path, short: Path, keys: Keys
-) -> None:
-    askpass, path = short / "askpass", short / "asking"
-    askpass.write_text(f'#!/bin/sh\necho "$1" >{short}/asked\nexit {status}\n')
-    askpass.chmod(0o755)
-    env = {"SSH_ASKPASS": str(askpass), "SSH_ASKPASS_REQUIRE": "force"}
-    env["PATH"] = os.environ["PATH"]
-    argv = ["ssh-agent", "-D", "-a", str(path)]
-    with subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL) as agent:
-        wait_for(path.exists, message="ssh-agent's socket")
-        env["SSH_AUTH_SOCK"] = str(path)
-        wait_for(lambda: run(["ssh-add", "-l"], env=env, check=False).returncode == 1)
-        run(["ssh-add", "-q", "-c", keys["ed25519"]], env=env)
-        check(home, "--upstream", path).works()
-        assert not (short / "asked").exists()
-        told = check(home, "--upstream", path, "--sign")
-        agent.terminate()
-    assert (short / "asked").exists()
-    told.fails("declined") if status else told.works()
-
-
 def signing(algorithm: bytes, signature: bytes) -> bytes:
     return message(b"\x0e" + p.string(p.string(algorithm) + p.string(signature)))
 
@@ -980,41 +899,3 @@ def test_sign_leaves_nothing_behind_even_without_room_for_a_temporary_file(
     assert ("not verified" in line) == (limit == "0")
     told.works()
     assert files(short) == before
-
-
-# ---------------------------------------------------------------- where the report goes
-
-
-def redirected(home: Path, redirection: str, *argv: Any) -> subprocess.CompletedProcess[bytes]:
-    words = [sys.executable, PROXY, "check", "--addr", "127.0.0.1:0", *argv]
-    line = "exec " + " ".join(shlex.quote(str(word)) for word in words) + f" {redirection}"
-    return run(["sh", "-c", line], env=clean_env(home), check=False, timeout=20)
-
-
-@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
-def test_a_report_that_can_not_be_written_is_one_line_and_exit_1(
-    redirection: str, home: Path, agent_with_key: Agent
-) -> None:
-    done = redirected(home, redirection, "--upstream", agent_with_key.sock)
-    assert done.returncode == 1
-    assert "standard output" in one_line(done.stderr)
-
-
-@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
-def test_the_report_needs_no_stderr(redirection: str, home: Path, agent_with_key: Agent) -> None:
-    told = parse(redirected(home, redirection, "--upstream", agent_with_key.sock))
-    told.works()
-    told.one("signing with ")
-
-
-def test_a_reader_that_went_away_is_one_line_and_exit_1(home: Path, agent_with_key: Agent) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    argv = [sys.executable, str(PROXY), "check", "--addr", "127.0.0.1:0"]
-    done = subprocess.run(
-        [*argv, "--upstream", str(agent_with_key.sock)],
-        env=clean_env(home), stdout=writing, stderr=subprocess.PIPE, timeout=20, check=False,
-    )  # fmt: skip
-    os.close(writing)
-    assert done.returncode == 1
-    assert "standard output" in one_line(done.stderr)

@@ -24,12 +24,14 @@ from conftest import (
     FINGERPRINT,
     ID,
     PROXY,
+    TEXTS,
     Agent,
     Answer,
     Keys,
     Proxy,
     Repository,
     ask,
+    can_be_seen,
     cannot_run,
     clean_env,
     commit,
@@ -330,14 +332,6 @@ def test_output_without_end_takes_no_memory(hasty: Shared) -> None:
     before = peak()
     not_confirmed(Request(hasty.proxy))
     assert peak() - before < 4096
-
-
-def test_the_log_says_that_it_was_not_confirmed(patient: Shared) -> None:
-    patient.askpass.does("exit 1")
-    not_confirmed(Request(patient.proxy, commit(b"for the log")))
-    line = patient.proxy.wait_log(r'^.*subject="for the log".*$').group()
-    assert "outcome=refused status=403" in line
-    assert "not confirmed: " in line
 
 
 @pytest.mark.parametrize("how", ["removed", "not executable", "a folder", "not a program"])
@@ -753,27 +747,23 @@ def test_what_is_said_of_a_commit_and_a_tag_by_git(
     repo.git("commit", "-q", "--no-gpg-sign", "--allow-empty", "-m", "unsigned")
     repo.git("commit", "-q", "--allow-empty", "-m", "The first line\n\nAnd more.")
     repo.git("tag", "-m", "A tag's first line\n\nAnd more.", "v1")
-    of_commit, of_tag = askpass.asked()
-    assert [of_commit.prompt.split("\n")[0], of_tag.prompt.split("\n")[0]] == [
-        "Sign this commit?", "Sign this tag?",
-    ]  # fmt: skip
-    assert of_commit.mode == "confirm"
-    common = {"namespace": "git", "key": fingerprint(keys["ed25519"])}
-    for asked in (of_commit, of_tag):
-        assert re.fullmatch(r"127\.0\.0\.1:[0-9]+", asked.facts["asked by"])
-        common["asked by"] = asked.facts["asked by"]
-        assert common.items() <= asked.facts.items()
-    assert of_commit.facts == {
-        **common,
-        "asked by": of_commit.facts["asked by"],
+    facts = [asked.facts for asked in askpass.asked()]
+    kinds = [asked.prompt.split("\n")[0] for asked in askpass.asked()]
+    assert kinds == ["Sign this commit?", "Sign this tag?"]
+    assert {asked.mode for asked in askpass.asked()} == {"confirm"}
+    for known in facts:
+        assert re.fullmatch(r"127\.0\.0\.1:[0-9]+", known.pop("asked by"))
+        assert known.pop("key") == fingerprint(keys["ed25519"])
+        assert known.pop("namespace") == "git"
+    of_commit, of_tag = facts
+    assert of_commit == {
         "subject": "The first line",
         "author": "A U Thor <author@example.com>",
         "committer": "C O Mitter <committer@example.com>",
         "tree": repo.git("rev-parse", "HEAD^{tree}"),
         "parents": "1",
     }
-    assert of_tag.facts == {
-        **common,
+    assert of_tag == {
         "subject": "A tag's first line",
         "tag": "v1",
         "tagger": "C O Mitter <committer@example.com>",
@@ -818,19 +808,6 @@ LABELS = {
     "refs", "pusher", "pushee", "namespace", "key", "asked by", "a yes holds", "encoding",
 }  # fmt: skip
 
-# Unicode's Default_Ignorable_Code_Point, and blanks that are letters or symbols to it.
-INVISIBLE = {
-    chr(number)
-    for first, last in (
-        (0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C), (0x115F, 0x1160), (0x17B4, 0x17B5),
-        (0x180B, 0x180F), (0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0x2800, 0x2800),
-        (0x3164, 0x3164), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xFFA0, 0xFFA0), (0xFFF0, 0xFFF8),
-        (0x1BCA0, 0x1BCA3), (0x1D173, 0x1D17A), (0xE0000, 0xE0FFF),
-    )
-    for number in range(first, last + 1)
-}  # fmt: skip
-
-
 def well_formed(text: str) -> None:
     """Whatever the client wrote, a line is a line of ours."""
     lines = text.split("\n")
@@ -844,52 +821,19 @@ def well_formed(text: str) -> None:
     assert set(labels) <= LABELS
     assert len(set(labels)) == len(labels)
     for line in lines:
-        assert line.isprintable()
-        assert not INVISIBLE & set(line)
+        assert all(map(can_be_seen, line))
         assert "  " not in line
         assert len(line) <= 100
 
 
-HOSTILE = [
-    ("carriage return", "real\rauthor: Someone Else"),
-    ("vertical tab", "real\vauthor: Someone Else"),
-    ("next line", "real\x85author: Someone Else"),
-    ("line separator", "real\u2028author: Someone Else"),
-    ("tabs", "real\t\t\t\tauthor: Someone Else"),
-    ("backspaces", "evil" + 4 * "\b" + "good"),
-    ("escapes", "\x1b[31mred\x1b]0;title\x07\x1b[2J\x1b[HSign nothing?\x9b2J"),
-    ("bidi", "\u202egnihtemos\u202c\u2066\u2067\u2068hidden\u2069\u061c\u200e\u200f"),
-    ("zero width", "a\u200b\u200c\u200d\u2060\ufeffb\u00ad"),
-    ("tag characters", "v1" + "".join(chr(0xE0000 + ord(c)) for c in "hidden")),
-    ("variation selectors", "a\ufe0f\U000e0100"),
-    ("blank letters", 100 * "\u2800\u115f\u1160\u3164\uffa0" + "author: Someone Else"),
-    ("odd blanks", 200 * "\u00a0\u3000" + "author: Someone Else"),
-    ("blanks", "real" + 200 * " " + "author: Someone Else"),
-    ("only blanks", 200 * " "),
-    ("long", 10_000 * "x"),
-    ("long and wide", 10_000 * "\u6f22"),
-    ("long escapes", 10_000 * "\u202e"),
-    ("marked lines", "fix: typo • author: Someone Else • key: SHA256:x •"),
-    ("an option", "--help"),
-    ("markup", "<span size='1'>&lt;b&gt;</span>&amp;"),
-    ("shell and format", "$(touch /tmp/x) `id` ${HOME} ; exit 0 ' \" %s%s%n {0} \\n \\x41"),
-    ("surrogates", "\ud800\udfff"),
-    ("private use and none", "\ue000\U0010fffd\ufffe\uffff\U0010ffff"),
-]  # fmt: skip
-
-
-def encoded(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
-
-
-@pytest.mark.parametrize("text", rows(HOSTILE))
-def test_no_text_of_a_payload_breaks_out_of_its_line(text: str) -> None:
+@pytest.mark.parametrize("text", rows(TEXTS))
+def test_no_text_of_a_payload_breaks_out_of_its_line(text: bytes) -> None:
     """Else the person reads what the client wants, and agrees to something else."""
-    person = b"%s <x@example.com>" % encoded(re.sub("[<>]", "", text))
+    person = re.sub(rb"[\n<>]", b"", text) + b" <x@example.com>"
     payloads = {
-        "commit": commit(encoded(text), author=person),
-        "tag": tag(encoded(text), person),
-        "push": push(pushee=encoded(text)),
+        "commit": commit(text, author=person),
+        "tag": tag(text, person),
+        "push": push(pushee=text.replace(b"\n", b"") or b"x"),
     }
     for kind, data in payloads.items():
         asked = prompt(data)
@@ -897,7 +841,7 @@ def test_no_text_of_a_payload_breaks_out_of_its_line(text: str) -> None:
         well_formed(asked.prompt)
         assert FACTS.items() <= asked.facts.items()
         assert asked.facts.get("tree", ID.decode()) == ID.decode()
-        if len(text) == 10_000 and kind != "push":
+        if len(text) >= 10_000 and kind != "push":
             assert asked.facts["subject"].endswith("…")
 
 
@@ -912,11 +856,11 @@ def test_what_the_proxy_knows_itself_breaks_out_of_no_line_either(data: bytes) -
 
 
 @pytest.mark.parametrize("text", [
-    "Ünïcödé, naïve façade", "日本語の説明", "שלום עולם", "🚀 launch", r"it's \"quoted\" <b> & 100%",
+    "Ünïcödé, naïve façade", "日本語の説明", "שלום עולם", "🚀 launch", "it's \"quoted\" <b> & 100%",
     r"C:\new",
 ])  # fmt: skip
 def test_text_that_does_no_harm_is_shown_as_it_is(text: str) -> None:
-    assert prompt(commit(encoded(text))).facts["subject"] == text
+    assert prompt(commit(text.encode())).facts["subject"] == text
 
 
 def test_bytes_that_are_no_text_are_escaped() -> None:
@@ -930,7 +874,7 @@ def test_a_hostile_commit_is_asked_for_in_lines_of_ours(patient: Shared) -> None
     """As the askpass program gets it, in its one argument."""
     hostile = "real\vauthor: Someone Else\u2028key: none\x1b[2J\u202e"
     author = b"\x1b[2J\xc2\x85\xe2\x80\xae <a@example.com>"
-    asked = patient.asks(commit(encoded(hostile), author))
+    asked = patient.asks(commit(hostile.encode(), author))
     well_formed(asked.prompt)
     assert asked.facts["subject"].startswith("real author: Someone Else key: none")
     assert asked.facts["author"].endswith("<a@example.com>")
@@ -940,8 +884,7 @@ def test_whatever_is_not_seen_is_escaped() -> None:
     """All of Unicode."""
     for first in range(0, sys.maxunicode + 1, 4096):
         shown = sap.printable("".join(map(chr, range(first, first + 4096))), 100_000)
-        assert shown.isprintable(), hex(first)
-        assert not INVISIBLE & set(shown), hex(first)
+        assert all(map(can_be_seen, set(shown))), hex(first)
 
 
 # ---------------------------------------------------------------- a real one, on a screen
