@@ -301,16 +301,17 @@ def fingerprint(key: Path) -> str:
 class Agent:
     """A real `ssh-agent`, in the foreground, ended by PID."""
 
-    def __init__(self, sock: Path) -> None:
+    def __init__(self, sock: Path, **env: str) -> None:
         self.sock = sock
         self.env = dict(os.environ, SSH_AUTH_SOCK=str(sock))
+        self.its_env = {"PATH": os.environ["PATH"], **env}
         self.start()
 
     def start(self) -> None:
         self.process = subprocess.Popen(
             ["ssh-agent", "-D", "-a", str(self.sock)],
             stdout=subprocess.DEVNULL,
-            env={"PATH": os.environ["PATH"]},
+            env=self.its_env,
         )
         self.pid = self.process.pid
         wait_for(self.answers, message="ssh-agent's socket")

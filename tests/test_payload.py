@@ -702,7 +702,7 @@ THINGS = [
     ("SSH authentication, RFC 4252 section 7", s(bytes(32)) + b"\x32" + s(b"git")
      + s(b"ssh-connection") + s(b"publickey") + b"\1" + s(b"ssh-ed25519") + s(bytes(51))),
     ("a file, PROTOCOL.sshsig", b"SSHSIG" + s(b"file") + s(b"") + s(b"sha512") + s(bytes(64))),
-    ("an SSH certificate, PROTOCOL.certkeys", s(b"ssh-ed25519-cert-v01@openssh.com") + s(bytes(32))),
+    ("a certificate, PROTOCOL.certkeys", s(b"ssh-ed25519-cert-v01@openssh.com") + s(bytes(32))),
     ("an X.509 certificate, RFC 5280", bytes.fromhex("3081b2a003020102 0214") + bytes(20)),
     ("a TLS server's CertificateVerify, RFC 8446", b" " * 64 + b"TLS 1.3, server Certif\0"),
     ("a JWT, RFC 7515", b"eyJhbGciOiAiRWREU0EifQ.eyJzdWIiOiAidHJlZSJ9"),
