@@ -23,7 +23,7 @@ from conftest import (
     parse_answer,
     post,
     post_chunked,
-    receive,
+    read_all,
     rows,
     run,
 )
@@ -62,12 +62,11 @@ ssh-keygen "$@"
 cp -- "$file.sig" "$CAPTURED/$number.sig"
 """
 
-# Of a repository that is pushed to: keeps the signed push's certificate and the refs it changes.
+# Of a repository that is pushed to: keeps which refs a signed push changes.
 PRE_RECEIVE = """#!/bin/sh
 set -eu
 [ -n "${GIT_PUSH_CERT:-}" ] || exit 0
 cat >../changed
-git cat-file blob "$GIT_PUSH_CERT" >../received
 """
 
 # What the scenarios are told in. Messages are formats of printf.
@@ -225,16 +224,11 @@ SCENARIOS: List[Tuple[str, str, bytes, str]] = [
      "commit Base; branch topic a b; commit 'Main goes on'; git rebase -q main topic"),
     ("cherry-picked", "commit " * 4, rb"\(cherry picked from commit \w+\)",
      "commit Base; branch topic a; commit 'Main goes on'; git cherry-pick -x topic"),
-    ("reverted", "commit " * 3, rb'\n\nRevert "A mistake"\n',
-     "commit; write other; commit 'A mistake'; git revert --no-edit HEAD"),
     ("mailed", "commit " * 3, rb"\n\na\n",
      "commit; branch topic a; git format-patch --stdout main..topic | git am -q"),
-    ("plumbed", "commit", rb"no newline\Z",
-     "printf 'With no newline' | git commit-tree -S \"$(git write-tree)\" -F -"),
     ("message: empty", "commit", rb"^committer .*\n\n\Z",
      "git commit -q --allow-empty --allow-empty-message -m ''"),
     ("message: leading empty lines", "commit", rb"0\n\n\n\nAfter", r"message '\n\nAfter two\n'"),
-    ("message: no newline", "commit", rb"None\Z", "message None"),
     ("message: CR LF", "commit", rb"One\r\n\r\nTwo\r\n", r"message 'One\r\n\r\nTwo\r\n'"),
     ("message: control characters", "commit", rb"\x1b\[31m", r"message '\033[31mRed\a\177\n'"),
     ("message: looks like headers", "commit", rb"\n\ntree ",
@@ -245,7 +239,6 @@ SCENARIOS: List[Tuple[str, str, bytes, str]] = [
     ("author: Latin-1", "commit", "^author Café <é@x> ".encode(), r"by 'Caf\351' '\351@x'"),
     ("author: very long", "commit", rb"^author (?:Long ){1500}",
      "by \"$(printf '%01500d' 0 | sed 's/0/Long /g')\" a@b"),
-    ("author: quotes within", "commit", rb'^author x "Q" y <', "by 'x \"Q\" y' a@b"),
     ("author: control characters", "commit", rb"^author a\x01b\x7fc\rd <",
      r"by 'a\001b\177c\rd' a@b"),
     ("author: a line break", "commit", rb"^author ab <cd> ", r"by 'a\nb' 'c\nd'"),
@@ -263,13 +256,11 @@ SCENARIOS: List[Tuple[str, str, bytes, str]] = [
      r"encoded x-none '\377\n'"),
     ("encoding: of names", "commit", rb"^author Caf\xe9 <\xe9@x> ",
      r"by 'Caf\351' '\351@x' ISO-8859-1"),
-    ("encoding: UTF-8 is not named", "commit", "0\n\ncafé".encode(), "encoded UTF-8 'café'"),
     ("headers: of jj", "commit", rb"^change-id zyx\n\nAmended\n", r"further 'change-id zyx\n'"),
     ("headers: of GitButler", "commit", rb"^gitbutler-headers-version 2\ngitbutler-change-id 1a\n",
      r"further 'gitbutler-headers-version 2\ngitbutler-change-id 1a\n'"),
     ("headers: folded", "commit", rb"^x-note one\n  two\n \n four\n\n",
      r"further 'x-note one\n  two\n \n four\n'"),
-    ("headers: an empty value", "commit", rb"^x-empty \n\n", r"further 'x-empty \n'"),
     ("headers: after the encoding", "commit", rb"^encoding KOI8-R\nchange-id zyx\n\n",
      r"further 'change-id zyx\n' KOI8-R"),
     ("headers: names that begin like git's", "commit", rb"^trees x\nparent-of x\nauthors x\n",
@@ -296,8 +287,6 @@ SCENARIOS: List[Tuple[str, str, bytes, str]] = [
      "pushed main -o 'a=b c' -o '' -o z"),
     ("push: a delete and two new", "commit commit push", rb"^0+ \w+ refs/heads/new\n",
      "pushed :old main:new main:refs/notes/x"),
-    ("push: unicode", "commit commit push", "refs/heads/ü/☃\n".encode(),
-     "pushed main:refs/heads/ü/☃"),
     ("push: a URL with a password", "commit commit push", rb"^pushee file:///",
      "to=file://user:secret@$PWD/../peer; pushed main"),
 ]  # fmt: skip
@@ -403,12 +392,6 @@ def test_what_git_signs_is_recognised_with_its_fields_and_its_id(
             assert value == whole or (len(value) >= 200 and whole.startswith(value)), field
 
 
-def test_a_push_certificate_arrives_as_it_was_signed(lab: Play) -> None:
-    here = lab("push: options", "sha1")
-    received = (here.folder / "received").read_bytes()
-    assert [c.payload + c.block for c in here.captured if kind(c.payload) == "push"] == [received]
-
-
 def test_what_stands_behind_a_nul_git_does_not_show_and_it_makes_other(
     keys: Keys, tmp_path: Path
 ) -> None:
@@ -459,9 +442,7 @@ IDENTITY = [
     ("missing", rb"^WHO .*\n", b""),
     ("twice", rb"^(WHO .*\n)", rb"\1\1"),
     ("a tab behind the header's name", rb"^(WHO) ", rb"\1\t"),
-    ("no value", rb"^WHO .*", lambda m: m[0].split()[0]),
     ("< in the name", rb"^(WHO \w)", rb"\1<"),
-    ("> in the name", rb"^(WHO \w)", rb"\1>"),
     ("< in the address", rb"^(WHO .*<\w)", rb"\1<"),
     ("two addresses", rb"^(WHO .*)(<.*>)", rb"\1\2 \2"),
     ("no address", rb"^(WHO .*) <.*>", rb"\1"),
@@ -476,11 +457,9 @@ IDENTITY = [
     ("a date with zeros in front", rb"^(WHO .*> )", rb"\g<1>00"),
     ("a letter in the date", rb"^(WHO .*> \d)\d", rb"\1l"),
     ("a date in digits of another script", rb"^(WHO .*> )\d+", b"\\g<1>\xd9\xa1\xd9\xa7"),
-    ("two blanks before the timezone", rb"^(WHO .*\d) ", rb"\1  "),
     ("no timezone", rb"^(WHO .*) [+-]\d{4}$", rb"\1"),
     ("a timezone of 3 digits", rb"^(WHO .*)\d$", rb"\1"),
     ("a timezone of 5 digits", rb"^(WHO .*)$", rb"\g<1>0"),
-    ("a timezone without a sign", rb"^(WHO .*)[+-](\d{4})$", rb"\1\2"),
     ("a blank at the end", rb"^(WHO .*)$", rb"\1 "),
     ("CR LF", rb"^(WHO .*)$", rb"\1\r"),
     ("a NUL in the name", rb"^(WHO \w)", b"\\1\0"),
@@ -492,17 +471,13 @@ IDENTITY = [
 LINE_WITH_ID = [
     ("one digit too few", rb"^(WHO .*)\w$", rb"\1"),
     ("one digit too many", rb"^(WHO .*)$", rb"\1a"),
-    ("no id", rb"^WHO .*", lambda m: m[0].split()[0]),
     ("a digit in upper case", rb"^(WHO ).", rb"\1A"),
     ("a letter that is no digit", rb"^(WHO ).", rb"\1g"),
     ("the other hash's length", rb"^(WHO )(\w+)(\n)", other_hash),
     ("a tab for the blank", rb"^(WHO) ", rb"\1\t"),
-    ("two blanks", rb"^(WHO) ", rb"\1  "),
     ("a blank at the end", rb"^(WHO .*)$", rb"\1 "),
     ("CR LF", rb"^(WHO .*)$", rb"\1\r"),
-    ("a NUL for the newline", rb"^(WHO .*)\n", b"\\1\0"),
     ("folded", rb"^(WHO .*)$", rb"\1\n more"),
-    ("an empty line behind it", rb"^(WHO .*)$", rb"\1\n"),
 ]
 
 
@@ -528,39 +503,28 @@ NOT_QUITE: List[Tuple[str, str, bytes, Any]] = [
     ("commit", "the tree behind the parents", rb"\A(tree .*\n)((?:parent .*\n)+)", rb"\2\1"),
     ("commit", "a parent behind the author", rb"^(parent .*\n)(author .*\n)", rb"\2\1"),
     ("commit", "author and committer swapped", rb"^(author .*\n)(committer .*\n)", rb"\2\1"),
-    ("commit", "a header between author and committer", rb"^(committer )", rb"x-a b\n\1"),
-    ("commit", "the encoding before the committer", rb"^(committer .*\n)(encoding .*\n)", rb"\2\1"),
     ("commit", "a second parent behind the encoding", rb"^(encoding .*\n)",
      rb"\1parent " + b"a" * 40 + b"\n"),
     ("commit", "any author among the headers", rb"^(change-id )", rb"author x\n\1"),
-    ("commit", "an empty parent among the headers", rb"^(change-id )", rb"parent \n\1"),
     ("commit", "the encoding twice", rb"^(encoding .*\n)", rb"\1\1"),
     ("commit", "an encoding behind a further header", rb"^(encoding .*\n)(x-note .*\n(?: .*\n)+)",
      rb"\2\1"),
     ("commit", "an encoding without a value", rb"^encoding .*", b"encoding"),
-    ("commit", "an encoding that is folded", rb"^(encoding .*)", rb"\1\n more"),
-    ("commit", "a folded line before any header", rb"^encoding .*\nx-note one\n", b""),
     ("commit", "a header without a value", rb"^change-id .*", b"change-id"),
     ("commit", "a header with a tab for the blank", rb"^change-id ", rb"change-id\t"),
-    ("commit", "a header with a NUL in its value", rb"^change-id ", b"change-id \0"),
     ("commit", "a tab for a folded line's blank", rb"^ two", b"\ttwo"),
     ("commit", "no empty line", rb"\n\n", b"\n"),
     ("commit", "CR LF for the empty line", rb"\n\n", b"\n\r\n"),
     ("commit", "a NUL at the message's end", rb"\Z", b"\0"),
-    ("commit", "an empty line in front", rb"\A", b"\n"),
     ("commit", "a byte order mark in front", rb"\A", b"\xef\xbb\xbf"),
-    ("commit", "CR LF throughout", rb"[\s\S]+", lambda m: m[0].replace(b"\n", b"\r\n")),
     # (A tag has but one id: of the other length, it is a tag of the other hash.)
     *lines("tag", "object", [row for row in LINE_WITH_ID if row[2] is not other_hash]),
     *lines("tag", "tagger", IDENTITY),
-    ("tag", "object twice", rb"\A(object .*\n)", rb"\1\1"),
     ("tag", "tag before type", rb"^(type .*\n)(tag .*\n)", rb"\2\1"),
-    ("tag", "type twice", rb"^(type .*\n)", rb"\1\1"),
     *[("tag", f"type {text(word)!r}", rb"^type .*", b"type " + word) for word in (
         b"", b"commits", b"Commit", b"note", b"commit ", b" commit", b"commit\r", b"tre",
     )],
     ("tag", "no tag", rb"^tag .*\n", b""),
-    ("tag", "tag twice", rb"^(tag .*\n)", rb"\1\1"),
     ("tag", "no name", rb"^tag .*", b"tag "),
     *[("tag", f"a name with {character!r}", rb"^tag v1", b"tag v" + character + b"1")
       for character in (bytes([value]) for value in b" \t\r\0\x1f\x7f~^:?*[")],
@@ -568,19 +532,13 @@ NOT_QUITE: List[Tuple[str, str, bytes, Any]] = [
     *[("tag", f"a name that git refuses: {name!r}", rb"^tag v1", b"tag " + name)
       for name in (b".v1", b"-v1", b"/v1", b"v1/", b"v1.", b"v..1", b"v//1", b"v/.1", b"v@{1",
                    b"v1.lock", b"v.lock/1")],
-    ("tag", "a blank behind the name", rb"^(tag .*)", rb"\1 "),
     ("tag", "a header behind the tagger", rb"^(tagger .*\n)", rb"\1encoding UTF-8\n"),
-    ("tag", "no empty line", rb"\n\n", b"\n"),
     ("tag", "a blank in the empty line", rb"\n\n", b"\n \n"),
-    ("tag", "a NUL at the message's end", rb"\Z", b"\0"),
-    ("tag", "a byte order mark in front", rb"\A", b"\xef\xbb\xbf"),
     ("tag", "CR LF throughout", rb"[\s\S]+", lambda m: m[0].replace(b"\n", b"\r\n")),
     *[("push", f"version {text(word)!r}", rb"\Acertificate version .*",
        b"certificate version " + word)
       for word in (b"", b"0.2", b"0.10", b"0.1 ", b"0.1\r")],
-    ("push", "the version twice", rb"\A(.*\n)", rb"\1\1"),
     ("push", "no pusher", rb"^pusher .*\n", b""),
-    ("push", "pusher twice", rb"^(pusher .*\n)", rb"\1\1"),
     ("push", "pusher behind pushee", rb"^(pusher .*\n)(pushee .*\n)", rb"\2\1"),
     ("push", "a pusher by name", rb"^pusher \S+  ", b"pusher C O Mitter <committer@example.com> "),
     ("push", "a pusher by MD5", rb"^pusher \S+", b"pusher MD5:" + b":".join([b"0a"] * 16)),
@@ -591,36 +549,26 @@ NOT_QUITE: List[Tuple[str, str, bytes, Any]] = [
     ("push", "no blank before the date", rb"^(pusher \S+)  ", rb"\1"),
     ("push", "three blanks before the date", rb"^(pusher \S+)  ", rb"\1   "),
     ("push", "no timezone", rb"^(pusher .*) \S+$", rb"\1"),
-    ("push", "a timezone of 5 digits", rb"^(pusher .*)$", rb"\g<1>0"),
     ("push", "pushee twice", rb"^(pushee .*\n)", rb"\1\1"),
-    ("push", "pushee behind nonce", rb"^(pushee .*\n)(nonce .*\n)", rb"\2\1"),
     ("push", "an empty pushee", rb"^pushee .*", b"pushee "),
-    ("push", "a pushee without a value", rb"^pushee .*", b"pushee"),
-    ("push", "nonce twice", rb"^(nonce .*\n)", rb"\1\1"),
     ("push", "a nonce without a value", rb"^nonce .*", b"nonce"),
     ("push", "a nonce with a colon", rb"^(nonce .*)", rb"\1:"),
     ("push", "a nonce of 257 characters", rb"^nonce .*", b"nonce " + b"a" * 257),
     ("push", "nonce behind the options", rb"^(nonce .*\n)((?:push-option .*\n)+)", rb"\2\1"),
-    ("push", "an option without a value", rb"^push-option .*", b"push-option"),
     ("push", "an option that is folded", rb"^(push-option .*)", rb"\1\n more"),
     ("push", "a header that is none", rb"^(push-option )", rb"x-a b\n\1"),
     ("push", "no empty line", rb"\n\n", b"\n"),
     ("push", "a blank in the empty line", rb"\n\n", b"\n \n"),
     ("push", "no refs", rb"\n\n[\s\S]*", b"\n\n"),
     ("push", "an id with a digit too few", rb"(\n\n)\w", rb"\1"),
-    ("push", "an id in upper case", rb"(\n\n\w+ )\w", rb"\1A"),
     ("push", "ids of two hashes", rb"(\n\n)(\w+)( )", other_hash),
     ("push", "one id in a line", rb"(\n\n)\w+ ", rb"\1"),
-    ("push", "a tab between ids", rb"(\n\n\w+) ", rb"\1\t"),
-    ("push", "no ref behind the ids", rb" refs/.*\n\Z", rb"\n"),
     *[("push", f"a ref with {character!r}", rb"^(.* refs/heads)/", b"\\1" + character)
       for character in (bytes([value]) for value in b" \t\0\x1b\x7f~^:?*[")],
     ("push", "a ref with a backslash", rb"^(.* refs/heads)/", rb"\1\\"),
     ("push", "a blank behind the last ref", rb"\n\Z", rb" \n"),
     ("push", "no newline at the end", rb"\n\Z", b""),
-    ("push", "an empty line at the end", rb"\Z", b"\n"),
     ("push", "a signature at the end", rb"\Z", BEGIN + b"AAAA\n-----END SSH SIGNATURE-----\n"),
-    ("push", "CR LF throughout", rb"[\s\S]+", lambda m: m[0].replace(b"\n", b"\r\n")),
 ]
 
 
@@ -644,7 +592,6 @@ STILL: List[Tuple[str, str, bytes, Any, Dict[str, Optional[str]]]] = [
     ("commit", "a line of blanks for a message", rb"\n\n[\s\S]*", b"\n\n \n", {"subject": ""}),
     ("tag", "lines of blanks before the subject", rb"\n\n.*", b"\n\n \n\r\nReal",
      {"subject": "Real"}),
-    ("commit", "a header's empty value", rb"^change-id .*", b"change-id ", {}),
     ("commit", "a folded line of three blanks", rb"^ two", b"   ", {}),
     ("commit", "another subject", rb"\n\n.*", b"\n\nX", {"subject": "X"}),
     ("commit", "tree lines in the message", rb"\Z", b"tree x\n\ntree y\n", {}),
@@ -706,16 +653,11 @@ THINGS = [
     ("an X.509 certificate, RFC 5280", bytes.fromhex("3081b2a003020102 0214") + bytes(20)),
     ("a TLS server's CertificateVerify, RFC 8446", b" " * 64 + b"TLS 1.3, server Certif\0"),
     ("a JWT, RFC 7515", b"eyJhbGciOiAiRWREU0EifQ.eyJzdWIiOiAidHJlZSJ9"),
-    ("a private key", b"-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n"),
-    ("a mail", b"From: A <a@b>\nSubject: tree\n\nobject\ntree\n"),
     ("JSON", b'{\n "tree": "' + b"a" * 40 + b'",\n "author": "A <a> 1 +0000"\n}'),
     ("a tar file", b"tree " + b"a" * 40 + bytes(467)),
-    ("a tree of git's", b"100644 file\0" + bytes(20) + b"40000 tree\0" + bytes(20)),
     ("a bundle of git's", b"# v2 git bundle\n" + b"a" * 40 + b" refs/heads/main\n\n"),
-    ("a patch", b"From " + b"a" * 40 + b" Mon Sep 17 00:00:00 2001\nFrom: A <a>\n\n---\n"),
     ("a script", b"#!/bin/sh\ntree\n"),
     ("a newline", b"\n"),
-    ("a blank", b" "),
     ("the word tree", b"tree "),
 ]  # fmt: skip
 
@@ -735,16 +677,6 @@ def test_what_is_not_gits_is_other_and_within_a_message_nothing_else(
         else:
             around = changed(payload, rb"\n\n[\s\S]*", lambda m: b"\n\nX\n" + thing)
             assert kind(around) == ("other" if b"\0" in thing else of)
-
-
-@pytest.mark.parametrize("second", ["commit", "tag", "push"])
-@pytest.mark.parametrize("first", ["commit", "tag"])
-def test_what_follows_a_commit_or_a_tag_is_its_message(
-    first: str, second: str, good: Good
-) -> None:
-    alone = good(first, "sha1")
-    followed = parse(alone + good(second, "sha1"))
-    assert (followed.kind, followed.fields) == (first, parse(alone).fields)
 
 
 # ---------------------------------------------------------------- large ones, and hostile ones
@@ -797,20 +729,13 @@ def within(seconds: int) -> Iterator[None]:
     ("a header of blanks", filled(COMMIT + b"x", b" "), "other None"),
     ("a header's value without an end", filled(COMMIT + b"x ", b"y"), "other None"),
     ("empty lines", filled(COMMIT, b"\n"), "commit 0"),
-    ("openings for an author", filled(TREE + b"author", b" <"), "other None"),
     ("addresses for an author", filled(TREE + b"author ", b"a <b> 1 +0000 "), "other None"),
     ("an address without an end", filled(TREE + b"author a <", b"b"), "other None"),
-    ("a long author", filled(TREE + b"author ", b"a b ", b" <c> 1 +0000\n" + COMMITTER + b"\nx"),
-     "commit 0"),
-    ("an encoding without an end", filled(COMMIT + b"encoding ", b"x"), "other None"),
     ("a tag's name without an end", filled(TAG[:-3], b"v"), "other None"),
     ("a tag's slashes", filled(TAG[:-1], b"/x"), "other None"),
     ("refs", filled(PUSH + b"\n", REF), f"push {(sap.KEPT - len(PUSH) - 1) // len(REF)}"),
-    ("refs and a bad one", filled(PUSH + b"\n", REF, b"x"), "other None"),
     ("options", filled(PUSH, b"push-option \n", b"\n" + REF), "push 1"),
-    ("options and a bad one", filled(PUSH, b"push-option \n", b"push\n\n" + REF), "other None"),
     ("one letter", b"a" * (4 * MIB), "other None"),
-    ("zeros", bytes(4 * MIB), "other None"),
     ("certificates", filled(b"", PUSH), "other None"),
 ]))  # fmt: skip
 def test_a_hostile_payload_is_decided(payload: bytes, expected: str) -> None:
@@ -870,6 +795,7 @@ def test_a_message_may_go_on_beyond_what_is_kept_but_not_with_a_nul(of: str, hea
     assert (parsed.kind, parsed.size, parsed.data) == (of, len(payload), payload[: sap.KEPT])
     assert parsed.fields["subject"] == "Subject"
     assert parsed.object_id(BEGIN) == ""
+    assert parse(payload[: sap.KEPT]).object_id(BEGIN) != ""
     assert kind(payload + b"\0") == "other"
 
 
@@ -882,25 +808,6 @@ def test_a_push_certificate_that_is_not_seen_whole_is_other() -> None:
     assert len(whole) == sap.KEPT
     assert kind(whole) == "push"
     assert kind(whole + REF) == "other"
-
-
-@pytest.mark.parametrize("of", ["commit", "tag"])
-def test_an_object_of_just_256_kib_still_has_its_id(of: str, keys: Keys, tmp_path: Path) -> None:
-    lab = Lab(tmp_path, keys["ed25519"])
-    lab.play("commit Base")
-
-    def make(size: int) -> Captured:
-        argv = ["--cleanup=verbatim", "-F", "-"]
-        argv += ["v1", "-f", "main^{tree}"] if of == "tag" else ["--amend", "--allow-empty"]
-        lab.git(of, *argv, input=b"x" * size)
-        return lab.captured[-1]
-
-    head = len(make(1).payload) - 1
-    for size, has_id in ((sap.KEPT, True), (sap.KEPT + 1, False)):
-        payload, block = make(size - head)
-        assert len(payload) == size
-        name = lab.line("rev-parse", "v1" if of == "tag" else "HEAD")
-        assert parse(payload).object_id(block) == (name if has_id else "")
 
 
 @pytest.mark.parametrize("encoding", ["rot13", "idna", "undefined", "utf-16", "zlib"])
@@ -935,7 +842,7 @@ def mutations(payload: bytes, rng: random.Random, number: int) -> Iterator[bytes
 def complaints(lab: Lab, of: str, payloads: Iterable[bytes]) -> List[str]:
     """What git's fsck has to say of objects with these contents, but not of what they name."""
     folder = lab.folder / "objects"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     paths = []
     for number, payload in enumerate(payloads):
         path = folder / str(number)
@@ -955,9 +862,7 @@ def complaints(lab: Lab, of: str, payloads: Iterable[bytes]) -> List[str]:
 
 
 @pytest.mark.parametrize("of", ["commit", "tag"])
-def test_git_takes_whatever_is_recognised(
-    of: str, good: Good, keys: Keys, tmp_path: Path
-) -> None:
+def test_git_takes_whatever_is_recognised(of: str, good: Good, keys: Keys, tmp_path: Path) -> None:
     payload = good(of, "sha1")
     samples = {*mutations(payload, random.Random(0), 500)} - {payload}
     kinds = {sample: kind(sample) for sample in samples}
@@ -966,13 +871,8 @@ def test_git_takes_whatever_is_recognised(
     assert min(len(recognised), len(samples) - len(recognised)) > 50, "a test of nothing"
     lab = Lab(tmp_path, keys["ed25519"])
     assert complaints(lab, of, recognised) == []
-
-
-def test_the_judge_complains_of_what_is_wrong(keys: Keys, tmp_path: Path) -> None:
-    lab = Lab(tmp_path, keys["ed25519"])
-    bad = COMMIT.replace(b"> 1", b"> 01") + b"\nx\n"
-    (complaint,) = complaints(lab, "commit", [COMMIT + b"\nx\n", bad])
-    assert "zeroPaddedDate" in complaint
+    bad = re.sub(rb"> (?=\d)", b"> 0", payload)
+    assert "zeroPaddedDate" in "".join(complaints(lab, of, [bad]))
 
 
 # ---------------------------------------------------------------- through the running proxy
@@ -988,7 +888,7 @@ def sign(proxy: Proxy, pieces: Iterable[bytes], length: Optional[int] = None) ->
             s.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
         if chunked:
             s.sendall(b"0\r\n\r\n")
-        return parse_answer(receive(s))
+        return parse_answer(read_all(s, 60))
 
 
 def verified(block: bytes, payload: bytes, folder: Path) -> bool:
@@ -1040,25 +940,18 @@ def split(payload: bytes, size: int) -> List[bytes]:
     return [payload[at : at + size] for at in range(0, len(payload), size)]
 
 
-@pytest.mark.parametrize("size", rows([("a byte at a time", 1), ("all at once", MIB)]))
+@pytest.mark.parametrize("size", rows([("a byte at a time", 1), ("in large pieces", 40999)]))
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "length"])
 def test_a_payload_is_recognised_however_it_arrives(
     size: int, chunked: bool, start: Callable[[str], Proxy], good: Good
 ) -> None:
     proxy = start("commit")
     payload = good("commit", "sha256")
-    for data, status in ((payload, 200), (payload[:-1] + b"\0", 403)):
+    expected = {payload: 200, payload[:-1] + b"\0": 403}
+    if size > 1:
+        expected.update({commit_with_head(sap.KEPT - 1): 200, commit_with_head(sap.KEPT): 403})
+    for data, status in expected.items():
         assert sign(proxy, split(data, size), None if chunked else len(data)).status == status
-
-
-@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "length"])
-def test_exactly_256_kib_of_a_payload_are_looked_at(
-    chunked: bool, start: Callable[[str], Proxy]
-) -> None:
-    proxy = start("commit")
-    for head, status in ((sap.KEPT - 1, 200), (sap.KEPT, 403)):
-        data = commit_with_head(head)
-        assert sign(proxy, split(data, 4099), None if chunked else len(data)).status == status
 
 
 def peak(proxy: Proxy) -> int:

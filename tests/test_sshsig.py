@@ -284,13 +284,6 @@ def taken_apart(block: bytes) -> List[bytes]:
         return [r.string() for _ in range(5)]
 
 
-def test_a_real_block_is_taken_apart_and_put_together_again(lab: Lab) -> None:
-    block = keygen("-Y", "sign", "-f", lab.folder / "ed25519", "-n", "git", input=b"payload")
-    key, namespace, _, hash_algorithm, signature = taken_apart(block)
-    again = sap.sshsig(key, namespace.decode(), hash_algorithm.decode(), signature)
-    assert sap.armor(again) == block
-
-
 # ---------------------------------------------------------------- keys, by hand
 
 KEYS = [
@@ -311,10 +304,10 @@ CERTIFICATE = b"ssh-ed25519-cert-v01@openssh.com"
 
 NO_KEYS = [
     ("nothing", b"", "4 bytes expected, 0 there"),
-    ("a type alone", s(b"ssh-ed25519"), "4 bytes expected, 0 there"),
     ("an empty type", s(b"") + s(X25), TYPE),
     ("a type with a NUL behind it", s(b"ssh-ed25519\0") + s(X25), TYPE),
     ("DSA", s(b"ssh-dss") + 4 * mp(5), TYPE),
+    ("a hostile type", s(b"a\n\x1b[2J\xe2\x80\xae" + b"z" * 10000), TYPE),
     ("a signature algorithm for a type", s(b"rsa-sha2-512") + mp(65537) + mp(N2048), TYPE),
     ("a webauthn type", s(b"webauthn-sk-ecdsa-sha2-nistp256@openssh.com") + s(POINT), TYPE),
     ("Ed25519 of 31 bytes", ed(bytes(31)), "an Ed25519 key of 31 bytes"),
@@ -324,12 +317,10 @@ NO_KEYS = [
     ("RSA of too many bits", rsa(mp((1 << 16384) | 1)), "16385 bits"),
     ("RSA with modulus 0", rsa(mp(0)), "not positive"),
     ("RSA with exponent 1", rsa(e=mp(1)), "RSA key"),
-    ("RSA with a padded exponent", rsa(e=s(b"\0\3")), "needless leading zero"),
     ("P-256 of another curve", ec(curve=b"nistp384"), CURVE),
     ("P-256 with the point of another curve", ec(b"\4" + bytes(96)), POINTED),
     ("P-384 of another curve", ec(curve=b"nistp256", kind=b"nistp384"), CURVE),
     ("a part of the curve's name", ec(curve=b"nistp2"), CURVE),
-    ("a curve that is no text", ec(curve=b"\xff"), CURVE),
     ("a compressed point", ec(b"\2" + bytes(32)), POINTED),
     ("a compressed point of full length", ec(b"\2" + bytes(64)), POINTED),
     ("a hybrid point", ec(b"\6" + bytes(64)), POINTED),
@@ -355,13 +346,7 @@ def test_a_key_blob_that_is_none_is_refused(blob: bytes, error: str) -> None:
         sap.parse_public_key(blob)
     assert str(e.value).startswith("public key: ")
     assert error in str(e.value)
-
-
-def test_the_refusal_of_a_foreign_type_is_one_printable_line() -> None:
-    with pytest.raises(sap.WireError) as e:
-        sap.parse_public_key(s(b"a\n\x1b[2J\xe2\x80\xae" + b"z" * 10000))
-    assert str(e.value).isprintable()
-    assert len(str(e.value)) < 200
+    assert str(e.value).isprintable() and len(str(e.value)) < 200
 
 
 # ---------------------------------------------------------------- keys, of the real ssh-keygen
@@ -388,7 +373,6 @@ CERTIFYING = [
     ("without principals, by ECDSA", "ecdsa521", []),
     ("with many principals", "ed25519", ["-n", ",".join(f"user{i}" for i in range(200))]),
     ("with options", "ed25519", ["-n", "a", "-O", "clear", "-O", "force-command=/bin/false"]),
-    ("with a serial number", "ed25519", ["-n", "a", "-z", str(2**64 - 1)]),
 ]
 
 
@@ -449,21 +433,18 @@ LINES = [
     ("a comment", LINE + " me@here", "me@here"),
     ("blanks around", f"  {LINE}  me  ", "me"),
     ("tabs between", LINE.replace(" ", "\t") + "\tme", "me"),
-    ("a line end", LINE + " me\r\n", "me"),
 ]
 
 FORM = "not a public key"
 NO_LINES = [
     ("nothing", "", FORM),
     ("a type alone", "ssh-ed25519", FORM),
-    ("base64 alone", LINE.split()[1], FORM),
     ("options in front", "restrict " + LINE, FORM),
     ("a type that nobody knows", LINE.replace("ssh-ed25519", "ssh-ed25518"), FORM),
     ("key:: in front, as git takes it", "key::" + LINE, FORM),
     ("a fingerprint", "SHA256:" + "A" * 43, "fingerprint"),
     ("a private key", "-----BEGIN OPENSSH PRIVATE KEY-----", "a private key"),
     ("a character that is not base64's", LINE[:-8] + "_" + LINE[-7:], "base64"),
-    ("a character beyond ASCII", LINE[:-8] + "é" + LINE[-7:], "base64"),
     ("base64 that holds half a key", LINE[:-8], "public key: "),
     ("a line of another type", LINE.replace("ssh-ed25519", "ssh-rsa"), "of type 'ssh-rsa'"),
 ]
@@ -522,8 +503,6 @@ SIGNATURES = [
 OTHER = "is of algorithm"
 NO_SIGNATURES = [
     ("nothing", ED_KEY, b"", "4 bytes expected, 0 there"),
-    ("an algorithm alone", ED_KEY, s(b"ssh-ed25519"), "4 bytes expected, 0 there"),
-    ("no algorithm", ED_KEY, s(b"") + s(SIG64), OTHER),
     ("an algorithm that is no text", ED_KEY, s(b"\xff\n") + s(SIG64), OTHER),
     ("another key type's", ED_KEY, s(SHA512) + s(RSA256), OTHER),
     ("an sk key's from a plain one", ED_KEY, s(SKED) + s(SIG64) + TAIL, OTHER),
@@ -533,24 +512,19 @@ NO_SIGNATURES = [
     ("RSA with SHA-1", RSA_KEY, s(b"ssh-rsa") + s(RSA256), OTHER),
     ("RSA with SHA-256", RSA_KEY, s(b"rsa-sha2-256") + s(RSA256), OTHER),
     ("RSA with a byte more", RSA_KEY, s(SHA512) + s(RSA256 + b"\0"), "257 bytes"),
-    ("RSA of no bytes", RSA_KEY, s(SHA512) + s(b""), "0 bytes"),
     ("P-256 with the algorithm of another curve", EC_KEY, s(P384) + s(R + S), OTHER),
     ("P-384 with the algorithm of another curve", EC384_KEY, s(P256) + s(R + S), OTHER),
     ("P-256 with r = 0", EC_KEY, s(P256) + s(mp(0) + S), "not positive"),
-    ("P-256 with r < 0", EC_KEY, s(P256) + s(s(b"\xfb") + S), "not positive"),
     ("P-256 with r padded", EC_KEY, s(P256) + s(s(b"\0\5") + S), "needless leading zero"),
     ("P-256 with r too large", EC_KEY, s(P256) + s(ONE_TOO_MANY + S), "r is too large"),
     ("P-256 with s too large", EC_KEY, s(P256) + s(R + ONE_TOO_MANY), "s is too large"),
     ("P-521 with s too large", EC521_KEY, s(P521) + s(R + mp(1 << 521)), "s is too large"),
-    ("P-256 with s missing", EC_KEY, s(P256) + s(R), "4 bytes expected, 0 there"),
     ("P-256 with a third number", EC_KEY, s(P256) + s(R + S + R), "5 bytes left over"),
     ("P-256 as DER", EC_KEY, s(P256) + s(bytes.fromhex("3006020105020107")), "bytes expected"),
     ("sk Ed25519 without flags", SKED_KEY, s(SKED) + s(SIG64), "1 bytes expected, 0 there"),
     ("sk Ed25519 without counter", SKED_KEY, s(SKED) + s(SIG64) + b"\1", "4 bytes expected, 0 "),
     ("sk Ed25519 of 63 bytes", SKED_KEY, s(SKED) + s(SIG64[1:]) + TAIL, "63 bytes"),
-    ("a plain key's from an sk one", SKED_KEY, s(b"ssh-ed25519") + s(SIG64), OTHER),
     ("sk P-256 without flags", SKEC_KEY, s(SKEC) + s(R + S), "1 bytes expected, 0 there"),
-    ("sk P-256 with s too large", SKEC_KEY, s(SKEC) + s(R + ONE_TOO_MANY) + TAIL, "too large"),
     ("a browser's", SKEC_KEY, s(b"webauthn-" + SKEC) + s(R + S) + TAIL, OTHER),
 ]  # fmt: skip
 

@@ -371,7 +371,6 @@ TROUBLE = [
     # name, script, error, its words; those that hang are given half a second
     ("exits at once", "sys.exit(3)", sap.AgentError, HUNG_UP),
     ("is killed", "os.kill(os.getpid(), signal.SIGKILL)", sap.AgentError, HUNG_UP),
-    ("reads and exits", "os.read(0, 65536)", sap.AgentError, HUNG_UP),
     ("exits within the answer", "os.write(1, b'\\0\\0\\0\\5\\x0c\\0')", sap.WireError, MIDDLE),
     ("answers as a shell does", "print('sh: 1: relay: not found')", sap.WireError, "announced"),
     ("hangs", HANG, sap.AgentTimeout, TOO_LATE),
@@ -379,7 +378,6 @@ TROUBLE = [
     ("exits at once, its children hang", FAMILY, sap.AgentTimeout, TOO_LATE),
     ("ignores SIGTERM with children", STUBBORN + FAMILY + HANG, sap.AgentTimeout, TOO_LATE),
     ("reads and never answers", READ_ALL, sap.AgentTimeout, TOO_LATE),
-    ("floods stderr", FLOOD, sap.AgentTimeout, TOO_LATE),
     ("floods stderr with children, all ignore SIGTERM", STUBBORN + FLOODS, sap.AgentTimeout,
      TOO_LATE),
     ("closes stderr and hangs", "os.close(2)\n" + HANG, sap.AgentTimeout, TOO_LATE),
@@ -692,12 +690,9 @@ LIES = [
     ("announces 0 bytes", [send(bytes(4))], ANNOUNCED),
     ("announces 256 KiB and 1", [send(struct.pack(">I", 262145))], ANNOUNCED),
     ("announces 4 GiB and sends a lot", [send(b"\xff" * 100000)], ANNOUNCED),
-    ("sends text", [send(b"SSH-2.0-OpenSSH_9.2p1\r\n")], ANNOUNCED),
     ("sends a byte behind the message", [send(LIST + b"\0")], (sap.WireError, "1 bytes more")),
-    ("answers both requests at once", [send(LIST + SIG)], (sap.WireError, "bytes more")),
     ("closes at once", [cut(b"", reads=False)], UNREACHABLE),
     ("closes once asked", [cut(b"")], UNREACHABLE),
-    ("closes within the length", [cut(b"\0\0\0")], CUT),
     ("closes behind the length", [cut(LIST[:4])], CUT),
     ("closes before the list's last byte", [cut(LIST[:-1])], CUT),
     ("lists unasked, then closes", [cut(LIST, reads=False)], UNREACHABLE),
@@ -713,13 +708,9 @@ LIES = [
     # the signature
     ("refuses to sign", [send(LIST), send(FAILURE)], REFUSED),
     ("lists instead", [send(LIST), send(LIST)], (sap.WireError, "message type 12")),
-    ("announces 4 GiB of signature", [send(LIST), send(b"\xff" * 8)], ANNOUNCED),
-    ("signs and more", [send(LIST), send(SIG + b"\0")], (sap.WireError, "1 bytes more")),
     ("an empty signature", [send(LIST), send(response(b""))], MISSING),
     ("an algorithm that is no text", [send(LIST), send(response(s(b"\x1b[2J\n\xff") + s(SIG64)))],
      (sap.WireError, r"\\x1b[2J\\n")),
-    ("RSA with SHA-1", [send(listing((RSA, b""))), send(response(s(b"ssh-rsa") + s(b"\1" * 256)))],
-     (sap.WireError, "'ssh-rsa'")),
 ]  # fmt: skip
 
 LIES_OF_A_KNOWN_KEY = [
@@ -730,9 +721,7 @@ LIES_OF_A_KNOWN_KEY = [
     ("refuses everything", [send(FAILURE), send(FAILURE)], LOCKED),
     ("refuses, and lists nothing", [send(FAILURE), send(listing())], LOCKED),
     ("refuses, then closes", [send(FAILURE), cut(b"")], UNREACHABLE),
-    ("refuses, then lists wrongly", [send(FAILURE), send(message(b"\x0c"))], MISSING),
     ("refuses and lists at once", [send(FAILURE + LIST)], (sap.WireError, "bytes more")),
-    ("lists when asked to sign", [send(LIST)], (sap.WireError, "message type 12")),
 ]  # fmt: skip
 
 NO_KEY, THE_KEY = sap.Wanted(), sap.Wanted(sap.parse_public_key(ED))
@@ -750,10 +739,8 @@ def test_a_lie_is_told_and_its_connection_closed(
 
 @pytest.mark.parametrize("steps, wanted", rows([
     ("when asked for a list", [stall()], NO_KEY),
-    ("within the length", [stall(LIST[:2])], NO_KEY),
     ("before the last byte", [stall(LIST[:-1])], NO_KEY),
     ("without reading", [stall(b"", reads=False)], NO_KEY),
-    ("when asked to sign", [send(LIST), stall()], NO_KEY),
     ("when asked to sign with a known key", [stall()], THE_KEY),
     ("when asked for a list after a refusal", [send(FAILURE), stall()], THE_KEY),
     ("by dripping", [drip(LIST, 0.05)], NO_KEY),
