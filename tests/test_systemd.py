@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from conftest import RELAY, ROOT, Keys, cannot_run, clean_env, need, rows, run, wait_for
+from test_make import copy_project, make, refused, stand_in
 
 alone = pytest.mark.alone
 
@@ -28,8 +29,6 @@ ENV = HOME / ".config/ssh-agent-proxy/env"
 TEMPLATE = ROOT / "contrib/systemd/env"
 NAME = "ssh-agent-proxy"
 URL = "http://127.0.0.1:7221"
-# What isn't in a fresh copy of the project.
-IGNORED = shutil.ignore_patterns(".git", ".venv", "dist", "tests", "__pycache__", ".*_cache")
 
 
 def closed(folder: Path) -> bool:
@@ -50,7 +49,7 @@ class Manager:
         self.python = os.path.realpath(sys.executable)
         prefix = Path(os.path.realpath(sys.base_prefix))
         mount = ["-p", str(prefix)] if closed(prefix) else []
-        shutil.copytree(ROOT, self.folder / "tree", ignore=IGNORED)
+        copy_project(self.folder / "tree")
         run(["chown", "-R", f"{UID}:{UID}", self.folder])
         self.process = subprocess.Popen(
             [ROOT / "tests/systemd-user", "-u", str(UID), *mount, *options, str(self.folder)],
@@ -329,11 +328,13 @@ def test_only_its_own_folder_can_be_written(installed: Manager) -> None:
 
 
 @alone
-def test_twice_is_as_good_as_once(manager: Manager) -> None:
-    manager.install()
+def test_twice_is_as_good_as_once_whatever_bindir(manager: Manager) -> None:
+    bindir = f"BINDIR={HOME}/my bin's 100%"
+    manager.install(bindir)
+    assert manager.answers()
     before = manager.sh("find ~/.config ! -name '*.log' -printf '%p %i %T@\\n' | sort")
     pid = manager.main_pid()
-    told = manager.install()
+    told = manager.install(bindir)
     assert manager.sh("find ~/.config ! -name '*.log' -printf '%p %i %T@\\n' | sort") == before
     assert manager.main_pid() == pid
     assert "Written" not in told
@@ -390,12 +391,6 @@ def test_paths_with_blanks_and_signs_that_mean_something_to_systemd(manager: Man
     manager.run("sh", "contrib/systemd.sh", "install", **env)
     assert manager.show("DropInPaths") == str(SANDBOX)
     assert manager.answers(7223)
-
-
-@alone
-def test_a_bindir_with_a_blank_works_through_make(manager: Manager) -> None:
-    manager.install(f"BINDIR={HOME}/my bin's 100%")
-    assert manager.answers()
 
 
 # ---------------------------------------------------------------- what was there before
@@ -591,18 +586,7 @@ def test_a_program_that_does_not_run_is_no_service(manager: Manager) -> None:
 
 @pytest.fixture
 def tree(short: Path) -> Path:
-    path = short / "tree"
-    shutil.copytree(ROOT, path, ignore=IGNORED)
-    return path
-
-
-def stand_in(folder: Path, name: str, script: str) -> str:
-    """A PATH that finds SCRIPT as NAME first."""
-    folder.mkdir(exist_ok=True)
-    program = folder / name
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    return f"{folder}:{os.environ['PATH']}"
+    return copy_project(short / "tree")
 
 
 # The target, the stand-ins and variables, what is said.
@@ -623,19 +607,6 @@ NO_MANAGER = rows([
 ])  # fmt: skip
 
 
-def refused(tree: Path, home: Path, target: str, **env: str) -> str:
-    """What make TARGET says where no manager runs, having changed nothing."""
-    before = sorted(map(str, [*tree.rglob("*"), *home.rglob("*")]))
-    argv = ["make", "--no-print-directory", f"PYTHON={os.path.realpath(sys.executable)}", target]
-    answer = run(argv, cwd=tree, env=clean_env(home, **env), check=False)
-    assert answer.returncode != 0
-    assert answer.stdout == b""
-    (home / "tmp").rmdir()
-    assert sorted(map(str, [*tree.rglob("*"), *home.rglob("*")])) == before
-    assert "no systemd runs for you here" in answer.stderr.decode()
-    return answer.stderr.decode()
-
-
 @pytest.mark.parametrize(("target", "stand_ins", "env", "expected"), NO_MANAGER)
 def test_without_a_user_manager_nothing_is_changed_and_the_way_out_is_told(
     tree: Path, home: Path, target: str, stand_ins: Dict[str, str], env: Dict[str, str],
@@ -646,7 +617,7 @@ def test_without_a_user_manager_nothing_is_changed_and_the_way_out_is_told(
     for name, script in stand_ins.items():
         env = {**env, "PATH": stand_in(home / "bin", name, script)}
     told = refused(tree, home, target, **env)
-    assert [text for text in expected if text not in told] == []
+    assert [text for text in [*expected, "no systemd runs for you"] if text not in told] == []
 
 
 def test_without_systemd_nothing_is_changed(tree: Path, home: Path) -> None:
@@ -674,10 +645,7 @@ def test_a_folder_of_units_with_a_blank_is_known_as_systemd_quotes_it(
 @pytest.mark.parametrize("value", ["~/x", "/a\tb"])
 def test_a_path_that_no_unit_can_name_is_refused(tree: Path, home: Path, value: str) -> None:
     for name in ("CONFIG_DIR", "SYSTEMD_USER_DIR"):
-        argv = ["make", f"PYTHON={sys.executable}", f"{name}={value}", "install-systemd"]
-        answer = run(argv, cwd=tree, env=clean_env(home), check=False)
-        assert answer.returncode != 0
-        assert value in answer.stderr.decode()
+        assert value in refused(tree, home, "install-systemd", f"{name}={value}")
     assert not (home / ".local").exists()
 
 
@@ -958,9 +926,8 @@ def test_a_package_gets_files_and_no_manager_is_asked(tree: Path, home: Path, sh
     package = short / "the package"
     settings = ["PREFIX=/usr", f"DESTDIR={package}", "SYSTEMD_USER_DIR=/usr/lib/systemd/user",
                 "CONFIG_DIR=/etc/ssh-agent-proxy"]  # fmt: skip
-    argv = ["make", "--no-print-directory", f"PYTHON={os.path.realpath(sys.executable)}"]
-    env = clean_env(home, PATH=stand_in(home / "bin", "systemctl", "echo asked >&2; exit 1"))
-    answer = run([*argv, "install-systemd", *settings], cwd=tree, env=env)
+    path = stand_in(home / "bin", "systemctl", "echo asked >&2; exit 1")
+    answer = make(tree, home, "install-systemd", *settings, PATH=path)
     assert b"asked" not in answer.stderr
     found = {str(path.relative_to(package)): oct(path.stat().st_mode & 0o777)
              for path in package.rglob("*") if path.is_file()}  # fmt: skip
@@ -975,15 +942,14 @@ def test_a_package_gets_files_and_no_manager_is_asked(tree: Path, home: Path, sh
     assert "\nEnvironmentFile=-/etc/ssh-agent-proxy/env\n" in unit
     assert "\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_VSOCK\n" in unit
     assert str(home) not in unit
-    run([*argv, "uninstall-systemd", *settings], cwd=tree, env=env)
+    make(tree, home, "uninstall-systemd", *settings, PATH=path)
     assert not (package / "usr/lib/systemd/user/ssh-agent-proxy.service").exists()
 
 
 def test_a_package_leaves_the_settings_to_each_user(tree: Path, home: Path, short: Path) -> None:
     package = short / "package"
     settings = ["PREFIX=/usr", f"DESTDIR={package}", "SYSTEMD_USER_DIR=/usr/lib/systemd/user"]
-    argv = ["make", f"PYTHON={os.path.realpath(sys.executable)}", "install-systemd", *settings]
-    told = run(argv, cwd=tree, env=clean_env(home)).stdout.decode()
+    told = make(tree, home, "install-systemd", *settings).stdout.decode()
     assert "Not written: %h/.config/ssh-agent-proxy/env (it is each user's own)\n" in told
     unit = package / "usr/lib/systemd/user/ssh-agent-proxy.service"
     assert "\nEnvironmentFile=-%h/.config/ssh-agent-proxy/env\n" in unit.read_text()
@@ -999,13 +965,10 @@ def examples() -> List[Tuple[str, str]]:
     return [(name, value) for name, value in found]
 
 
-def test_the_template_has_every_setting_of_the_program() -> None:
+def test_the_template_has_every_setting_of_the_program_and_sets_none() -> None:
     from ssh_agent_proxy import OPTIONS
 
     assert {name for name, _ in examples()} == {f"SSH_AGENT_PROXY_{o.variable}" for o in OPTIONS}
-
-
-def test_nothing_of_the_template_is_set() -> None:
     lines = TEMPLATE.read_text().splitlines()
     assert [line for line in lines if line and not line.startswith("#")] == []
 
@@ -1018,9 +981,9 @@ def test_the_program_takes_each_example(home: Path) -> None:
     (home / ".ssh/id_ed25519.pub").write_text(dict(examples())["SSH_AGENT_PROXY_PUBKEY"])
     env = {"HOME": str(home), "XDG_RUNTIME_DIR": "/run/user/1", "PATH": str(home / "bin")}
     for name, value in examples():
-        alone = dict(env, SSH_AGENT_PROXY_CONFIRM="ssh-askpass") if "_FOR" in name else env
-        default = Config.from_env(alone, [], COMMANDS)
-        config = Config.from_env({**alone, name: value}, [], COMMANDS)
+        others = dict(env, SSH_AGENT_PROXY_CONFIRM="ssh-askpass") if "_FOR" in name else env
+        default = Config.from_env(others, [], COMMANDS)
+        config = Config.from_env({**others, name: value}, [], COMMANDS)
         field = name[len("SSH_AGENT_PROXY_") :].lower()
         assert getattr(config, field) != getattr(default, field), value
 
