@@ -8,7 +8,6 @@ import signal
 import socket
 import stat
 import struct
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -29,7 +28,6 @@ from conftest import (
     get,
     message,
     need,
-    one_line,
     post,
     private_file,
     read_all,
@@ -49,8 +47,6 @@ from test_http import (
     Scripted,
     clean,
     clients,
-    curl,
-    curls_ways,
     readable,
     send_all_before_reading,
     served,
@@ -171,12 +167,6 @@ def test_what_is_no_address_is_a_wrong_setting(value: str) -> None:
     assert str(e.value).isprintable()
 
 
-def test_a_wrong_address_is_exit_2_in_one_line(home: Path) -> None:
-    done = call(home, SSH_AGENT_PROXY_ADDR="unix:/tmp/a?mode=0999")
-    assert done.returncode == 2
-    assert one_line(done.stderr).startswith("ssh-agent-proxy: SSH_AGENT_PROXY_ADDR: ")
-
-
 OPEN_MODES = ["0660", "660", "0640", "0604", "0620", "0610", "0601", "0602", "0777"]
 
 
@@ -189,14 +179,6 @@ def test_a_mode_that_lets_others_in_needs_a_token_file(mode: str) -> None:
         assert "ADDR" in str(e.value)
         env = {TOKEN_SETTING: "/tokens"}
         assert addresses(value, **env)[-1].mode == int(mode, 8)
-
-
-def test_a_mode_that_lets_others_in_without_a_token_file_is_exit_2(home: Path) -> None:
-    path = home / "proxy"
-    done = call(home, "--addr", f"unix:{path}?mode=0660")
-    assert done.returncode == 2
-    assert TOKEN_SETTING in one_line(done.stderr)
-    assert not path.exists()
 
 
 # ================================================================ its mode
@@ -474,25 +456,6 @@ def test_a_path_of_107_bytes_can_be(short: Path) -> None:
 # ================================================================ what is left behind
 
 
-@pytest.mark.parametrize("then", ["a busy port", "a file"])
-def test_it_is_removed_where_a_later_address_can_not_be_had(
-    then: str, short: Path, home: Path
-) -> None:
-    folder = short / "folder"
-    folder.mkdir()
-    (folder / "file").touch()
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        later = {
-            "a busy port": f"127.0.0.1:{other.getsockname()[1]}",
-            "a file": f"unix:{folder}/file",
-        }[then]
-        before = state(folder)
-        refuses_to_start(home, f"unix:{folder}/a,127.0.0.1:0,unix:{folder}/b,{later}")
-        assert state(folder) == before
-
-
 def by_another_socket(path: Path) -> None:
     path.unlink()
     left_by_the_dead(path)
@@ -538,15 +501,6 @@ def test_the_line_names_the_process_and_its_user(front: Front) -> None:
         _, fields = front.ask(data)
         assert (fields["peer"], fields["pid"]) == ("unix", str(os.getpid()))
         assert fields["uid"] == str(os.geteuid())
-
-
-def test_another_process_is_named_by_its_own_pid(front: Front) -> None:
-    before = front.lines()
-    argv = [need("curl", "curl"), *CURL, str(front.path), "http://localhost/healthz"]
-    started = [subprocess.Popen(argv, stdout=subprocess.PIPE) for _ in range(3)]
-    assert [process.communicate(timeout=20)[0] for process in started] == 3 * [b"ok\n"]
-    seen = {audited(front.proxy, before + n)["pid"] for n in (1, 2, 3)}
-    assert seen == {str(process.pid) for process in started}
 
 
 def another_user(uid: int) -> List[str]:
@@ -646,17 +600,6 @@ def test_tokens_are_asked_for_here_too(
 
 
 # ================================================================ bodies
-
-
-def test_curl_is_served_in_all_its_ways(
-    front: Front, short: Path, ssh_keygen: Callable[..., bytes]
-) -> None:
-    payload = os.urandom(2 * MIB)
-    file = short / "file"
-    file.write_bytes(payload)
-    expected = ssh_keygen(payload)
-    for way in curls_ways(file):
-        assert curl(front.path, *way, input=payload) == expected, way
 
 
 # ================================================================ a client that goes away
