@@ -281,8 +281,8 @@ SCENARIOS: List[Tuple[str, str, bytes, str]] = [
      rb"\Acertificate version 0\.1\npusher SHA256:\S{43} .*\npushee \.\./peer\nnonce \S+\n\n",
      "pushed main"),
     ("push: many refs", "commit push", rb"(?:\w+ \w+ refs/heads/many/\d+\n){50}",
-     "peer; commit; for n in $(seq 50); do git update-ref refs/heads/many/$n HEAD; done; "
-     "git push -q --signed ../peer 'refs/heads/many/*'"),
+     ("peer; commit; for n in $(seq 50); do git update-ref refs/heads/many/$n HEAD; done\n"
+      "git push -q --signed ../peer 'refs/heads/many/*'")),
     ("push: options", "commit commit push", rb"^push-option a=b c\npush-option \npush-option z\n\n",
      "pushed main -o 'a=b c' -o '' -o z"),
     ("push: a delete and two new", "commit commit push", rb"^0+ \w+ refs/heads/new\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
 from typing import Callable
 
@@ -23,9 +24,6 @@ SHOWN = [
     ("an escape sequence", "\x1b[2J\x7f", r"\x1b[2J\x7f", ""),
     ("text that turns around", "a\u202eb", r"a\u202eb", ""),
     ("a character without width", "a\u200bb", r"a\u200bb", ""),
-    ("a blank that is no blank", "a\u3164b\u2800", r"a\u3164b\u2800", ""),
-    ("a variation selector", "a\ufe0fb", r"a\ufe0fb", ""),
-    ("a tag character", "\U000e0041", r"\U000e0041", ""),
     ("a surrogate", "a\udcff", r"a\udcff", ""),
     ("special characters", 'a"b\\c', r"a\"b\\c", '"\\'),
     ("as much as fits", "x" * 20, "x" * 20, ""),
@@ -34,6 +32,18 @@ SHOWN = [
     ("an escape that just fits", "x" * 16 + "\x1b", "x" * 16 + r"\x1b", ""),
     ("far too many bytes", b"x" * 10**6, "x" * 19 + "…", ""),
 ]
+
+# Unicode's Default_Ignorable_Code_Point, and Braille's blank.
+INVISIBLE = {
+    chr(number)
+    for first, last in (
+        (0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C), (0x115F, 0x1160), (0x17B4, 0x17B5),
+        (0x180B, 0x180F), (0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0x2800, 0x2800),
+        (0x3164, 0x3164), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xFFA0, 0xFFA0), (0xFFF0, 0xFFF8),
+        (0x1BCA0, 0x1BCA3), (0x1D173, 0x1D17A), (0xE0000, 0xE0FFF),
+    )
+    for number in range(first, last + 1)
+}  # fmt: skip
 
 VALUES = [
     ("a word", "git", "git"),
@@ -51,6 +61,16 @@ VALUES = [
 @pytest.mark.parametrize("text, shown, special", rows(SHOWN))
 def test_foreign_text_is_shown_as_one_harmless_line(text: str, shown: str, special: str) -> None:
     assert sap.printable(text, 20, special) == shown
+
+
+def test_of_all_of_unicode_nothing_invisible_is_shown() -> None:
+    for first in range(0, sys.maxunicode + 1, 256):
+        text = "".join(map(chr, range(first, first + 256)))
+        shown = sap.printable(text, 10_000)
+        assert shown.isprintable(), hex(first)
+        assert not INVISIBLE & set(shown), hex(first)
+        told = {chr(c) for c in range(first, first + 256) if chr(c).isprintable()} - INVISIBLE
+        assert told <= set(shown), hex(first)
 
 
 def test_of_foreign_text_200_characters_are_shown_unless_told_otherwise() -> None:
