@@ -24,7 +24,7 @@ PURE = ("Wire", "Agent protocol", "SSHSIG")
 
 # What may stand at the top; the second line is what tools put there.
 PLANNED = {"ssh_agent_proxy.py", "shim.sh", "tests", "contrib", "Makefile", "README.md", "LICENSE",
-           ".gitignore", ".ci"}  # fmt: skip
+           "docs", ".gitignore", ".ci"}  # fmt: skip
 MADE = {".git", ".venv", "dist", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
 
 
