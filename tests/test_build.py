@@ -538,8 +538,8 @@ def test_it_unpacks_nothing_and_writes_no_file(
     trace = short / "trace"
     proxy = start([need("strace", "strace"), "-D", *STRACE, trace, program], clean_env(home))
     works(proxy)
-    ended = f"{proxy.pid} +++ exited with 0 "
-    wait_for(lambda: ended in trace.read_text(), message="the end of the trace")
+    ended = re.compile(rf"(?m)^{proxy.pid} +\+\+\+ exited with 0 ")
+    wait_for(lambda: ended.search(trace.read_text()), message="the end of the trace")
     assert str(program) in trace.read_text()
     assert changes(trace.read_text()) == []
 
