@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 from http.client import parse_headers
 from io import BytesIO
@@ -25,11 +23,9 @@ from conftest import (
     Proxy,
     Repository,
     ask,
-    call,
     clean_env,
     post,
     run,
-    wait_for,
 )
 
 import ssh_agent_proxy
@@ -194,35 +190,28 @@ def test_http_server_takes_what_is_said_of_it() -> None:
 
 @pytest.fixture
 def host(home: Path, agent: Agent, keys: Keys) -> Dict[str, str]:
-    """A person's environment on the host, with the program installed and an agent at hand."""
+    """A person's environment on the host, with an agent at hand."""
     agent.add(keys["ed25519"])
-    program = home / "bin" / "ssh-agent-proxy"
-    program.parent.mkdir()
-    (home / "run").mkdir()
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{PROXY}" "$@"\n')
-    program.chmod(0o755)
-    env = clean_env(home, SSH_AUTH_SOCK=agent.sock, XDG_RUNTIME_DIR=home / "run",
-                    SSH_AGENT_PROXY_ADDR="127.0.0.1:0")  # fmt: skip
-    env["PATH"] = f"{program.parent}:{env['PATH']}"
-    return env
+    given = {"SSH_AUTH_SOCK": agent.sock, "SSH_AGENT_PROXY_ADDR": "127.0.0.1:0"}
+    return clean_env(home, XDG_RUNTIME_DIR=home / "run", **given)
 
 
 @contextlib.contextmanager
-def serving(script: str, folder: Path, env: Dict[str, str]) -> Iterator[str]:
-    """What the proxy, which SCRIPT starts at its end, says that it listens on."""
-    log = folder / "log"
-    with open(log, "wb") as stderr:
-        shell = subprocess.Popen(
-            ["sh", "-eu", "-c", script], env=env, cwd=folder, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True,
-        )  # fmt: skip
+def serving(script: str, folder: Path, env: Dict[str, str]) -> Iterator[Proxy]:
+    """The proxy that SCRIPT, run in FOLDER, starts at its end; the log has all that it says."""
+    script = re.sub("^ssh-agent-proxy ", f"{sys.executable} {PROXY} ", script, flags=re.M)
+    before, _, last = script.rstrip().rpartition("\n")
+    script = f'exec 1>&2; cd "{folder}"\n{before}\nexec {last}'
+    proxy = Proxy(["sh", "-euc", script], env, wait=False)
     try:
-        pattern = r"listening on (\S+) "
-        found = wait_for(lambda: re.search(pattern, log.read_text()), 30, pattern)
-        yield found.group(1)
+        proxy.wait_log("listening on ", 30)
+        yield proxy
     finally:
-        os.killpg(shell.pid, signal.SIGTERM)
-        shell.wait(20)
+        proxy.stop()
+
+
+def port_of(proxy: Proxy) -> int:
+    return int(proxy.wait_log(r"listening on \S+:(\d+) ")[1])
 
 
 def shown_by_git(env: Dict[str, str], repository: Path) -> str:
@@ -233,21 +222,32 @@ def shown_by_git(env: Dict[str, str], repository: Path) -> str:
     return run(log, env=env, cwd=repository).stdout.decode()
 
 
+def alike(said: str) -> Set[str]:
+    """Its lines, without what differs from one machine to the next."""
+    said = re.sub(r"'\S+'", "'agent'", said)
+    said = re.sub(r"SHA256:\S+( \S+@\S+)?", "key", said)
+    said = re.sub(r"127.0.0.1:\d+", "127.0.0.1:7221", said)
+    said = re.sub(r"ABI \d.*\)", "ABI)", said)
+    said = re.sub(r"^.{5}memory (.*?:).*", r"memory \1", said, flags=re.M)
+    return set(re.sub(r"^.* INFO", "INFO", said, flags=re.M).splitlines())
+
+
 def test_the_readme_alone_leads_from_nothing_to_a_signed_commit(
-    home: Path, short: Path, host: Dict[str, str]
+    short: Path, host: Dict[str, str]
 ) -> None:
     source = short / "source"
-    for name in ("Makefile", "contrib", PROXY.name, SHIM.name):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        source.mkdir(exist_ok=True)
-        copy(ROOT / name, source / name)
-    (on_the_host,) = blocks(section("## On the host"), "sh")
-    with serving(on_the_host, source, host) as address:
-        inside, signing_key, trust = blocks(section("## In the container"), "sh")
-        (short / "inside").mkdir()
-        env = clean_env(short / "inside", SSH_AGENT_PROXY_URL=f"http://{address}/sign")
+    shutil.copytree(ROOT / "contrib", source / "contrib")
+    for file in (PROXY, SHIM, ROOT / "Makefile"):
+        shutil.copy(file, source)
+    on_the_host = section("## On the host")
+    inside, signing_key, trust = blocks(section("## In the container"), "sh")
+    with serving(blocks(on_the_host, "sh")[0], source, host) as proxy:
+        proxy.wait_log("signing with .*\n.*using|using .*\n.*signing with")
+        assert alike("".join(blocks(on_the_host, ""))) <= alike(proxy.log())
+        env = clean_env(short / "in", SSH_AGENT_PROXY_URL=f"http://127.0.0.1:{port_of(proxy)}/sign")
         run(["git", "config", "--global", "user.email", "author@example.com"], env=env)
-        done = run(["sh", "-eu"], env=env, input=inside.replace("127.0.0.1:7221", address).encode())
+        inside = inside.replace("127.0.0.1:7221", f"127.0.0.1:{port_of(proxy)}")
+        done = run(["sh", "-eu"], env=env, input=inside.encode())
         assert done.stdout + done.stderr == b""
         assert run(["sh", "-eu"], env=env, input=signing_key.encode()).stdout[:4] == b"ssh-"
         run(["sh", "-eu"], env=env, cwd=short, input=trust.encode())
@@ -296,49 +296,23 @@ def test_the_example_of_a_signature_by_hand_gives_one(home: Path, proxy: Proxy) 
     assert b'Good "git" signature' in run(check, input=b"hello").stdout
 
 
-def test_the_log_lines_shown_are_those_of_a_start(proxy: Proxy) -> None:
-    shown = next(b for b in blocks(section("## On the host"), "") if "listening on" in b)
-    proxy.wait_log("signing with")
-    for line in shown.splitlines():
-        pattern = re.escape(line.lstrip("… ")).replace("7221", r"\d+").replace("…", ".+")
-        pattern = pattern.replace(re.escape("/run/user/1000/ssh-agent.socket"), ".+")
-        assert re.search(pattern, proxy.log()), line
-
-
-def test_the_report_of_check_is_one_that_check_gives(home: Path, agent: Agent, keys: Keys) -> None:
-    (shown,) = [b for b in blocks(section("## On the host"), "") if b.startswith("ok ")]
-    agent.add(keys["ed25519"])
-    # (Something may listen on this machine's 127.0.0.1:7221.)
-    argv = ["check", "--upstream", agent.sock, "--addr", "127.9.8.7:7221"]
-    given = call(home, *argv).stdout.decode().replace("127.9.8.7", "127.0.0.1")
-
-    def alike(report: str) -> List[str]:
-        """Without what differs from one machine to the next."""
-        report = re.sub(r"'\S+'", "'agent'", report)
-        report = re.sub(r"SHA256:\S+( \S+@\S+)?", "key", report)
-        report = re.sub(r"ABI \d.*\)", "ABI)", report)
-        return re.sub(r".{5}memory (.*?:).*", r"memory \1", report).splitlines()
-
-    assert alike(shown) == alike(given)
-
-
 # ---------------------------------------------------------------- leashes
 
 
 
 def test_the_socket_shown_signs_for_its_owner(home: Path, host: Dict[str, str]) -> None:
     (script,) = blocks(section("## A socket instead of a port", SECURITY), "sh")
-    with serving(script, home, host) as address:
-        path = home / "run/ssh-agent-proxy/socket"
-        assert address == f"unix:{path}"
+    path = home / "run/ssh-agent-proxy/socket"
+    with serving(script, home, host) as proxy:
+        assert f"listening on unix:{path} " in proxy.log()
         assert path.parent.stat().st_mode & 0o777 == 0o700
         assert ask(path, post(b"x")).status == 200
 
 
 def test_the_token_shown_is_needed_and_enough(home: Path, host: Dict[str, str]) -> None:
     (script,) = blocks(section("## A token for each container", SECURITY), "sh")
-    with serving(script, home, host) as address:
-        port = int(address.rpartition(":")[2])
+    with serving(script, home, host) as proxy:
+        port = port_of(proxy)
         token = (home / "dev.token").read_text().strip()
         assert ask(port, post(b"x")).status == 401
         assert ask(port, post(b"x", f"Authorization: Bearer {token}")).status == 200
