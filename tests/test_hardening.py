@@ -312,7 +312,7 @@ def test_with_a_finite_limit_threads_and_bodies_go_on(
     assert "cannot start another thread" not in proxy.log()
 
 
-@pytest.mark.parametrize("flag", ["unlimited", "raisable"])
+@pytest.mark.parametrize("flag", ["unlimited", pytest.param("raisable", marks=pytest.mark.long)])
 def test_without_a_limit_all_memory_is_locked_and_costs_no_more_than_is_used(
     flag: str, surrounded: Surrounded, agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]
 ) -> None:  # fmt: skip
@@ -457,7 +457,9 @@ def leaves_a_core(number: int, argv: List[Any], folder: Path) -> bool:
         return end.si_code == 3  # CLD_DUMPED
 
 
-@pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGSEGV])
+@pytest.mark.parametrize(
+    "number", [signal.SIGABRT, pytest.param(signal.SIGSEGV, marks=pytest.mark.long)]
+)
 def test_its_end_leaves_no_core(
     number: int, surrounded: Surrounded, short: Path, home: Path
 ) -> None:

@@ -636,7 +636,7 @@ def asked_under(abi: int, world: World, *folders: Path) -> Any:
     return json.loads(run([*argv, abi, world.folder / "plan", *folders]).stdout)
 
 
-ABIS = [1, 3, 6, *(pytest.param(abi, marks=pytest.mark.long) for abi in (2, 4, 5, 7, 99))]
+ABIS = [3, 6, *(pytest.param(abi, marks=pytest.mark.long) for abi in (1, 2, 4, 5, 7, 99))]
 
 
 @pytest.mark.parametrize("abi", ABIS)

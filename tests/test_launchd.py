@@ -239,6 +239,7 @@ def test_a_second_install_puts_the_new_settings_into_force(mac: Mac) -> None:
     assert snapshot(mac.user / "Library") == before
 
 
+@pytest.mark.long
 def test_a_proxy_that_is_still_finishing_is_waited_for_with_a_bound(mac: Mac) -> None:
     mac.install()
     (mac.launchd / "draining").write_text("x\n" * 3)
@@ -252,12 +253,14 @@ def test_a_proxy_that_is_still_finishing_is_waited_for_with_a_bound(mac: Mac) ->
         assert mac.plist.exists()
 
 
+@pytest.mark.long
 def test_one_that_was_disabled_is_enabled(mac: Mac) -> None:
     (mac.launchd / "disabled").write_text("")
     mac.install()
     assert (mac.launchd / "loaded").exists()
 
 
+@pytest.mark.long
 def test_an_old_launchctl_is_spoken_to_as_it_knows(mac: Mac) -> None:
     (mac.launchd / "old").write_text("")
     assert mac.install()[-1] == f"load -w {mac.plist}"
@@ -267,6 +270,7 @@ def test_an_old_launchctl_is_spoken_to_as_it_knows(mac: Mac) -> None:
     assert not (mac.launchd / "loaded").exists()
 
 
+@pytest.mark.long
 def test_a_launchd_that_refuses_is_told_with_its_reason(mac: Mac) -> None:
     (mac.launchd / "refuses").write_text("")
     answer = mac.make("install-launchd", check=False)
