@@ -214,14 +214,6 @@ def port_of(proxy: Proxy) -> int:
     return int(proxy.wait_log(r"listening on \S+:(\d+) ")[1])
 
 
-def shown_by_git(env: Dict[str, str], repository: Path) -> str:
-    """What git says of a commit's signature that is made in a fresh repository."""
-    run(["git", "init", "-q", repository], env=env)
-    run(["git", "commit", "-q", "--allow-empty", "-m", "first"], env=env, cwd=repository)
-    log = ["git", "log", "--show-signature", "-1"]
-    return run(log, env=env, cwd=repository).stdout.decode()
-
-
 def alike(said: str) -> Set[str]:
     """Its lines, without what differs from one machine to the next."""
     said = re.sub(r"'\S+'", "'agent'", said)
@@ -240,35 +232,37 @@ def test_the_readme_alone_leads_from_nothing_to_a_signed_commit(
     for file in (PROXY, SHIM, ROOT / "Makefile"):
         shutil.copy(file, source)
     on_the_host = section("## On the host")
-    inside, signing_key, trust = blocks(section("## In the container"), "sh")
     with serving(blocks(on_the_host, "sh")[0], source, host) as proxy:
         proxy.wait_log("signing with .*\n.*using|using .*\n.*signing with")
         assert alike("".join(blocks(on_the_host, ""))) <= alike(proxy.log())
         env = clean_env(short / "in", SSH_AGENT_PROXY_URL=f"http://127.0.0.1:{port_of(proxy)}/sign")
         run(["git", "config", "--global", "user.email", "author@example.com"], env=env)
-        inside = inside.replace("127.0.0.1:7221", f"127.0.0.1:{port_of(proxy)}")
-        done = run(["sh", "-eu"], env=env, input=inside.encode())
-        assert done.stdout + done.stderr == b""
-        assert run(["sh", "-eu"], env=env, input=signing_key.encode()).stdout[:4] == b"ssh-"
-        run(["sh", "-eu"], env=env, cwd=short, input=trust.encode())
-        shown = shown_by_git(env, short / "repository")
-    assert 'Good "git" signature for author@example.com with ED25519 key SHA256:' in shown
+        run(["git", "init", "-q", short / "repository"], env=env)
+        said = []
+        for script in blocks(section("## In the container"), "sh"):
+            script = script.replace("127.0.0.1:7221", f"127.0.0.1:{port_of(proxy)}")
+            done = run(["sh", "-eu"], env=env, cwd=short / "repository", input=script.encode())
+            said.append((done.stdout + done.stderr).decode())
+        log = run(["git", "log", "--show-signature"], env=env, cwd=short / "repository").stdout
+    set_up, first, signing_key, trust = said
+    assert (set_up, trust) == ("", "")
+    assert "\ngpgsig -----BEGIN SSH SIGNATURE-----\n" in first
+    assert signing_key.startswith("ssh-ed25519 AAAA")
+    assert b'Good "git" signature for author@example.com with ED25519 key SHA256:' in log
 
 
 @pytest.mark.parametrize("scope", ["--system", "--local"])
 def test_an_image_or_one_repository_alone_signs(scope: str, short: Path, proxy: Proxy) -> None:
     (recipe,) = blocks(section("## An image", CONTAINERS), "dockerfile")
-    script = recipe[recipe.index("RUN ") + len("RUN ") :].replace(
-        "/usr/local/bin/ssh-agent-proxy-sign", str(SHIM)
-    )
+    script = recipe[recipe.index("RUN ") + len("RUN ") :].replace("--system", scope)
+    script = script.replace("/usr/local/bin/ssh-agent-proxy-sign", str(SHIM))
     env = clean_env(short, SSH_AGENT_PROXY_URL=f"{proxy.url}/sign", GIT_CONFIG_SYSTEM=short / "etc")
     del env["GIT_CONFIG_NOSYSTEM"]
     repository = short / "repository"
     run(["git", "init", "-q", repository], env=env)
-    run(["sh", "-eu"], env=env, cwd=repository, input=script.replace("--system", scope).encode())
-    shown_by_git(env, repository)
-    signed = run(["git", "cat-file", "commit", "HEAD"], env=env, cwd=repository)
-    assert b"-----BEGIN SSH SIGNATURE-----" in signed.stdout
+    script += "git commit -q --allow-empty -m first; git cat-file commit HEAD"
+    done = run(["sh", "-eu"], env=env, cwd=repository, input=script.encode())
+    assert b"-----BEGIN SSH SIGNATURE-----" in done.stdout
 
 
 def test_a_rebase_that_could_not_sign_goes_on_as_shown(
