@@ -443,6 +443,19 @@ _PATTERNS = [
 ]
 
 
+# They are well-formed, and no UTF-8 to git (its utf8.c).
+_NONCHARACTERS = re.compile("[\ufdd0-\ufdef%s]" % "".join(
+    chr(plane + 0xFFFE) + chr(plane + 0xFFFF) for plane in range(0, 0x110000, 0x10000)
+))  # fmt: skip
+
+
+def _is_utf8_to_git(data: bytes) -> bool:
+    try:
+        return not _NONCHARACTERS.search(data.decode())
+    except UnicodeDecodeError:
+        return False
+
+
 class Payload(NamedTuple):
     """What is to be signed: its kind, and what it says by git's own names, as the client wrote it:
     of parents and refs their number; subject is the message's first line, or the first ref."""
@@ -454,17 +467,23 @@ class Payload(NamedTuple):
 
     def object_id(self, block: bytes) -> str:
         """The id of the commit or tag that BLOCK, the armored signature, completes; "" if neither,
-        or larger than KEPT."""
+        if larger than KEPT, or if git will not make it of these bytes."""
         named = self.fields.get("tree") or self.fields.get("object")
         if not named or self.size > len(self.data):
             return ""
-        sha, header = ("sha1", b"gpgsig") if len(named) == 40 else ("sha256", b"gpgsig-sha256")
-        signed = self.data + block
+        uses_sha1 = len(named) == 40
         if self.kind == "commit":
-            lines = block.rstrip().replace(b"\n", b"\n ")
-            signed = self.data.replace(b"\n\n", b"\n%b %b\n\n" % (header, lines), 1)
+            # Git 2.47 has such a commit signed first, and then encodes it anew.
+            if "encoding" not in self.fields and not _is_utf8_to_git(self.data):
+                return ""
+            header = b"gpgsig" if uses_sha1 else b"gpgsig-sha256"
+            folded = block.rstrip().replace(b"\n", b"\n ")
+            signed = self.data.replace(b"\n\n", b"\n%b %b\n\n" % (header, folded), 1)
+        else:
+            signed = self.data + block
         whole = b"%b %d\0%b" % (self.kind.encode(), len(signed), signed)
-        return hashlib.new(sha, whole, usedforsecurity=False).hexdigest()
+        digest = hashlib.new("sha1" if uses_sha1 else "sha256", whole, usedforsecurity=False)
+        return digest.hexdigest()
 
 
 def parse_payload(data: bytes, size: Optional[int] = None, nul: bool = False) -> Payload:
