@@ -444,9 +444,8 @@ _PATTERNS = [
 
 
 # They are well-formed, and no UTF-8 to git (its utf8.c).
-_NONCHARACTERS = re.compile("[\ufdd0-\ufdef%s]" % "".join(
-    chr(plane + 0xFFFE) + chr(plane + 0xFFFF) for plane in range(0, 0x110000, 0x10000)
-))  # fmt: skip
+_PLANES_ENDS = "".join(chr(end - 1) + chr(end) for end in range(0xFFFF, 0x110000, 0x10000))
+_NONCHARACTERS = re.compile(f"[\ufdd0-\ufdef{_PLANES_ENDS}]")
 
 
 def _is_utf8_to_git(data: bytes) -> bool:
@@ -692,25 +691,50 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         """Sends REQUEST and returns the reply, both without the length that leads them."""
         data = string(request)
         with contextlib.suppress(OSError):  # it hung up, or takes nothing: reading tells which
-            if data := data[self.socket.send(data) :]:  # more than it takes at once: no key does
+            sent = self.socket.send(data)
+            if sent < len(data):  # as with no key that is in use
                 self.socket.settimeout(max(0, self.deadline - time.monotonic()))
-                self.socket.sendall(data)
+                self.socket.sendall(data[sent:])
         reply = b""
         size = 0
         while len(reply) < 4 + size:
             piece = self._receive()
             if not piece and not reply:
-                raise AgentError(f"{self.what} hung up without an answer")
+                raise AgentError(self._hung_up("without an answer"))
             if not piece:
-                raise WireError(f"{self.what} hung up in the middle of its answer")
+                raise WireError(self._hung_up("in the middle of its answer"))
             reply += piece
             if len(reply) >= 4:
                 size = int.from_bytes(reply[:4], "big")
                 if not 0 < size <= MAX_AGENT_MESSAGE:
                     raise WireError(f"{self.what} announced a message of {size} bytes")
-        if left := len(reply) - 4 - size:
-            raise WireError(f"{self.what} sent {left} bytes more than it announced")
+        too_many = len(reply) - (4 + size)
+        if too_many:
+            raise WireError(f"{self.what} sent {too_many} bytes more than it announced")
         return reply[4:]
+
+    def _hung_up(self, when: str) -> str:
+        """What is to be said of it; a command that is about to end is given the time to."""
+        self.socket.close()
+        if not self.process or not self._log_until_silent():
+            return f"{self.what} hung up {when}"
+        self.__exit__()
+        self._check_end()
+        status = self.process.returncode
+        how = f"ended with exit status {status}" if status >= 0 else f"was ended by signal {-status}"
+        where = "; its words are in the proxy's log" if self.stderr_lines else ""
+        return f"{self.what} {how} {when}{where}"
+
+    def _log_until_silent(self) -> bool:
+        """Logs a command's stderr to its end, when everybody in its group has gone; False where
+        that is not within EXEC_GRACE."""
+        words = Watch("", time.monotonic() + EXEC_GRACE, None)
+        words.poll.register(self.process.stderr, select.POLLIN)
+        with contextlib.suppress(AgentTimeout):
+            while words.wait():
+                if not self._log_stderr():
+                    return True
+        return False
 
     def result(self, limit: int) -> tuple[int, bytes]:
         """A command's exit status, and the first LIMIT bytes that it wrote."""
@@ -728,15 +752,11 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
             raise AgentError("the proxy is about to end")
 
     def __exit__(self, *error: object) -> None:
-        """Ends a command with its whole group: its stderr ends when everybody in it has gone."""
+        """Ends a command with its whole group."""
         self.socket.close()
         if self.process and self.process.returncode is None:
             _kill_group(self.process.pid, signal.SIGTERM)
-            last_words = Watch("", time.monotonic() + EXEC_GRACE, None)
-            last_words.poll.register(self.process.stderr, select.POLLIN)
-            with contextlib.suppress(AgentTimeout):
-                while last_words.wait() and self._log_stderr():
-                    pass
+            self._log_until_silent()
             _kill_group(self.process.pid, signal.SIGKILL)
         if self.process:
             self.commands.discard(self.process.pid)
