@@ -1,8 +1,8 @@
 """No page gets a signature or reads a key: a real Chromium tries every way that a page has.
 
-Chromium walks once through pages of several origins. Each makes its attempts, one after another,
-and reports what its script could read; a relay between Chromium and the proxy keeps what went over
-the wire. The relay serves the pages too, on the port under which Chromium meets the proxy: a page
+Chromium walks once through pages of several origins. Each tries its ways, one after another, and
+reports what its script could read; a relay between Chromium and the proxy keeps what went over the
+wire. The relay serves the pages too, on the port under which Chromium meets the proxy: a page
 of http://evil.example:PORT is then of the same origin as the proxy's answers, as after DNS
 rebinding.
 """
@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import socketserver
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Counter, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import pytest
 from conftest import (
@@ -35,12 +34,13 @@ from conftest import (
     need,
     parse_answer,
     raw,
-    wait_for,
 )
+
+pytestmark = pytest.mark.alone
 
 # ---------------------------------------------------------------- the ways that a page has
 
-# Each takes an URL and tells how it ended and what the script could read: an answer's status and
+# Each takes a URL and tells how it ended and what the script could read: an answer's status and
 # text, or what else the proxy's bytes have become.
 WAYS_JS = r"""
 const BODY = 'tree 4b825dc642cb6eb9a060e54bf8d69288fbee4904\n';
@@ -198,16 +198,14 @@ onmessage = async e => e.ports[0].postMessage(await outcome(...e.data));
 """
 
 PAGE_JS = r"""
-function tell(path, body) {
-  return fetch(BASE + path, {mode: 'no-cors', method: 'POST', body});
-}
-
 (async () => {
-  for (const [number, way, url] of ATTEMPTS) {
-    await tell('/test/begin/' + number);
-    await tell('/test/end/' + number, JSON.stringify(await outcome(way, url)));
+  const outcomes = [];
+  for (const [way, url] of ATTEMPTS) {
+    outcomes.push(await outcome(way, url));
     opened.splice(0).forEach(thing => thing.remove());
   }
+  const body = JSON.stringify(outcomes);
+  await fetch(BASE + '/test/end', {mode: 'no-cors', method: 'POST', body});
   if (window === top) location.replace(NEXT);
   else parent.postMessage('', '*');
 })();
@@ -281,6 +279,16 @@ class Page(NamedTuple):
     def same(self) -> bool:
         return self.origin == self.target
 
+    @property
+    def attempts(self) -> List[Tuple[Way, str]]:
+        return [(way, path) for way in self.ways for path in way.paths]
+
+    @property
+    def lines(self) -> Counter[str]:
+        """What goes over the wire, and how often."""
+        sent = [(way.same if self.same else way.cross, path) for way, path in self.attempts]
+        return Counter(f"{method} {path}" for method, path in sent if method)
+
 
 def own_page(name: str, host: str, relay: str, refusal: int, *more: Way) -> Page:
     """One of the same origin as the proxy's answers."""
@@ -311,31 +319,7 @@ LET_IN = [
 ]
 
 
-class Attempt(NamedTuple):
-    number: int
-    page: Page
-    way: Way
-    path: str
-
-    @property
-    def method(self) -> str:
-        return self.way.same if self.page.same else self.way.cross
-
-    @property
-    def line(self) -> str:
-        return f"{self.method} {self.path}"
-
-    def __str__(self) -> str:
-        return f"{self.page.name}: {self.way.name} {self.path}"
-
-
 COURSE = [*PAGES, *LET_IN]
-ATTEMPTS = [
-    Attempt(number, *attempt)
-    for number, attempt in enumerate(
-        (page, way, path) for page in COURSE for way in page.ways for path in way.paths
-    )
-]
 
 # ---------------------------------------------------------------- what stands around Chromium
 
@@ -345,52 +329,36 @@ class Wire(NamedTuple):
 
     request: bytes
     answer: bytes
-    port: int  # from which the relay called the proxy
-    earlier: int  # calls from the same port
 
     @property
     def line(self) -> str:
         return self.request.partition(b" HTTP/")[0].decode()
 
 
-class Outcome(NamedTuple):
-    how: str
-    read: str
-    wires: List[Wire]  # one, or more where Chromium repeats what is answered with 421
-
-
 class Course:
-    """What becomes of the attempts, and the pages that make them."""
+    """The pages, and what becomes of their attempts."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.current = -1
-        self.wires: Dict[int, List[Wire]] = {}
-        self.outcomes: Dict[int, Outcome] = {}
+        self.current = 0
+        self.wires: List[List[Wire]] = [[] for _ in COURSE]
+        self.outcomes: List[List[Dict[str, str]]] = [[] for _ in COURSE]
         self.over = threading.Event()
         self.ports: Dict[str, int] = {}
-        self.calls: Dict[Tuple[int, int], int] = {}
 
-    def count_call(self, proxy_port: int, port: int) -> int:
-        """How often the proxy was called from PORT before: systems use them again."""
+    def record(self, wire: Wire) -> None:
         with self.changed:
-            before = self.calls.get((proxy_port, port), 0)
-            self.calls[proxy_port, port] = before + 1
-            return before
-
-    def record(self, number: int, wire: Wire) -> None:
-        # The repetition of a beacon may come when the next attempt is on: their paths differ.
-        if number > 0 and wire.line == ATTEMPTS[number - 1].line:
-            number -= 1
-        with self.changed:
-            self.wires.setdefault(number, []).append(wire)
+            self.wires[self.current].append(wire)
             self.changed.notify_all()
 
-    def end(self, number: int, how: str, read: str) -> None:
-        with self.changed:
-            if ATTEMPTS[number].method:  # nothing tells a page when its beacon has gone out
-                self.changed.wait_for(lambda: number in self.wires, 10)
-            self.outcomes[number] = Outcome(how, read, self.wires.setdefault(number, []))
+    def lacking(self) -> Counter[str]:
+        """What the page of now has still to send; more may come: what is 421 is tried again."""
+        return COURSE[self.current].lines - Counter(w.line for w in self.wires[self.current])
+
+    def end(self, outcomes: List[Dict[str, str]]) -> None:
+        with self.changed:  # nothing tells a page when its beacon has gone out
+            self.changed.wait_for(lambda: not self.lacking(), 10)
+            self.outcomes[self.current] = outcomes
 
     def url(self, origin: Tuple[str, str]) -> str:
         host, relay = origin
@@ -402,14 +370,11 @@ class Course:
         following = f"{base}/test/over"
         if number + 1 < len(COURSE):
             following = f"{self.url(COURSE[number + 1].origin)}/test/page/{number + 1}"
+        target = self.url(page.target)
         values = {
             "BASE": base,
             "NEXT": following,
-            "ATTEMPTS": [
-                (attempt.number, attempt.way.name, self.url(page.target) + attempt.path)
-                for attempt in ATTEMPTS
-                if attempt.page is page
-            ],
+            "ATTEMPTS": [(way.name, target + path) for way, path in page.attempts],
         }
         script = "".join(f"const {name} = {json.dumps(v)};\n" for name, v in values.items())
         head = f"<!DOCTYPE html><link rel=icon href=data:,><body><script>{script}</script>"
@@ -427,13 +392,12 @@ class Course:
         fields = "Content-Type: text/html\r\n"
         text = ""
         if what == "page":
-            text = self.page(int(rest))
+            self.current = int(rest)
+            text = self.page(self.current)
         elif what == "frame":
             text = self.page(int(rest), frame=True)
-        elif what == "begin":
-            self.current = int(rest)
         elif what == "end":
-            self.end(int(rest), **json.loads(body))
+            self.end(json.loads(body))
         elif what == "over":
             self.over.set()
         elif what == "breach":
@@ -489,23 +453,9 @@ class RelayHandler(socketserver.StreamRequestHandler):
             fields += f"Connection: close\r\nContent-Length: {len(text.encode())}\r\n"
             self.wfile.write(f"HTTP/1.1 200 OK\r\n{fields}\r\n{text}".encode())
         else:
-            self.wfile.write(self.hand_on(request + body))
-
-    def hand_on(self, request: bytes) -> bytes:
-        course = self.server.course
-        number = course.current
-        answer = b""
-        with socket.create_connection(("127.0.0.1", self.server.proxy_port), 10) as s:
-            port = s.getsockname()[1]
-            earlier = course.count_call(self.server.proxy_port, port)
-            s.sendall(request)
-            while True:
-                piece = s.recv(65536)
-                if not piece:
-                    break
-                answer += piece
-        course.record(number, Wire(request, answer, port, earlier))
-        return answer
+            wire = Wire(request + body, raw(self.server.proxy_port, request + body))
+            self.server.course.record(wire)
+            self.wfile.write(wire.answer)
 
 
 def chromium() -> str:
@@ -553,11 +503,10 @@ class World:
         self.proxies = {
             "plain": self.start_proxy(),
             "allowing": self.start_proxy("--allowed-hosts", "proxy.example"),
+            # It gets what pages are refused, without what makes it a page's.
+            "other": self.start_proxy(),
         }
-        self.proxies["elsewhere"] = self.proxies["plain"]
-        # It gets what pages are refused, without what makes it a page's.
-        self.other = self.start_proxy()
-        for name, proxy in self.proxies.items():
+        for name, proxy in [*self.proxies.items(), ("elsewhere", self.proxies["plain"])]:
             relay = Relay(self.course, proxy.port)
             stack.callback(relay.stop)
             self.course.ports[name] = relay.port
@@ -596,26 +545,18 @@ class World:
         finally:
             stop_browser(browser)
 
-    def outcome(self, attempt: Attempt) -> Outcome:
-        outcome = self.course.outcomes.get(attempt.number)
-        if not outcome:
+    def seen(self, page: Page) -> Tuple[List[Dict[str, str]], List[Wire]]:
+        """The page's outcomes, and what it sent: all that is expected of it, and nothing else."""
+        number = COURSE.index(page)
+        outcomes, wires = self.course.outcomes[number], self.course.wires[number]
+        if len(outcomes) != len(page.attempts):
             log = self.log.read_text("utf-8", "replace")[-2000:]
-            pytest.fail(f"{attempt}: no report; Chromium says:\n{log}")
-        assert outcome.how != "no end"
-        sent = {attempt.line} if attempt.method else set()
-        assert {wire.line for wire in outcome.wires} == sent, outcome
-        return outcome
-
-    def logged(self, attempt: Attempt, wire: Wire) -> str:
-        """The outcome and status that the proxy's log tells of."""
-        proxy = self.proxies[attempt.page.target[1]]
-
-        def lines() -> List[str]:
-            parts = proxy.log().split(f" peer=127.0.0.1:{wire.port} ")
-            return parts[wire.earlier : -1]
-
-        line = wait_for(lines, message=f"the log's line of {attempt}")[0]
-        return " ".join(re.findall(r"(?:outcome|status)=(\w+)", line.rpartition("\n")[2]))
+            pytest.fail(f"{page.name}: no report; Chromium says:\n{log}")
+        assert "no end" not in [outcome["how"] for outcome in outcomes]
+        sent = Counter(wire.line for wire in wires)
+        assert page.lines - sent == Counter(), "these ways do not lead to the proxy"
+        assert set(sent) == set(page.lines)
+        return outcomes, wires
 
 
 def stop_browser(browser: subprocess.Popen[bytes]) -> None:
@@ -644,36 +585,26 @@ def world(keys: Keys) -> Iterator[World]:
 # ---------------------------------------------------------------- what comes of it
 
 
-def attempts(
-    pages: Sequence[Page], lines: Sequence[str] = (), ways: Sequence[str] = ()
-) -> List[object]:
-    """Those of the PAGES, where LINES or WAYS are given only those of them."""
-    return [
-        pytest.param(attempt, id=str(attempt))
-        for attempt in ATTEMPTS
-        if attempt.page in pages
-        and (not lines or attempt.line in lines)
-        and (not ways or attempt.way.name in ways)
-    ]
+def each(pages: Sequence[Page]) -> List[Any]:
+    return [pytest.param(page, id=page.name) for page in pages]
 
 
-def gives_nothing(wire: Wire, world: World) -> bool:
-    return b"SSH SIGNATURE" not in wire.answer and world.key.split()[1].encode() not in wire.answer
+def gives_nothing(answer: bytes, world: World) -> bool:
+    return b"SSH SIGNATURE" not in answer and world.key.split()[1].encode() not in answer
 
 
-@pytest.mark.parametrize("attempt", attempts(PAGES))
-def test_a_page_gets_nothing(attempt: Attempt, world: World) -> None:
-    outcome = world.outcome(attempt)
+@pytest.mark.parametrize("page", each(PAGES))
+def test_a_page_gets_nothing(page: Page, world: World) -> None:
+    outcomes, wires = world.seen(page)
     readable = {""}
-    for wire in outcome.wires:
+    for wire in wires:
         answer = parse_answer(wire.answer)
-        assert answer.status == attempt.page.refusal, wire
-        assert gives_nothing(wire, world)
+        assert answer.status == page.refusal, wire
+        assert gives_nothing(wire.answer, world)
         assert not [name for name in answer.headers if name.startswith("access-control-")]
-        assert world.logged(attempt, wire) == f"refused {answer.status}"
-        if attempt.page.same:  # it may read what it is told, and that is this
+        if page.same:  # it may read what it is told, and that is this
             readable |= {answer.text, f"{answer.status} {answer.text}"}
-    assert outcome.read in readable
+    assert {outcome["read"] for outcome in outcomes} - readable == set()
 
 
 def mark_free(request: bytes, port: int) -> bytes:
@@ -692,34 +623,31 @@ GOODS = {
 }
 
 
-@pytest.mark.parametrize("attempt", attempts(PAGES, list(GOODS)))
-def test_it_is_the_marks_of_a_page_that_are_refused(attempt: Attempt, world: World) -> None:
-    for wire in world.outcome(attempt).wires:
-        answer = parse_answer(raw(world.other.port, mark_free(wire.request, world.other.port)))
-        assert answer.status == 200, answer
-        assert re.fullmatch(GOODS[attempt.line], answer.body)
+@pytest.mark.parametrize("page", each(PAGES))
+def test_it_is_the_marks_of_a_page_that_are_refused(page: Page, world: World) -> None:
+    port = world.proxies["other"].port
+    for wire in world.seen(page)[1]:
+        if wire.line in GOODS:
+            answer = parse_answer(raw(port, mark_free(wire.request, port)))
+            assert answer.status == 200, answer
+            assert re.fullmatch(GOODS[wire.line], answer.body)
 
 
-@pytest.mark.parametrize("attempt", attempts(LET_IN))
-def test_no_page_signs_by_a_name_that_is_let_in(attempt: Attempt, world: World) -> None:
-    outcome = world.outcome(attempt)
-    for wire in outcome.wires:
+@pytest.mark.parametrize("page", each(LET_IN))
+def test_no_page_signs_by_a_name_that_is_let_in(page: Page, world: World) -> None:
+    outcomes, wires = world.seen(page)
+    for wire in wires:
+        method, path = wire.line.split()
         answer = parse_answer(wire.answer)
         assert not [name for name in answer.headers if name.startswith("access-control-")]
         if b"\r\nOrigin: " in wire.request:
             assert answer.status == 403
-            assert gives_nothing(wire, world)
-            assert world.logged(attempt, wire) == "refused 403"
-        elif attempt.path == "/sign":
-            assert attempt.method in ("GET", "HEAD"), wire
-            assert answer.status == 405
-            assert world.logged(attempt, wire) == "refused 405"
+            assert gives_nothing(wire.answer, world)
         else:
-            assert attempt.method in ("GET", "HEAD"), wire
-            assert answer.status == 200
-            assert world.logged(attempt, wire) == "served 200"
-    if not attempt.page.same:
-        assert outcome.read == ""
+            assert method in ("GET", "HEAD"), wire
+            assert answer.status == (405 if path == "/sign" else 200)
+    if not page.same:
+        assert {outcome["read"] for outcome in outcomes} == {""}
 
 
 # It shows as well that these ways do find what there is to read.
@@ -733,33 +661,38 @@ READERS = (
 )
 
 
-@pytest.mark.parametrize(
-    "attempt", attempts([p for p in LET_IN if p.same], ["GET /publickey"], READERS)
-)
+@pytest.mark.parametrize("page", each([page for page in LET_IN if page.same]))
 def test_a_page_under_a_name_that_is_let_in_reads_the_public_key(
-    attempt: Attempt, world: World
+    page: Page, world: World
 ) -> None:
-    assert world.outcome(attempt).read in (f"{world.key}\n", f"200 {world.key}\n")
+    outcomes, _ = world.seen(page)
+    read = {
+        way.name: outcome["read"]
+        for (way, path), outcome in zip(page.attempts, outcomes)
+        if way.name in READERS and path == "/publickey"
+    }
+    assert set(read) == set(READERS)
+    assert set(read.values()) <= {f"{world.key}\n", f"200 {world.key}\n"}
 
 
-@pytest.mark.parametrize("relay", ["plain", "allowing"])
-def test_nothing_was_signed_for_any_page(relay: str, world: World) -> None:
-    reached = [a for a in ATTEMPTS if a.page.target[1] == relay and a.method]
-    world.logged(reached[-1], world.outcome(reached[-1]).wires[-1])  # the log is that far
-    assert "outcome=signed" not in world.proxies[relay].log()
+@pytest.mark.parametrize("name", ["plain", "allowing"])
+def test_nothing_was_signed_for_any_page(name: str, world: World) -> None:
+    world.seen(COURSE[-1])
+    world.proxies[name].stop()  # from here on its log is whole
+    assert "outcome=refused" in world.proxies[name].log()
+    assert "outcome=signed" not in world.proxies[name].log()
 
 
 @pytest.mark.parametrize(("path", "shown"), [("/healthz", "ok"), ("/publickey", "ssh-ed25519 ")])
 def test_the_address_bar_is_served(path: str, shown: str, world: World) -> None:
-    world.course.current = -1
-    world.course.wires.pop(-1, None)
-    url = f"http://127.0.0.1:{world.course.ports['plain']}{path}"
+    url = f"http://127.0.0.1:{world.course.ports['other']}{path}"
+    before = len(world.course.wires[-1])
     browser = world.start_browser("--dump-dom", url, stdout=subprocess.PIPE)
     try:
         page, _ = browser.communicate(timeout=60)
     finally:
         stop_browser(browser)
-    (wire,) = world.course.wires[-1]
+    wire = world.course.wires[-1].pop(before)
     assert wire.line == f"GET {path}"
     assert b"\r\nSec-Fetch-Site: none\r\n" in wire.request
     assert parse_answer(wire.answer).status == 200
