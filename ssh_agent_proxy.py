@@ -721,7 +721,9 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         self.__exit__()
         self._check_end()
         status = self.process.returncode
-        how = f"ended with exit status {status}" if status >= 0 else f"was ended by signal {-status}"
+        how = f"ended with exit status {status}"
+        if status < 0:
+            how = f"was ended by signal {-status}"
         where = "; its words are in the proxy's log" if self.stderr_lines else ""
         return f"{self.what} {how} {when}{where}"
 
