@@ -106,21 +106,24 @@ _UNSEEN = frozenset(map(chr, (
 )))  # fmt: skip
 
 
+def _shown(character: str, special: str) -> str:
+    if character in special:
+        return "\\" + character
+    if character.isprintable() and character not in _UNSEEN:
+        return character
+    return character.encode("unicode_escape").decode()
+
+
 def printable(text: Union[str, bytes], limit: int = 200, special: str = "") -> str:
     """Foreign text for a log, a prompt or an error: one line, of at most LIMIT characters. Control,
     bidi and invisible ones become escapes of Python's, SPECIAL ones are led by a backslash."""
     if isinstance(text, bytes):
         text = text[: 4 * limit].decode("utf-8", "backslashreplace")
     text = text[: limit + 1]
-    seen = text.isprintable() and _UNSEEN.isdisjoint(text)
-    if seen and len(text) <= limit and not any(c in text for c in special):
+    harmless = text.isprintable() and _UNSEEN.isdisjoint(text) and set(special).isdisjoint(text)
+    if harmless and len(text) <= limit:
         return text
-    pieces = [
-        "\\" + c if c in special
-        else c if c.isprintable() and c not in _UNSEEN
-        else c.encode("unicode_escape").decode()
-        for c in text
-    ]  # fmt: skip
+    pieces = [_shown(character, special) for character in text]
     size = sum(map(len, pieces))
     if size > limit:
         while size >= limit:  # no escape is cut in two
