@@ -980,7 +980,10 @@ class Token(NamedTuple):
     payloads: tuple[str, ...] = ()  # empty: as set for all
 
 
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750's b64token
 _TOKEN_NAME = re.compile(r"[A-Za-z0-9._-]+")
+# What somebody made up can be guessed; `token NAME` takes 43 characters of chance.
+MIN_TOKEN = 16
 
 
 def parse_token(line: str, number: int) -> Token:
@@ -989,8 +992,11 @@ def parse_token(line: str, number: int) -> Token:
     token, *words = re.split(r"[ \t]+", line.strip(" \t\r"))
     name = words.pop(0) if words and "=" not in words[0] else ""
     options = dict(word.partition("=")[::2] for word in words if "=" in word)
-    if not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):  # RFC 6750's b64token
+    if not _TOKEN.fullmatch(token):
         raise ConfigError("its first word is no bearer token")
+    if len(token) < MIN_TOKEN:
+        raise ConfigError(f"a token of fewer than {MIN_TOKEN} characters can be guessed: "
+                          f"`{PROGRAM} token NAME` makes a good one")  # fmt: skip
     if len(options) < len(words):
         raise ConfigError("an option stands twice, or a word without = behind the name")
     if name and not _TOKEN_NAME.fullmatch(name):

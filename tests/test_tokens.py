@@ -125,6 +125,12 @@ def test_what_is_no_b64token_breaks_the_file(odd: str) -> None:
             p.parse_tokens(f"{token} box\n")
 
 
+@pytest.mark.parametrize("token", ["x", 15 * "a", 14 * "a" + "="])
+def test_a_token_that_can_be_guessed_breaks_the_file_and_the_way_out_is_named(token: str) -> None:
+    with pytest.raises(p.ConfigError, match=r"^line 2: .*16 characters.*`\S+ token NAME`"):
+        p.parse_tokens(f"# mine\n{token} box\n")
+
+
 # Each word that might be a token begins as one: none may be shown.
 BROKEN: List[Tuple[str, str, int]] = [
     ("two names", f"{TOKEN} {SECOND} {SECRET}", 1),
