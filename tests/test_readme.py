@@ -301,6 +301,10 @@ def test_the_socket_shown_signs_for_its_owner(home: Path, host: Dict[str, str]) 
         assert f"listening on unix:{path} " in proxy.log()
         assert path.parent.stat().st_mode & 0o777 == 0o700
         assert ask(path, post(b"x")).status == 200
+        _, fetch = blocks(section("## A mounted socket", CONTAINERS), "sh")
+        fetch = fetch.replace("/run/ssh-agent-proxy/socket", str(path))
+        run(["sh", "-eu"], env=host, input=fetch.encode())
+    assert (home / ".local/bin/ssh-agent-proxy-sign").read_bytes() == SHIM.read_bytes()
 
 
 def test_the_token_shown_is_needed_and_enough(home: Path, host: Dict[str, str]) -> None:
