@@ -251,7 +251,7 @@ _BITS = {
     "ecdsa-sha2-nistp384": 384, "ecdsa-sha2-nistp521": 521,
 }  # fmt: skip
 # PROTOCOL.certkeys: a certificate's type and that of the key in it.
-_CERTIFICATES = {t.partition("@")[0] + "-cert-v01@openssh.com": t for t in _BITS}
+_CERTIFICATES = {plain.partition("@")[0] + "-cert-v01@openssh.com": plain for plain in _BITS}
 
 HASHES = ("sha512", "sha256")  # the first is what ssh-keygen takes unasked
 
@@ -286,6 +286,31 @@ class PublicKey(NamedTuple):
         return f"{self.type} {base64.b64encode(self.blob).decode()}"
 
 
+def _read_key(r: Reader, plain_type: str) -> int:
+    """Reads the fields of a plain key behind its type; its bits."""
+    bits = _BITS[plain_type]
+    if "ed25519" in plain_type:
+        size = len(r.string())
+        if size != 32:
+            raise WireError(f"public key: an Ed25519 key of {size} bytes")
+    elif plain_type == "ssh-rsa":
+        exponent = r.mpint()
+        bits = r.mpint().bit_length()  # of the modulus
+        if not 1024 <= bits <= 16384 or exponent < 3:  # what OpenSSH makes and verifies
+            raise WireError(f"public key: an RSA key of {bits} bits")
+    else:  # RFC 5656
+        curve = r.string()
+        point = r.string()
+        if curve != b"nistp%d" % bits:
+            raise WireError(f"public key: {plain_type} with curve {printable(curve, 20)!r}")
+        coordinate = (bits + 7) // 8  # bytes
+        if len(point) != 1 + 2 * coordinate or point[0] != 4:
+            raise WireError(f"public key: not an uncompressed point of nistp{bits}")
+    if plain_type.startswith("sk-"):
+        r.string()  # application
+    return bits
+
+
 def parse_public_key(blob: bytes) -> PublicKey:
     """A key blob or certificate (RFC 4253 section 6.6, RFC 5656, 8709, PROTOCOL.certkeys, .u2f)."""
     with Reader(blob, "public key") as r:
@@ -296,23 +321,8 @@ def parse_public_key(blob: bytes) -> PublicKey:
         certificate = key_type != plain_type
         if certificate:
             r.string()  # nonce
-        start, bits = r.at, _BITS[plain_type]
-        if "ed25519" in plain_type:
-            size = len(r.string())
-            if size != 32:
-                raise WireError(f"public key: an Ed25519 key of {size} bytes")
-        elif plain_type == "ssh-rsa":
-            e, bits = r.mpint(), r.mpint().bit_length()
-            if not 1024 <= bits <= 16384 or e < 3:  # what OpenSSH makes and verifies
-                raise WireError(f"public key: an RSA key of {bits} bits")
-        else:  # RFC 5656
-            curve, point = r.string(), r.string()
-            if curve != b"nistp%d" % bits:
-                raise WireError(f"public key: {plain_type} with curve {printable(curve, 20)!r}")
-            if len(point) != 1 + 2 * ((bits + 7) // 8) or point[0] != 4:
-                raise WireError(f"public key: not an uncompressed point of nistp{bits}")
-        if plain_type.startswith("sk-"):
-            r.string()  # application
+        start = r.at
+        bits = _read_key(r, plain_type)
         plain_blob = string(plain_type.encode()) + blob[start : r.at]
         if certificate:
             r.take(8 + 4)  # serial, type
@@ -333,7 +343,8 @@ class Listed(NamedTuple):
 
 def parse_key_line(line: str) -> Listed:
     """An authorized_keys line without options; no WireError quotes it: it may be a private key."""
-    key_type, encoded, comment = (*line.split(None, 2), "", "", "")[:3]
+    words = line.split(None, 2)
+    key_type, encoded, comment = words + [""] * (3 - len(words))
     if "PRIVATE KEY" in line:
         raise WireError("a private key, where the public one (the .pub file) belongs")
     if key_type.startswith(("SHA256:", "MD5:")):
