@@ -426,7 +426,9 @@ KEPT = 256 * 1024  # bytes of a payload that are remembered; what is signed is i
 _OID = "[0-9a-f]{%d}"  # of 40 digits (SHA-1) or 64 (SHA-256), the same throughout a payload
 _WHO = r"[^\n<>]* <[^\n<>]*>"
 _WHEN = r"(?:0|[1-9][0-9]{0,19}) [+-][0-9]{4}"
-_REF = r"(?![./]|[^\n]*(?:\.\.|@\{|/[./]|[./]\n|\.lock[/\n]))[^\x00- \x7f~^:?*\[\\]+"
+# What git check-ref-format refuses: at the start, anywhere or at the end; and as a character.
+_NO_REF = r"[./]|[^\n]*(?:\.\.|@\{|/[./]|[./]\n|\.lock[/\n])"
+_REF = rf"(?!{_NO_REF})[^\x00- \x7f~^:?*\[\\]+"
 # What git signs, exactly as it writes it (its commit.c, builtin/tag.c and send-pack.c).
 _FORMATS = {
     "commit": rf"tree (?P<tree>{_OID})\n"
