@@ -601,15 +601,20 @@ class Watch:
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise AgentTimeout(f"{self.what} did not answer in time")
-        ready = [fd for fd, _ in self.poll.poll(1000 * min(left, seconds) + 1)]
+        milliseconds = 1000 * min(left, seconds) + 1
+        ready = [descriptor for descriptor, _ in self.poll.poll(milliseconds)]
         if self.client and self.client.fileno() in ready:
-            with contextlib.suppress(ConnectionError):
-                if not hasattr(select, "POLLRDHUP") and self.client.recv(1, socket.MSG_PEEK):
-                    # Bytes that nobody will read hide a close: it shows when the answer is sent.
-                    self.poll.unregister(self.client)
-                    return ready
-            raise ClientGone("the client went away before it was answered")
+            self._look_at(self.client)
         return ready
+
+    def _look_at(self, client: socket.socket) -> None:
+        """ClientGone, unless it is bytes that made it ready."""
+        with contextlib.suppress(ConnectionError):
+            if not hasattr(select, "POLLRDHUP") and client.recv(1, socket.MSG_PEEK):
+                # Nobody will read them, and they hide a close: it shows when the answer is sent.
+                self.poll.unregister(client)
+                return
+        raise ClientGone("the client went away before it was answered")
 
 
 class Commands(set[int]):
@@ -642,19 +647,24 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         self.commands = Commands() if commands is None else commands
         self.process: Any = None
         self.stderr_lines = 0
-        start = self._spawn if upstream.command else self._connect
         try:
-            self.socket = socket.socket(socket.AF_UNIX)
-            try:
-                start()
-                self.poll.register(self.socket, select.POLLIN)
-            except BaseException:
-                self.__exit__()
-                raise
+            self._open()
         except OSError as e:
             if upstream.command:
                 raise AgentError(f"cannot run {self.what}: {e.strerror}") from e
             raise AgentError(f"no answer from {self.what}: {_why(upstream.path, e)}") from e
+
+    def _open(self) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        try:
+            if self.upstream.command:
+                self._spawn()
+            else:
+                self._connect()
+            self.poll.register(self.socket, select.POLLIN)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def _connect(self) -> None:
         self.socket.setblocking(False)
@@ -703,14 +713,16 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         except OSError:
             return b""
 
+    def _send(self, data: bytes) -> None:
+        sent = self.socket.send(data)
+        if sent < len(data):  # more than it takes at once: no key does that
+            self.socket.settimeout(max(0, self.deadline - time.monotonic()))
+            self.socket.sendall(data[sent:])
+
     def ask(self, request: bytes) -> bytes:
         """Sends REQUEST and returns the reply, both without the length that leads them."""
-        data = string(request)
         with contextlib.suppress(OSError):  # it hung up, or takes nothing: reading tells which
-            sent = self.socket.send(data)
-            if sent < len(data):  # as with no key that is in use
-                self.socket.settimeout(max(0, self.deadline - time.monotonic()))
-                self.socket.sendall(data[sent:])
+            self._send(string(request))
         reply = b""
         size = 0
         while len(reply) < 4 + size:
@@ -846,12 +858,16 @@ def request_signature(exchange: Exchange, wanted: Wanted, namespace: str, hash_a
     return key, armor(sshsig(key.blob, namespace, hash_algorithm, signature))
 
 
+def _tell_nobody(state: str) -> None:
+    """In place of the service manager."""
+
+
 class Agents:
     """The agent that was set, or the first well-known one that answers. Nothing that it says is
     kept; TIMEOUT, in seconds, bounds the whole exchange of a request."""
 
     def __init__(self, upstream: Optional[Upstream], places: Sequence[str], timeout: float,
-                 tell: Callable[[str], None] = lambda state: None) -> None:  # fmt: skip
+                 tell: Callable[[str], None] = _tell_nobody) -> None:  # fmt: skip
         self.upstream = upstream
         self.places = places  # the well-known sockets
         self.timeout = timeout
@@ -888,9 +904,12 @@ class Agents:
 
     def hint(self) -> str:
         """Names another well-known agent that has keys, where the one in use is of no help."""
-        used = os.path.realpath((self.upstream or self.last or Upstream()).path)
+        in_use = self.upstream or self.last or Upstream()
+        used = os.path.realpath(in_use.path)
         deadline = time.monotonic() + HINT_SECONDS
-        for path in (path for path in self.places if os.path.realpath(path) != used):
+        for path in self.places:
+            if os.path.realpath(path) == used:
+                continue
             with contextlib.suppress(ProxyError), Exchange(Upstream(path), deadline) as exchange:
                 keys = count(len(list_keys(exchange)), "key")
                 return f"; another has {keys}: set SSH_AGENT_PROXY_UPSTREAM={printable(path)}"
