@@ -1138,7 +1138,7 @@ class Step(NamedTuple):
     name: str
     in_force: bool
     state: str
-    expected: bool = False  # not to be had on this system at all: no warning at each start
+    expected: bool = False  # not to be had on this system at all: told by check, not at each start
 
 
 def process_facts(pid: str) -> dict[str, str]:
@@ -1234,8 +1234,9 @@ def confine(folders: Sequence[str]) -> Step:
     """Landlock (Linux, landlock(7)), for this thread and those that it starts from now on.
 
     No file is written, made or removed any more, but for what is removed in FOLDERS and below; no
-    program started, no TCP port bound or connected to, no process outside signalled. Reading, what
-    is open already and connecting to sockets in the file system go on.
+    program file started, no TCP port bound or connected to, no process outside signalled. Reading,
+    what is open already and connecting to sockets in the file system go on. So does running code:
+    a program that needs no loader can be made in memory (memfd_create(2)), confined like this one.
     """
     import ctypes
 
@@ -1245,7 +1246,7 @@ def confine(folders: Sequence[str]) -> Step:
     # LANDLOCK_ACCESS_FS_*, by the ABI that brought them: all but READ_FILE and READ_DIR.
     RIGHTS = {1: 0x1FF3, 2: 0x2000, 3: 0x4000, 5: 0x8000}
     REMOVE_FILE, BIND_CONNECT_TCP, SCOPE_SOCKET_SIGNAL = 0x20, 3, 3
-    COVERED = {1: "no program started, no file made", 3: "no file written",
+    COVERED = {1: "no program file started, no file made", 3: "no file written",
                4: "no TCP connect or bind", 6: "no signal outside"}  # fmt: skip
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.argtypes = [ctypes.c_long, *4 * [ctypes.c_void_p]]  # each an int or bytes
@@ -2158,14 +2159,34 @@ class Server:
 # ------------------------------------------------------------------------------------- Service
 
 DRAIN_SECONDS = 10
+READY_SECONDS = 5  # that a service manager is waited for which is too busy to hear of READY=1
 
 # sd-daemon(3): what the journal takes as a line's priority.
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, AUDIT: 5, logging.WARNING: 4, logging.ERROR: 3}
 
 
+def is_journal(stream: str) -> bool:
+    """STREAM is JOURNAL_STREAM: stderr's device and inode, as systemd gives it, if it is that."""
+    found = os.fstat(2)
+    return stream == f"{found.st_dev}:{found.st_ino}"
+
+
+class OneLine(logging.Formatter):
+    """Each record is one line, whatever is in it: a traceback's line breaks become escapes."""
+
+    # Of a long traceback the end is kept: where it happened, and what.
+    MAX_TRACEBACK = 3000
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        return line if line.isprintable() else printable(line, StderrHandler.MAX_LINE)
+
+    def formatException(self, ei: Any) -> str:
+        return super().formatException(ei)[-self.MAX_TRACEBACK :]
+
+
 class StderrHandler(logging.Handler):
-    """The log on stderr: what would have to wait is dropped and counted, but see emit().
-    JOURNAL_STREAM is stderr's device and inode, as systemd gives it, where that is the journal."""
+    """The log on stderr: what would have to wait is dropped and counted, but see emit()."""
 
     # What a pipe takes whole or not at all, and without waiting where it says that it can be
     # written to (pipe(7), PIPE_BUF).
@@ -2173,10 +2194,9 @@ class StderrHandler(logging.Handler):
 
     def __init__(self, journal_stream: str) -> None:
         super().__init__()
-        found = os.fstat(2)
-        self.journal = journal_stream == f"{found.st_dev}:{found.st_ino}"
+        self.journal = is_journal(journal_stream)
         layout = "%(message)s" if self.journal else "%(asctime)s %(levelname)s %(message)s"
-        self.setFormatter(logging.Formatter(layout, "%Y-%m-%dT%H:%M:%S%z"))
+        self.setFormatter(OneLine(layout, "%Y-%m-%dT%H:%M:%S%z"))
         self.lost = 0
         self.cut = b""  # what ends the last line, where a terminal took only part of it
         self.stalled = False  # nobody reads: even a signature's line was waited for in vain
@@ -2193,18 +2213,31 @@ class StderrHandler(logging.Handler):
         if self.journal:
             line = f"<{PRIORITIES[record.levelno]}>{line}"
         data = self.cut + line.encode("utf-8", "backslashreplace")[: self.MAX_LINE - 2] + b"\n"
-        written = 0
         # Whoever floods the log with refusals must not push a signature out of it.
         signed = record.levelno == AUDIT and record.getMessage().startswith("outcome=signed ")
-        patience = 0.5 if signed and not self.stalled else 0
-        with contextlib.suppress(OSError):  # closed: there is nobody to tell
-            if os.name != "posix" or select.select([], [self.fd], [], patience)[1]:
-                written = os.write(self.fd, data)
-        self.stalled = not written and (self.stalled or signed)
-        if written:
-            self.cut = b"\n" if written < len(data) else b""
-            self.lost = 0
-        self.lost += written < len(data)
+        written = self.write(data, 0.5 if signed and not self.stalled else 0)
+        if not written:
+            self.stalled = self.stalled or signed
+            self.lost += 1
+            return
+        self.stalled = False
+        whole = written == len(data)
+        self.cut = b"" if whole else b"\n"
+        self.lost = 0 if whole else 1
+
+    def write(self, data: bytes, patience: float) -> int:
+        """How many bytes were taken within PATIENCE seconds."""
+        try:
+            if os.name == "posix" and not select.select([], [self.fd], [], patience)[1]:
+                return 0
+            return os.write(self.fd, data)
+        except OSError:  # closed: there is nobody to tell
+            return 0
+
+
+def log_uncaught(kind: Any, error: Any, traceback: Any) -> None:
+    """A fault of ours that ends a thread, in one line like all others."""
+    LOG.error("internal error", exc_info=(kind, error, traceback))
 
 
 def start_log(level: int, journal_stream: str) -> None:
@@ -2214,30 +2247,46 @@ def start_log(level: int, journal_stream: str) -> None:
     LOG.propagate = False
     LOG.setLevel(level)
     LOG.handlers[:] = [StderrHandler(journal_stream)]
+    sys.excepthook = log_uncaught
+    threading.excepthook = lambda fault: log_uncaught(*fault[:3])
 
 
-def notifier(path: str) -> Callable[[str], None]:
-    """How to tell the service manager our state (sd_notify(3)); PATH is its NOTIFY_SOCKET or ""."""
-    if not path:
-        return lambda state: None
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    sock.setblocking(False)
-    try:
-        # Now: under Landlock no abstract one can be connected to any more.
-        sock.connect("\0" + path[1:] if path.startswith("@") else path)
-    except OSError as e:
-        LOG.warning("the service manager can't be told: NOTIFY_SOCKET %s: %s", quoted(path), e)
+class ServiceManager:
+    """Whom we tell our state (sd_notify(3)); PATH is its NOTIFY_SOCKET, "" where there is none."""
 
-    told = ""
+    def __init__(self, path: str) -> None:
+        self.told = ""  # what it knows
+        self.socket: Optional[socket.socket] = None
+        if not path:
+            return
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sock.setblocking(False)
+        try:
+            # Now: under Landlock no abstract one can be connected to any more.
+            sock.connect("\0" + path[1:] if path.startswith("@") else path)
+        except OSError as e:
+            LOG.warning("the service manager can't be told: NOTIFY_SOCKET %s: %s", quoted(path), e)
+            sock.close()
+            return
+        self.socket = sock
 
-    def tell(state: str) -> None:
-        nonlocal told
-        with contextlib.suppress(OSError):  # nothing that signing would have to wait for
-            if state != told:
-                sock.send(state.encode())
-        told = state
-
-    return tell
+    def tell(self, state: str, patience: float = 0) -> None:
+        """Where its queue is full it is waited for, PATIENCE seconds; signing can't wait for it."""
+        if self.socket is None or state == self.told:
+            return
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                self.socket.send(state.encode())
+                self.told = state
+                return
+            except BlockingIOError:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return
+                select.select([], [self.socket], [], left)
+            except OSError:  # it has gone
+                return
 
 
 def catch_signals() -> socket.socket:
@@ -2328,20 +2377,38 @@ def agent_findings(config: Config, agents: Agents) -> Iterator[Finding]:
         yield logging.WARNING, f"{several}: SSH_AGENT_PROXY_PUBKEY pins one"
 
 
-def hardening_findings(config: Config, steps: list[Step]) -> Iterator[Finding]:
-    """Those STEPS, and now Landlock, which is the last."""
-    runs = "CONFIRM" if config.confirm else ""
-    if config.upstream and config.upstream.command:
-        runs = "UPSTREAM"
-    if sys.platform == "linux":
-        folders = [os.path.dirname(a.path) for a in config.addr if isinstance(a, UnixAddress)]
-        why = f"SSH_AGENT_PROXY_{runs} runs a program"
-        confined = confine(list(filter(os.path.isdir, folders))) if not runs else None
-        steps.append(confined or Step("Landlock", False, why))
+def lock_in(config: Config) -> list[Step]:
+    """The last step of hardening: from here on nothing can be opened to write, nor be started."""
+    if sys.platform != "linux":
+        return []
+    for name, runs_one in (
+        ("SSH_AGENT_PROXY_UPSTREAM", config.upstream and config.upstream.command),
+        ("SSH_AGENT_PROXY_CONFIRM", config.confirm),
+    ):
+        if runs_one:
+            return [Step("Landlock", False, f"{name} runs a program")]
+    folders = [os.path.dirname(a.path) for a in config.addr if isinstance(a, UnixAddress)]
+    return [confine([folder for folder in folders if os.path.isdir(folder)])]
+
+
+def hardening_findings(steps: Sequence[Step]) -> Iterator[Finding]:
     for step in steps:
         state = "in force" if step.in_force else "not in force"
-        level = logging.INFO if step.in_force or step.expected else logging.WARNING
-        yield level, f"{step.name}: {state} ({step.state})"
+        level = logging.INFO if step.in_force else logging.WARNING
+        yield logging.DEBUG if step.expected else level, f"{step.name}: {state} ({step.state})"
+
+
+def listen_on(addresses: Sequence[Union[Address, UnixAddress]]) -> list[Listener]:
+    """On all of them, or ProxyError and on none."""
+    listeners: list[Listener] = []
+    try:
+        for address in addresses:
+            listeners += listen(address)
+    except ProxyError:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
 
 
 def serve(config: Config) -> int:
@@ -2350,22 +2417,22 @@ def serve(config: Config) -> int:
     config.tokens()  # a file that can't be used is a setting that is wrong
     raise_file_limit()
     signals = catch_signals()
-    tell = notifier(config.notify_socket)
-    listeners: list[Listener] = []
-    try:
-        for address in config.addr:
-            listeners += listen(address)
-    except ProxyError:
-        for listener in listeners:
-            listener.close()
-        raise
+    manager = ServiceManager(config.notify_socket)
+    listeners = listen_on(config.addr)
     where = f"STATUS=listening on {', '.join(listener.name for listener in listeners)}"
-    agents = Agents(config.upstream, config.sockets, config.timeout,
-                    lambda state: tell(f"{where}, {state}"))  # fmt: skip
+
+    def tell_of_agent(state: str) -> None:
+        manager.tell(f"{where}, {state}")
+
+    agents = Agents(config.upstream, config.sockets, config.timeout, tell_of_agent)
     server = Server(config, agents, listeners)
-    for finding in (*weak_settings(config), *hardening_findings(config, steps)):
+    for finding in weak_settings(config):
         LOG.log(*finding)
-    tell(f"READY=1\n{where}")  # before the first request has something to tell
+    # Before the first thread: it holds for those that are started after it.
+    steps += lock_in(config)
+    for finding in hardening_findings(steps):
+        LOG.log(*finding)
+    manager.tell(where)  # before the first request has something to tell
     threading.stack_size(256 * 1024)
     for listener in listeners:
         server.start_thread(listener)
@@ -2373,16 +2440,17 @@ def serve(config: Config) -> int:
     for listener in listeners:
         LOG.info("listening on %s (namespace %s)", listener.name, names)
 
-    def report_agent() -> None:
+    def report() -> None:
+        manager.tell("READY=1", READY_SECONDS)
         for level, text in agent_findings(config, agents):
             LOG.log(min(level, logging.WARNING), "%s", text)
 
-    # An agent that hangs must hold up neither requests nor a signal.
-    threading.Thread(target=report_agent, daemon=True).start()
+    # A manager or an agent that hangs must hold up neither requests nor a signal.
+    threading.Thread(target=report, daemon=True).start()
 
     signals.recv(1)
     LOG.info("stopping")
-    tell("STOPPING=1")
+    manager.tell("STOPPING=1")
     server.stop()
     end = time.monotonic() + DRAIN_SECONDS
     while (server.places or server.lingering) and time.monotonic() < end:
@@ -2499,7 +2567,7 @@ def check(config: Config) -> int:
     show(iter([(logging.INFO, f"may ask: {who}; {what}")]))
     show(weak_settings(config))
     show(service_findings())
-    show(hardening_findings(config, steps))  # the last: nothing can be tried after it
+    show(hardening_findings([*steps, *lock_in(config)]))  # nothing can be tried after it
     return int(failed)
 
 
@@ -2532,6 +2600,14 @@ def add_token(config: Config, name: str) -> int:
     return output(f"{token}\n".encode())
 
 
+def failure(e: Exception) -> tuple[int, str]:
+    """The exit status, and what is to be said."""
+    if isinstance(e, ProxyError):
+        return 2 if isinstance(e, ConfigError) else 1, str(e)
+    # Of the system: no file descriptors, say.
+    return 1, f"cannot run: {getattr(e, 'strerror', None) or e}"
+
+
 def run(env: Env, argv: Sequence[str]) -> int:
     """A command's exit status."""
     try:
@@ -2544,7 +2620,12 @@ def run(env: Env, argv: Sequence[str]) -> int:
     if config.sign and words != ("check",):
         raise ConfigError("--sign: check alone makes a test signature")
     if words == ("serve",):
-        return serve(config)
+        try:
+            return serve(config)
+        except (ProxyError, OSError) as e:
+            status, why = failure(e)
+            LOG.error("%s", why)
+            return status
     if words == ("check",):
         return check(config)
     if words == ("shim",):
@@ -2565,11 +2646,12 @@ def main(argv: Sequence[str]) -> int:
         return run(os.environ, argv)
     except KeyboardInterrupt:
         return 130
-    except ProxyError as e:
-        status, why = 2 if isinstance(e, ConfigError) else 1, str(e)
-    except OSError as e:  # of the system: no file descriptors, say
-        status, why = 1, f"cannot run: {e.strerror or e}"
-    told = {2: PROGRAM + ":"}
+    except (ProxyError, OSError) as e:
+        status, why = failure(e)
+    # For a person; a service's setting that is wrong is told before there is a log.
+    in_journal = is_journal(os.environ.get("JOURNAL_STREAM", ""))
+    priority = f"<{PRIORITIES[logging.ERROR]}>" if in_journal else ""
+    told = {2: f"{priority}{PROGRAM}:"}
     if status == 2 and "check" in argv and "token" not in argv:
         told[1] = MARKS[logging.ERROR]  # where its reader looks
     for fd, mark in told.items():

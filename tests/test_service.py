@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -18,7 +19,7 @@ import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import pytest
 from conftest import (
@@ -44,7 +45,7 @@ from conftest import (
 )
 
 import ssh_agent_proxy
-from ssh_agent_proxy import AUDIT, LOG, SSH_AGENTC_SIGN_REQUEST, StderrHandler, notifier
+from ssh_agent_proxy import AUDIT, LOG, SSH_AGENTC_SIGN_REQUEST, ServiceManager, StderrHandler
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 
@@ -537,6 +538,9 @@ def test_in_the_journal_lines_have_priorities_and_no_time(run_with: Start) -> No
     wait_for(complete, message="a line of each level")
     assert running.stop() == 0
     lines = text.splitlines()
+    # A traceback, which -v shows, is one as well.
+    assert all(re.fullmatch(r"<[3-7]>\S.*", line) for line in lines), text
+    assert re.search("(?m)^<7>where it happened.*read_shim.*ZeroDivisionError", text)
     assert not any(re.match(r"<\d>(\d{4}-|DEBUG|INFO|AUDIT|WARNING|ERROR)", line) for line in lines)
     for what, number in PRIORITIES.items():
         assert [line[:3] for line in lines if what in line][:1] == [f"<{number}>"], what
@@ -564,6 +568,72 @@ def test_where_stderr_is_not_the_journal_lines_have_time_and_level(
     handler.fd = piped[0].fd
     say(handler, "text")
     assert re.fullmatch(LINE + "\n", os.read(piped[1], 100).decode())
+
+
+# ---------------------------------------------------------------- what ends it
+
+BUSY = "cannot listen on 127.0.0.1:"
+WRONG = "SSH_AGENT_PROXY_TIMEOUT"
+LAST_LINES = rows([
+    ("a busy port", {}, BUSY, 1, "TIME ERROR "),
+    ("a busy port, in the journal", {"JOURNAL_STREAM": ""}, BUSY, 1, "<3>"),
+    ("a wrong setting", {WRONG: "x"}, WRONG, 2, "ssh-agent-proxy: "),
+    ("one, in the journal", {WRONG: "x", "JOURNAL_STREAM": ""}, WRONG, 2, "<3>ssh-agent-proxy: "),
+    ("no token file", {"SSH_AGENT_PROXY_TOKEN_FILE": "/nowhere"}, "/nowhere", 2, "TIME ERROR "),
+])  # fmt: skip
+
+
+@pytest.mark.parametrize(("env", "what", "status", "start"), LAST_LINES)
+def test_the_last_line_of_a_failed_start_has_its_level(
+    home: Path, env: Dict[str, str], what: str, status: int, start: str
+) -> None:
+    ours, theirs = map(socket.socket.detach, socket.socketpair())
+    if "JOURNAL_STREAM" in env:
+        env = {**env, "JOURNAL_STREAM": stream(theirs)}
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        argv = [sys.executable, str(PROXY), "--addr", f"127.0.0.1:{busy.getsockname()[1]}"]
+        done = subprocess.run(argv, env=clean_env(home, **env), stderr=theirs, timeout=20)
+    last = written(ours).decode().splitlines()[-1]
+    os.close(ours)
+    os.close(theirs)
+    assert done.returncode == status
+    begins = re.escape(start).replace("TIME", r"[0-9T:+-]+")
+    assert re.fullmatch(f"{begins}.*{what}.*", last), last
+
+
+HOOKS = rows([
+    ("a thread", "p.agent_findings = lambda *args: 1 / 0", 0),
+    ("the main thread", "p.DRAIN_SECONDS = None", 1),
+])  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "status"), HOOKS)
+def test_a_fault_that_ends_a_thread_is_a_line_with_its_level(
+    code: str, status: int, run_with: Start, short: Path
+) -> None:
+    with (short / "log").open("wb") as f:
+        running = run_with(f.fileno(), program=[*with_hook(code), "-"])
+    assert running.stop() == status
+    lines = (short / "log").read_text().splitlines()
+    assert all(re.fullmatch(LINE, line) for line in lines), lines
+    assert [line for line in lines if re.search(r" ERROR internal error.*Traceback.*Error", line)]
+
+
+def test_of_a_long_traceback_the_end_is_kept(piped: Piped) -> None:
+    handler, reader = piped
+
+    def fall(depth: int) -> None:
+        if not depth:
+            raise ValueError("at the bottom")
+        (fall, list)[depth % 2](fall(depth - 1))
+
+    try:
+        fall(200)
+    except ValueError:
+        info = sys.exc_info()
+    handler.emit(logging.LogRecord("x", logging.ERROR, "", 0, "internal error", None, info))
+    line = os.read(reader, 65536).decode()
+    assert re.fullmatch(r"\S+ ERROR internal error.*ValueError: at the bottom\n", line)
 
 
 # ---------------------------------------------------------------- the service manager
@@ -626,7 +696,8 @@ def start_notifying(start_proxy: Callable[..., Proxy], manager: Manager) -> Call
     def start(*args: Any, **options: Any) -> Proxy:
         env = {"NOTIFY_SOCKET": manager.variable, **options.pop("env", {})}
         proxy = start_proxy(*args, env=env, wait=False, **options)
-        port = re.search(r"127\.0\.0\.1:(\d+)", manager.wait("^READY=1$"))
+        manager.wait("^READY=1$")
+        port = re.search(r"127\.0\.0\.1:(\d+)", manager.told[0])
         proxy.port = int(port.group(1)) if port else 0
         return proxy
 
@@ -640,9 +711,9 @@ def test_ready_is_told_once_it_answers(
 ) -> None:
     proxy = start_notifying(upstream=agent.sock)
     assert http(proxy.port, "GET", "/healthz").status == 200
-    assert manager.listen()[0] == f"READY=1\nSTATUS=listening on 127.0.0.1:{proxy.port}"
     assert proxy.stop() == 0
-    assert sum("READY=1" in text for text in manager.listen()) == 1
+    assert manager.listen()[0] == f"STATUS=listening on 127.0.0.1:{proxy.port}"
+    assert manager.listen().count("READY=1") == 1
 
 
 def test_what_cannot_listen_is_not_ready(
@@ -677,7 +748,7 @@ def test_the_status_names_all_addresses_and_the_agent_of_an_early_request_too(
     addr = f"unix:{short}/s,unix:{short}/t"
     start_notifying(upstream=agent_with_key.sock, addr=addr, python=with_hook(EARLY))
     where = f"listening on unix:{short}/s, unix:{short}/t"
-    assert manager.listen()[0] == f"READY=1\nSTATUS={where}"
+    assert manager.listen()[0] == f"STATUS={where}"
     manager.wait_status(re.escape(f"{where}, using the agent at '{agent_with_key.sock}'"))
 
 
@@ -746,19 +817,43 @@ def test_the_end_is_told_while_requests_are_finished(
 
 @linux
 @either
-def test_a_manager_that_does_not_read_holds_up_nothing(
+def test_a_manager_that_does_not_read_holds_up_nothing_and_hears_of_ready_at_last(
     manager: Manager, start_proxy: Callable[..., Proxy], agent_with_key: Agent
 ) -> None:
+    with flooded(manager):
+        proxy = start_proxy(upstream=agent_with_key.sock, env={"NOTIFY_SOCKET": manager.variable})
+        assert http(proxy.port, "POST", "/sign", b"x").status == 200
+        manager.wait("^READY=1$")
+        assert proxy.stop() == 0
+        assert proxy.log().count("NOTIFY_SOCKET") == 0
+
+
+@contextlib.contextmanager
+def flooded(manager: Manager) -> Iterator[None]:
+    """Its queue is full."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as flood:
         flood.setblocking(False)
         flood.connect(manager.socket.getsockname())
         with pytest.raises(BlockingIOError):
             while True:
                 flood.send(b"x")
-        proxy = start_proxy(upstream=agent_with_key.sock, env={"NOTIFY_SOCKET": manager.variable})
-        assert http(proxy.port, "POST", "/sign", b"x").status == 200
-        assert proxy.stop() == 0
-        assert proxy.log().count("NOTIFY_SOCKET") <= 1
+        yield
+
+
+@linux
+def test_a_manager_that_never_reads_is_waited_for_with_a_bound(manager: Manager) -> None:
+    assert ssh_agent_proxy.READY_SECONDS == 5
+    with flooded(manager):
+        told = ServiceManager(manager.variable)
+        started = time.monotonic()
+        told.tell("STATUS=whatever")
+        assert time.monotonic() - started < 0.2
+        told.tell("READY=1", 0.3)
+        assert 0.3 <= time.monotonic() - started < 5
+        assert "READY=1" not in manager.listen()
+        # What was lost is told once there is room.
+        told.tell("STATUS=whatever")
+        assert manager.listen()[-1] == "STATUS=whatever"
 
 
 NOBODY = rows([
@@ -786,8 +881,7 @@ def test_where_nobody_can_be_told_one_warning_says_so(
     with socket.socket(socket.AF_UNIX) as stream:
         stream.bind(f"{short}/stream")
         stream.listen()
-        tell = notifier(value.format(folder=short))
-        tell("READY=1")
+        ServiceManager(value.format(folder=short)).tell("READY=1", 60)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "NOTIFY_SOCKET" in caplog.messages[0]
     assert caplog.messages[0].isprintable()
