@@ -16,15 +16,16 @@ import argparse
 import base64
 import contextlib
 import hashlib
-import heapq
+import multiprocessing
+import multiprocessing.pool
 import os
-import pickle
 import platform
 import re
 import selectors
 import shutil
 import signal
 import socket
+import socketserver
 import statistics
 import struct
 import subprocess
@@ -125,7 +126,7 @@ def in_turn(rounds: int, *what: Callable[[], float]) -> list[float]:
     return [statistics.median(times) for times in taken]
 
 
-# -- Helpers: clients and a slow agent, each a process of its own ---------------------------------
+# -- What runs in processes of its own: clients, and a slow agent ----------------------------------
 
 
 def client(exchange: Exchange, seconds: float, at_most: int) -> int:
@@ -162,91 +163,39 @@ def clients_at_once(count: int, exchange: Exchange) -> float:
     return took
 
 
-def slow_agent(path: str, delay: float, request: bytes, answer: bytes) -> NoReturn:
-    """An agent that knows one request, and answers it after `delay` seconds.
+def slow_agent(path: str, delay: float, request: bytes, answer: bytes) -> None:
+    """An agent that knows one request, and answers it after `delay` seconds."""
 
-    One thread and a heap of what is due: 32 requests wait side by side and cost nothing.
-    """
-    failure = string(b"\x05")
-    due: list[Any] = []
-    heard: dict[socket.socket, bytes] = {}
-    with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
-        listener.bind(path)
-        listener.listen(128)
-        selector.register(listener, selectors.EVENT_READ)
-        answer_helper(None)
-        while True:
-            wait = max(0.0, due[0][0] - time.perf_counter()) if due else None
-            for key, _ in selector.select(wait):
-                if key.fileobj is listener:
-                    connection, _ = listener.accept()
-                    heard[connection] = b""
-                    selector.register(connection, selectors.EVENT_READ)
-                    continue
-                connection = key.fileobj  # type: ignore[assignment]
-                data = connection.recv(65536)
-                heard[connection] += data
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            heard = b""
+            while len(heard) < len(request):
+                data = self.request.recv(65536)
                 if not data:
-                    selector.unregister(connection)
-                    del heard[connection]
-                    connection.close()
-                elif len(heard[connection]) >= len(request):
-                    reply = answer if heard[connection] == request else failure
-                    heapq.heappush(due, (time.perf_counter() + delay, id(reply), connection, reply))
-                    heard[connection] = b""
-            while due and due[0][0] <= time.perf_counter():
-                _, _, connection, reply = heapq.heappop(due)
-                if connection in heard:
-                    connection.sendall(reply)
+                    return
+                heard += data
+            time.sleep(delay)
+            self.request.sendall(answer if heard == request else string(b"\x05"))
+
+    class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+    Server(path, Handler).serve_forever()
 
 
-ROLES: dict[str, Callable[..., Any]] = {
-    "client": client,
-    "clients_at_once": clients_at_once,
-    "slow_agent": slow_agent,
-}
+def of_its_own() -> None:
+    """A Ctrl-C reaches the main program alone, which ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def answer_helper(value: Any) -> None:
-    pickle.dump(value, sys.stdout.buffer)
-    sys.stdout.buffer.flush()
+# Anew, not forked: nothing of the main program's is in them.
+PROCESSES = multiprocessing.get_context("spawn")
 
 
-def helper() -> int:
-    """The other side of `Helper`: run what is asked until there is nothing more to ask."""
-    while True:
-        try:
-            role, arguments = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return 0
-        try:
-            answer_helper(ROLES[role](*arguments))
-        except (Failed, OSError) as error:
-            answer_helper(Failed(f"{role}: {error}"))
-
-
-class Helper:
-    """A process that runs one of `ROLES` when it is asked to."""
-
-    def __init__(self, lab: Lab) -> None:
-        self.process = lab.start(
-            [PYTHON, __file__, "--helper"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-
-    def ask(self, role: str, *arguments: Any) -> None:
-        assert self.process.stdin
-        pickle.dump((role, arguments), self.process.stdin)
-        self.process.stdin.flush()
-
-    def answer(self) -> Any:
-        assert self.process.stdout
-        try:
-            value = pickle.load(self.process.stdout)
-        except EOFError:
-            raise Failed("a client of the benchmark's own ended unasked") from None
-        if isinstance(value, Failed):
-            raise value
-        return value
+# Each takes one of as many tasks, and none is alive after the `with`, whatever happened in it.
+def processes(count: int) -> multiprocessing.pool.Pool:
+    return PROCESSES.Pool(count, of_its_own)
 
 
 # -- The laboratory: everything that is started, and ends with the run ----------------------------
@@ -283,7 +232,7 @@ class Lab:
         self.public = " ".join((home / "key.pub").read_text("ascii").split()[:2])
         self.start(["ssh-agent", "-D", "-a", self.agent], stdout=subprocess.DEVNULL,
                    stderr=subprocess.DEVNULL)
-        wait_for(self.agent_listens, "ssh-agent does not listen")
+        wait_for(lambda: listens(self.agent), "ssh-agent does not listen")
         self.env["SSH_AUTH_SOCK"] = self.agent
         self.run("ssh-add", "-q", self.key)
         # From here on nothing but the proxy's own setting leads to an agent.
@@ -291,11 +240,6 @@ class Lab:
         (home / "payload").write_bytes(PAYLOAD)
         self.run("ssh-keygen", "-q", "-Y", "sign", "-n", "git", "-f", self.key, home / "payload")
         self.armor = (home / "payload.sig").read_bytes()
-
-    def agent_listens(self) -> bool:
-        # Its socket is there a moment before it takes connections.
-        with socket.socket(socket.AF_UNIX) as connection:
-            return connection.connect_ex(self.agent) == 0
 
     def start(self, argv: list[Any], **how: Any) -> subprocess.Popen[bytes]:
         # A session of its own: a Ctrl-C reaches this program alone, which ends the others.
@@ -429,6 +373,12 @@ class Lab:
         ).encode("ascii")
 
 
+def listens(path: str) -> bool:
+    """A socket is there a moment before it takes connections."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(path) == 0
+
+
 def wait_for(ready: Callable[[], bool], otherwise: str, seconds: float = 10) -> None:
     end = time.monotonic() + seconds
     while not ready():
@@ -520,20 +470,16 @@ def clients(lab: Lab) -> Iterator[Figure]:
     purpose, all three show the loss alike; processes show a small one best.
     """
     count, seconds = 8, 0.5 if lab.quick else 1.0
-    helpers = [Helper(lab) for _ in range(count)]
-
-    def per_second(exchange: Exchange) -> float:
-        for each in helpers:
-            each.ask("client", exchange, seconds, sys.maxsize)
-        done: int = sum(each.answer() for each in helpers)
-        return done / seconds
-
     direct, through = lab.direct(), lab.sign(lab.proxy().port)
-    agent, proxy = in_turn(
-        3 if lab.quick else 7, lambda: per_second(direct), lambda: per_second(through)
-    )
-    for each in helpers:
-        lab.stop(each.process)
+    with processes(count) as helpers:
+
+        def per_second(exchange: Exchange) -> float:
+            tasks = [(exchange, seconds, sys.maxsize)] * count
+            return sum(helpers.starmap(client, tasks, chunksize=1)) / seconds
+
+        agent, proxy = in_turn(
+            3 if lab.quick else 7, lambda: per_second(direct), lambda: per_second(through)
+        )
     yield Figure(f"clients: {count} at once, signatures/s", proxy / agent, "x", 0.85,
                  f"{proxy:.0f}/s; agent {agent:.0f}/s", at_least=True)
 
@@ -546,37 +492,35 @@ def slow(lab: Lab) -> Iterator[Figure]:
     """
     count, delay = 32, 0.25
     path = str(lab.home / "slow")
-    agent, crowd = Helper(lab), Helper(lab)
     direct = lab.direct(path)
-    agent.ask("slow_agent", path, delay, direct.request, direct.ends_with)
-    agent.answer()
-    proxy = lab.start_proxy(path)
-    through = lab.sign(proxy.port)
-    healthz = Exchange(
-        proxy.port, f"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1:{proxy.port}\r\n\r\n".encode(),
-        b"\r\n\r\nok\n",
-    )
-    healthy: list[float] = []
+    with processes(2) as helpers:
+        helpers.apply_async(slow_agent, (path, delay, direct.request, direct.ends_with))
+        wait_for(lambda: listens(path), "the slow agent does not listen")
+        proxy = lab.start_proxy(path)
+        through = lab.sign(proxy.port)
+        healthz = Exchange(
+            proxy.port, f"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1:{proxy.port}\r\n\r\n".encode(),
+            b"\r\n\r\nok\n",
+        )
+        healthy: list[float] = []
 
-    def crowd_seconds(exchange: Exchange) -> float:
-        crowd.ask("clients_at_once", count, exchange)
-        end = time.perf_counter() + delay
-        while time.perf_counter() < end:
-            if exchange is through:
-                healthy.append(healthz.seconds())
-            time.sleep(0.005)
-        return float(crowd.answer())
+        def crowd_seconds(exchange: Exchange) -> float:
+            crowd = helpers.apply_async(clients_at_once, (count, exchange))
+            end = time.perf_counter() + delay
+            while time.perf_counter() < end:
+                if exchange is through:
+                    healthy.append(healthz.seconds())
+                time.sleep(0.005)
+            return crowd.get()
 
-    first = crowd_seconds(through)
-    alone, all_of_them = in_turn(
-        4 if lab.quick else 12, lambda: crowd_seconds(direct), lambda: crowd_seconds(through)
-    )
+        first = crowd_seconds(through)
+        alone, all_of_them = in_turn(
+            4 if lab.quick else 12, lambda: crowd_seconds(direct), lambda: crowd_seconds(through)
+        )
     yield Figure(f"slow: {count} clients, agent of 250 ms", 1000 * (all_of_them - alone),
                  "+ms", 30, f"{ms(all_of_them)}; agent {ms(alone)}; first {ms(first)}")
     yield Figure("slow: /healthz meanwhile", 1000 * statistics.median(healthy), "ms", 2,
                  f"slowest of {len(healthy)}: {ms(max(healthy))}")
-    for each in (agent, crowd):
-        lab.stop(each.process)
 
 
 def shim(lab: Lab) -> Iterator[Figure]:
@@ -753,19 +697,14 @@ def idle(lab: Lab) -> Iterator[Figure]:
     proxy = lab.start_proxy()
     exchange = lab.sign(proxy.port)
     fresh = resident(proxy.pid)
-    helpers = [Helper(lab) for _ in range(count)]
+    with processes(count) as helpers:
 
-    def signatures(number: int) -> float:
-        for each in helpers:
-            each.ask("client", exchange, 600, number // count)
-        for each in helpers:
-            each.answer()
-        return resident(proxy.pid)
+        def signatures(number: int) -> float:
+            helpers.starmap(client, [(exchange, 600, number // count)] * count, chunksize=1)
+            return resident(proxy.pid)
 
-    early = signatures(few)
-    late = signatures(many - few)
-    for each in helpers:
-        lab.stop(each.process)
+        early = signatures(few)
+        late = signatures(many - few)
     before = at_rest(proxy.pid)
     late = max(late, resident(proxy.pid))
     yield Figure("idle: memory, resident", max(fresh, late), "MiB", 28,
@@ -828,8 +767,6 @@ def hangs(_number: int, _frame: Any) -> NoReturn:
 
 
 def main(argv: list[str]) -> int:
-    if argv == ["--helper"]:
-        return helper()
     parser = argparse.ArgumentParser(prog="bench.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=", ".join(FIGURES))
     parser.add_argument("--quick", action="store_true", help="fewer rounds, rougher figures")
