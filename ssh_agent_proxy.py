@@ -1078,20 +1078,34 @@ def check_payload(payload: Payload, allowed: Sequence[str]) -> None:
                                 f"{','.join(allowed)}")  # fmt: skip
 
 
-def consent_prompt(payload: Payload, facts: dict[str, str]) -> str:
+def consent_prompt(payload: Payload, facts: Mapping[str, str]) -> str:
     """What the person is asked, one fact a line, what we know ourselves first. Only these lines
     begin with •: a screen may wrap a text such that it looks like another line."""
     what = f"this {payload.kind}"
     if payload.kind == "other":
         what = f"something that is no git commit, tag or push ({count(payload.size, 'byte')})"
-    told = {n: " ".join(v.replace("•", "-").split()) for n, v in (facts | payload.fields).items()}
-    lines = [f"• {name}: {printable(text, 80)}" for name, text in told.items() if text]
-    return "\n".join([f"Sign {what}?", "", *lines])
+    lines = [f"Sign {what}?", ""]
+    for name, text in (*facts.items(), *payload.fields.items()):
+        told = " ".join(text.replace("•", "-").split())
+        if told:
+            lines.append(f"• {name}: {printable(told, 80)}")
+    return "\n".join(lines)
+
+
+def boottime() -> float:
+    """A clock that goes on while the machine is suspended: what was agreed to before a night is
+    over after it. Linux's and macOS's time.monotonic() stand still then, Windows' does not."""
+    if sys.platform == "linux":
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    if sys.platform == "darwin":
+        return time.clock_gettime(time.CLOCK_MONOTONIC)
+    return time.monotonic()
 
 
 class Consent:
     """Asks a person before each signature, one at a time, through an askpass program. A yes holds
-    HOLD seconds for the same client, kind, namespace and key."""
+    HOLD seconds for the same client, kind, namespace and key; one to what was not recognised as
+    anything holds for nothing else."""
 
     def __init__(self, askpass: Upstream, hold: float, agents: Agents) -> None:
         self.askpass = askpass
@@ -1100,8 +1114,14 @@ class Consent:
         self.lock = threading.Lock()
         self.agreed: dict[tuple[str, ...], float] = {}  # and until when
 
-    def obtain(self, prompt: str, what: tuple[str, ...], client: socket.socket) -> None:
-        """Returns if the person agrees, as OpenSSH's own askpass is understood; else 403."""
+    def seconds(self, payload: Payload) -> float:
+        """How long a yes to PAYLOAD holds."""
+        return 0 if payload.kind == "other" else self.hold
+
+    def obtain(self, prompt: str, what: tuple[str, ...], seconds: float,
+               client: socket.socket) -> None:  # fmt: skip
+        """Returns if the person agrees, as OpenSSH's own askpass is understood; else 403. The yes
+        holds SECONDS for the same WHAT."""
         deadline = time.monotonic() + self.agents.timeout
         queue = Watch("the person, with another prompt,", deadline, client)
         try:
@@ -1109,7 +1129,7 @@ class Consent:
                 queue.wait(0)
             try:
                 queue.wait(0)  # nobody is asked for a client that has left
-                if time.monotonic() < self.agreed.get(what, 0):
+                if boottime() < self.agreed.get(what, 0):
                     return
                 words = (*self.askpass.command, os.fsdecode(prompt.encode()))
                 program = self.askpass._replace(command=words)
@@ -1122,7 +1142,7 @@ class Consent:
                 if status or re.split(b"[\r\n]", answer)[0].lower() not in (b"", b"yes"):
                     why = f"exit status {status}" if status else repr(printable(answer, 40))
                     raise AgentRefused(f"the prompt was declined, or could not be shown ({why})")
-                self.agreed[what] = time.monotonic() + self.hold
+                self.agreed[what] = boottime() + seconds
             finally:
                 self.lock.release()
         except (AgentError, AgentTimeout, AgentRefused) as e:
@@ -1890,7 +1910,7 @@ class Handler:
         if not self.proxy.claim(self):
             return BUSY
         if self.proxy.consent:
-            self.ask_person(self.proxy.consent, payload, namespace, wanted.name)
+            wanted = self.ask_person(self.proxy.consent, payload, namespace, wanted)
         admitted = self.token
         self.check_token(head.fields.get("authorization"))
         if self.token != admitted:
@@ -1902,17 +1922,26 @@ class Handler:
             self.noted["id"] = finished
         return Answer(200, "application/x-ssh-signature", block)
 
-    def ask_person(self, consent: Consent, payload: Payload, namespace: str, key: str) -> None:
+    def ask_person(self, consent: Consent, payload: Payload, namespace: str,
+                   wanted: Wanted) -> Wanted:  # fmt: skip
+        """Has a person agree, and returns the very key that was shown: another one that the agent
+        lists first by then has not been agreed to."""
+        key = wanted.key
+        if not key:
+            with self.proxy.agents.exchange(self.request) as exchange:
+                key = choose(list_keys(exchange), wanted).key
         who = self.peer.get("uid") or self.peer["peer"].rpartition(":")[0]
         names = [v if n == "peer" else f"{n} {v}" for n, v in self.peer.items()]
         if self.token:
             who = self.token.digest.hex()
             names.append(f"token {self.token.name}")
-        holds = f"for {consent.hold:g} s, and every {payload.kind}" if consent.hold else ""
-        facts = {"asked by": ", ".join(names), "key": key or "the first that the agent lists",
-                 "namespace": namespace, "a yes holds": holds}  # fmt: skip
+        seconds = consent.seconds(payload)
+        holds = f"for {seconds:g} s, and every {payload.kind}" if seconds else ""
+        facts = {"asked by": ", ".join(names), "key": key.name, "namespace": namespace,
+                 "a yes holds": holds}  # fmt: skip
         prompt = consent_prompt(payload, facts)
-        consent.obtain(prompt, (who, payload.kind, namespace, key), self.request)
+        consent.obtain(prompt, (who, payload.kind, namespace, key.line), seconds, self.request)
+        return wanted._replace(key=key)
 
     def answer_publickey(self, head: Head) -> Answer:
         wanted = self.choices(head)[2]

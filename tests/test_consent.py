@@ -421,7 +421,7 @@ def test_a_click_on_its_way_to_a_prompt_that_goes_hits_no_other(
         clock.sleep = pauses.append
         patch.setattr(sap, "time", clock)
         with pytest.raises(sap.ClientGone):
-            consent.obtain("60", ("someone",), ours)
+            consent.obtain("60", ("someone",), 0, ours)
     thread.join()
     assert pauses == expected
     assert not consent.lock.locked()
@@ -647,6 +647,59 @@ def test_a_yes_holds_for_one_named_key(
         signed(Request(proxy, commit(), f"SSHSIG-Key: {keys.line(name)}"))
     expected = [fingerprint(keys[name]) for name in ("ed25519", "other")]
     assert [asked.facts["key"] for asked in askpass.asked()] == expected
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_key_that_was_shown_signs_and_a_yes_to_it_is_none_to_another(
+    named: bool, agent: Agent, keys: Keys, askpass: Askpass, confirming: Confirming
+) -> None:
+    """Else a person agrees to one key, and another signs: the first in the list may change."""
+    agent.add(keys["ed25519"])
+    field = [f"SSHSIG-Key: {fingerprint(keys['ed25519'])}"] if named else []
+    proxy = confirming("--confirm-for", "600", upstream=agent.sock)
+    request = Request(proxy, commit(), *field)
+    assert askpass.wait().facts["key"] == fingerprint(keys["ed25519"])
+    agent.delete_all()
+    agent.add(keys["other"])
+    askpass.answer("exit 0")
+    assert request.answer().status == 404
+    request = Request(proxy)
+    assert askpass.wait(2).facts["key"] == fingerprint(keys["other"])
+    askpass.answer("exit 1")
+    not_confirmed(request)
+
+
+def test_where_no_key_could_sign_nobody_is_asked(
+    agent: Agent, askpass: Askpass, confirming: Confirming
+) -> None:
+    assert Request(confirming(upstream=agent.sock)).answer().status == 503
+    assert askpass.started() == []
+
+
+def test_a_yes_to_what_is_none_of_git_s_holds_for_nothing_else(
+    askpass: Askpass, holding: Proxy
+) -> None:
+    """Nobody knows what it was: the next may be anything."""
+    for number in (1, 2):
+        signed(Request(holding, b"anything"))
+        assert "a yes holds" not in askpass.wait(number).facts
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CLOCK_BOOTTIME is Linux's")
+def test_a_yes_does_not_outlive_a_suspend(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was agreed to in the evening is over in the morning, though the laptop was closed."""
+    command = ("sh", "-c", f"echo >>{short}/asked")
+    consent = sap.Consent(sap.Upstream("", command), 600, sap.Agents(None, (), 10))
+    clock = types.SimpleNamespace(**vars(time))
+    monkeypatch.setattr(sap, "time", clock)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for asleep, asked in [(0, 1), (0, 1), (601, 2)]:
+            clock.clock_gettime = lambda which, asleep=asleep: (
+                time.clock_gettime(which) + asleep * (which == time.CLOCK_BOOTTIME)
+            )
+            consent.obtain("", ("someone",), 600, ours)
+            assert len((short / "asked").read_text()) == asked
 
 
 def test_a_yes_to_a_unix_peer_holds_for_its_uid_and_not_for_another_uid_or_an_address(
