@@ -459,7 +459,7 @@ _PATTERNS = [
 ]
 
 
-# They are well-formed, and no UTF-8 to git (its utf8.c).
+# Unicode's noncharacters are well-formed, and yet no UTF-8 to git (its utf8.c).
 _PLANES_ENDS = "".join(chr(end - 1) + chr(end) for end in range(0xFFFF, 0x110000, 0x10000))
 _NONCHARACTERS = re.compile(f"[\ufdd0-\ufdef{_PLANES_ENDS}]")
 
