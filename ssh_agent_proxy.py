@@ -34,6 +34,7 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
 import argparse
 import base64
 import contextlib
+import enum
 import errno
 import hashlib
 import hmac
@@ -1708,8 +1709,7 @@ def chunk_sizes(stream: BinaryIO) -> Iterator[int]:
         yield size
         if stream.read(2) != b"\r\n":
             raise RequestError(400, "a chunk is not of the size announced")
-    for _ in read_fields(stream, MAX_HEAD, "the trailer"):
-        pass  # it means nothing here
+    list(read_fields(stream, MAX_HEAD, "the trailer"))  # it means nothing here
 
 
 class Answer(NamedTuple):
@@ -1723,7 +1723,8 @@ def plain(status: int, text: str, *fields: tuple[str, str]) -> Answer:
     return Answer(status, "text/plain; charset=utf-8", (text + "\n").encode(), fields)
 
 
-BUSY = plain(503, "busy: too many requests at once, try again", ("Retry-After", "1"))
+RETRY = ("Retry-After", "1")
+BUSY = plain(503, "busy: too many requests at once, try again", RETRY)
 
 # The one place where kinds of errors become statuses; all others are 503.
 STATUSES: dict[type[ProxyError], int] = {
@@ -1757,13 +1758,17 @@ class Client(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        """RequestError 408 where nothing came in time; ClientGone."""
+    def readinto(self, buffer: Any) -> Optional[int]:
+        """None where nothing is here and gap is 0; RequestError 408, ClientGone."""
         left = min(self.limit - time.monotonic(), self.gap)
+        if left < 0:
+            raise RequestError(408, "the request took too long to arrive")
         try:
-            self.socket.settimeout(left)  # ValueError where it is below 0
+            self.socket.settimeout(left)
             size = self.socket.recv_into(buffer)
-        except (socket.timeout, BlockingIOError, ValueError) as e:
+        except BlockingIOError:
+            return None
+        except socket.timeout as e:
             raise RequestError(408, "the request took too long to arrive") from e
         except OSError as e:
             raise ClientGone(f"the connection broke: {e.strerror or e}") from e
@@ -1790,6 +1795,19 @@ def peer_fields(sock: socket.socket, address: Any) -> dict[str, str]:
 NOTED = dict.fromkeys(("subject", "author", "committer", "encoding", "tagger", "pusher"), 100)
 
 
+class State(enum.Enum):
+    """What becomes of a connection. It changes under the server's lock, where the arrows say:
+
+        READING ──────claim─────> WORKING ──linger──> LEAVING
+           └──make_room, admit──> PUT_OFF ──linger──┘
+    """
+
+    READING = "its client is waited for, and its place may be given to another connection"
+    WORKING = "it is read whole, and keeps its place until it is answered"
+    PUT_OFF = "it has no place, and may have to be told so"
+    LEAVING = "it is answered, has no place, and its client may still be sending"
+
+
 class Handler:
     """One connection: one request, one answer, one line in the log."""
 
@@ -1799,33 +1817,43 @@ class Handler:
         self.accepted = time.monotonic()
         self.client = Client(connection)
         self.stream = io.BufferedReader(self.client, BUFFER // 4)
-        self.whole = False  # the request ends with its head
-        # Under the server's lock, for it may give the place to another connection:
-        self.reading = True  # it may; once False, the answer is the thread's own to give
-        self.told = False  # it did, and has answered in our stead
-        self.peer: dict[str, str] = {}
+        self.state = State.READING
+        self.whole = False  # all that belongs to the request has been read
         self.token: Optional[Token] = None
         self.payload: Optional[Payload] = None
-        self.noted: dict[str, str] = {}  # for the log
+        # What the log says beyond the answer's status and text.
+        self.peer: dict[str, str] = {}
+        self.outcome = ""
+        self.reason = ""
+        self.noted: dict[str, str] = {}  # what is known of the request, in the order of its checks
 
     def handle(self, address: Any) -> None:
         self.peer = peer_fields(self.request, address)
+        answer = BUSY
+        if self.proxy.admit(self):
+            decided = self.answer()
+            if self.proxy.claim(self):
+                answer = decided
+            if not self.client.begun:
+                return  # without a request there is no answer
+        if self.state is not State.LEAVING:  # else the thread that took its place has answered
+            self.record(answer)
+            self.send(answer)
+        self.part()
+
+    def answer(self) -> Answer:
+        """What the client gets, errors included."""
         try:
-            answer = self.answer()
+            return self.decide()
         except ProxyError as e:
             status = e.status if isinstance(e, RequestError) else STATUSES.get(type(e), 503)
-            answer = plain(status, str(e), *getattr(e, "fields", ()))
             if isinstance(e, ClientGone):
-                self.noted["outcome"] = "gone"
+                self.outcome = "gone"
+            return plain(status, str(e), *getattr(e, "fields", ()))
         except Exception as e:  # a fault of ours must not take the thread with it
             LOG.error("internal error: %s: %s", type(e).__name__, printable(str(e)))
             LOG.debug("where it happened", exc_info=True)
-            answer = plain(500, "internal error: the proxy's log says more")
-        has_place = self.proxy.claim(self)
-        if self.client.begun:
-            if not self.told:
-                self.send(answer if has_place else BUSY)
-            self.part()
+            return plain(500, "internal error: the proxy's log says more")
 
     def has_sent(self) -> bool:
         """Are there bytes that we have not read? Then it is not the client that is waited for."""
@@ -1833,11 +1861,11 @@ class Handler:
 
     def end_silence(self) -> bool:
         """Ends a connection without a request; what comes this moment is still read."""
-        begun = self.client.begun or self.has_sent()
-        if not begun:
-            with contextlib.suppress(OSError):
-                self.request.shutdown(socket.SHUT_RD)
-        return not begun
+        if self.client.begun or self.has_sent():
+            return False
+        with contextlib.suppress(OSError):
+            self.request.shutdown(socket.SHUT_RD)
+        return True
 
     def read_body(self, head: Head, hash_algorithm: str) -> tuple[bytes, Payload]:
         """The digest of the body, hashed as it arrives, and what it is."""
@@ -1859,45 +1887,47 @@ class Handler:
         if not total:
             raise RequestError(400, "an empty body: there is nothing to sign")
         self.payload = parse_payload(bytes(kept), total, nul)
+        self.whole = True
         digest = f"{hash_algorithm}:{hasher.hexdigest()}"
         self.noted.update(kind=self.payload.kind, digest=digest)
         return hasher.digest(), self.payload
 
-    def answer(self) -> Answer:
-        """Decides in the order of what costs least."""
-        if not self.proxy.admit(self):
-            self.client.begun = True  # it has its answer before it has sent a byte
-            return BUSY
-        first = self.stream.peek(5)[:5]
-        self.noted = {"method": "HEAD"} if first == b"HEAD " else {}  # for errors too
-        if first[:1] == b"\x16":
+    def decide(self) -> Answer:
+        """The answer, or why there is none: in the order of what costs least."""
+        start = self.stream.peek(5)[:5]
+        if start == b"HEAD ":
+            self.noted["method"] = "HEAD"  # now, for errors in its head are answered likewise
+        if start[:1] == b"\x16":
             raise RequestError(400, "this is TLS: use http://, not https://")
         head = read_head(self.stream)
         self.client.limit = self.accepted + REQUEST_SECONDS
         # A POST may bring a body that it does not announce.
         self.whole = not head.chunked and not head.length and head.method != "POST"
-        self.noted = {"method": head.method, "path": head.path.partition("?")[0]}  # no secret
+        path = head.path.partition("?")[0]  # what is behind it may be a secret
+        self.noted.update(method=head.method, path=path)
         for host in head.hosts:
             check_host(host, self.proxy.config.allowed_hosts)
         check_browser(head.fields)
         if head.path not in self.ROUTES:
             raise RequestError(404, f"no path but {', '.join(self.ROUTES)}, without a query")
-        methods, route = self.ROUTES[head.path]
-        if head.method not in methods.split(", "):
-            raise RequestError(405, f"{head.path} takes {methods}", ("Allow", methods))
-        if head.path not in ("/healthz", "/shim"):
-            self.check_token(head.fields.get("authorization"))
-        return route(self, head)
+        route = self.ROUTES[head.path]
+        if head.method not in route.methods.split(", "):
+            raise RequestError(405, f"{head.path} takes {route.methods}", ("Allow", route.methods))
+        if route.needs_token:
+            token = self.find_token(head)
+            if token:
+                self.noted["token"] = token.name
+                self.proxy.share(self, token)
+        return route.answer(self, head)
 
-    def check_token(self, authorization: Optional[str]) -> None:
+    def find_token(self, head: Head) -> Optional[Token]:
+        """The token that the request holds, None where none is needed; 401, or 503."""
         try:
             tokens = self.proxy.config.tokens()
         except ConfigError as e:
-            self.noted["reason"] = str(e)
+            self.reason = str(e)
             raise RequestError(503, "the proxy's token file can't be used: its log says why") from e
-        if tokens:
-            self.token = check_token(authorization, tokens)
-            self.noted["token"] = self.token.name
+        return check_token(head.fields.get("authorization"), tokens) if tokens else None
 
     def answer_sign(self, head: Head) -> Answer:
         namespace, hash_algorithm, wanted = self.choices(head)
@@ -1911,13 +1941,12 @@ class Handler:
             return BUSY
         if self.proxy.consent:
             wanted = self.ask_person(self.proxy.consent, payload, namespace, wanted)
-        admitted = self.token
-        self.check_token(head.fields.get("authorization"))
-        if self.token != admitted:
+        if self.find_token(head) != self.token:
             raise RequestError(403, "the line of this token was changed meanwhile: try again")
         with self.proxy.agents.exchange(self.request) as exchange:
             key, block = request_signature(exchange, wanted, namespace, hash_algorithm, digest)
-        self.noted.update(outcome="signed", key=key.fingerprint)
+        self.outcome = "signed"
+        self.noted["key"] = key.fingerprint
         if finished := payload.object_id(block):
             self.noted["id"] = finished
         return Answer(200, "application/x-ssh-signature", block)
@@ -1953,11 +1982,22 @@ class Handler:
         line = f"{listed.key.line} {printable(listed.comment)}".rstrip()
         return plain(200, line, ("Cache-Control", "no-cache"))
 
-    ROUTES: dict[str, tuple[str, Callable[["Handler", Head], Answer]]] = {
-        "/sign": ("POST", answer_sign),
-        "/publickey": ("GET, HEAD", answer_publickey),
-        "/healthz": ("GET, HEAD", lambda *_: plain(200, "ok")),
-        "/shim": ("GET, HEAD", lambda *_: Answer(200, "text/x-shellscript", read_shim())),
+    def answer_healthz(self, head: Head) -> Answer:
+        return plain(200, "ok")
+
+    def answer_shim(self, head: Head) -> Answer:
+        return Answer(200, "text/x-shellscript", read_shim())
+
+    class Route(NamedTuple):
+        methods: str
+        answer: Callable[["Handler", Head], Answer]
+        needs_token: bool  # where there are tokens
+
+    ROUTES = {
+        "/sign": Route("POST", answer_sign, needs_token=True),
+        "/publickey": Route("GET, HEAD", answer_publickey, needs_token=True),
+        "/healthz": Route("GET, HEAD", answer_healthz, needs_token=False),
+        "/shim": Route("GET, HEAD", answer_shim, needs_token=False),
     }
 
     def choices(self, head: Head) -> tuple[str, str, Wanted]:
@@ -1972,27 +2012,32 @@ class Handler:
         pin = config.pinned(self.token)
         return namespace, hash_algorithm, choose_key(fields.get("sshsig-key"), pin)
 
-    def send(self, answer: Answer) -> None:
-        """The log's line, and then the answer: no signature leaves that is not on record."""
-        status, content_type, body, fields = answer
-        kind = "busy" if answer is BUSY else {2: "served", 4: "refused", 5: "failed"}[status // 100]
+    def record(self, answer: Answer) -> None:
+        """The log's line, before the answer: no signature leaves that is not on record."""
+        usual = {2: "served", 4: "refused", 5: "failed"}[answer.status // 100]
+        outcome = self.outcome or ("busy" if RETRY in answer.fields else usual)
         ms = round(1000 * (time.monotonic() - self.accepted))
-        noted = {"outcome": kind, "status": f"{status}", **self.peer, "ms": f"{ms}"} | self.noted
+        line = {"outcome": outcome, "status": f"{answer.status}", **self.peer, "ms": f"{ms}"}
+        line |= self.noted
         if self.payload:
-            noted.update({n: v for n, v in self.payload.fields.items() if n in NOTED})
-        if status >= 400:
-            noted.setdefault("reason", body.decode().rstrip("\n"))
-        line = " ".join([f"{n}={quoted(v, NOTED.get(n, 1000))}" for n, v in noted.items()])
-        LOG.log(logging.INFO if noted["outcome"] == "served" else AUDIT, "%s", line)
+            line |= {n: v for n, v in self.payload.fields.items() if n in NOTED}
+        if answer.status >= 400:
+            line["reason"] = self.reason or answer.body.decode().rstrip("\n")
+        words = [f"{name}={quoted(value, NOTED.get(name, 1000))}" for name, value in line.items()]
+        LOG.log(logging.INFO if outcome == "served" else AUDIT, "%s", " ".join(words))
 
+    def send(self, answer: Answer) -> None:
+        status, content_type, body, fields = answer
         when = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
         head = (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
                 f"Server: {PROGRAM}/{VERSION}\r\nDate: {when}\r\n"
                 f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n")  # fmt: skip
         head += "".join([f"{name}: {value}\r\n" for name, value in fields]) + "\r\n"
+        if self.noted.get("method") == "HEAD":
+            body = b""
         with contextlib.suppress(OSError):  # it went away: the log has what it would have got
             self.request.settimeout(ANSWER_SECONDS)
-            self.request.sendall(head.encode() + (b"" if noted.get("method") == "HEAD" else body))
+            self.request.sendall(head.encode() + body)
             # Here, not at the close: a client that reads to the end need not wait for what is left.
             self.request.shutdown(socket.SHUT_WR)
 
@@ -2002,7 +2047,7 @@ class Handler:
         self.client.limit = time.monotonic() + LINGER_SECONDS
         self.client.gap = 0
         with contextlib.suppress(ProxyError):
-            if (self.whole or self.payload) and not self.stream.peek(1):
+            if self.whole and not self.stream.peek(1):
                 return
             self.proxy.linger(self)
             self.client.gap = LINGER_GAP
@@ -2140,33 +2185,49 @@ class Server:
                 connection.close()
 
     def admit(self, handler: Handler) -> bool:
-        """A place for HANDLER's connection, where need be that of the one which has kept us waiting
-        longest for its own bytes; False where all requests are read whole."""
+        """A place for HANDLER's connection; False where all requests are read whole."""
         with self.lock:
-            if len(self.places) >= PLACES:
-                waiting = [h for h in self.places if h.reading]
-                if not waiting:
-                    return False
-                victim = min(waiting, key=lambda h: (h.has_sent(), h.client.since))
-                # While we hold the lock, its own thread neither answers nor closes.
-                self.places.remove(victim)
-                victim.client.gap = -1
-                if not victim.end_silence():
-                    victim.told = True
-                    victim.send(BUSY)
-                    self.linger(victim)
+            if len(self.places) >= PLACES and not self.make_room():
+                handler.state = State.PUT_OFF
+                return False
             self.places.add(handler)
             return True
+
+    def make_room(self) -> bool:
+        """Takes the place of the connection that has kept us waiting longest for its own bytes."""
+        waiting = [handler for handler in self.places if handler.state is State.READING]
+        if not waiting:
+            return False
+        victim = min(waiting, key=lambda handler: (handler.has_sent(), handler.client.since))
+        # While we hold the lock, its own thread neither answers nor closes.
+        self.places.remove(victim)
+        victim.state = State.PUT_OFF
+        victim.client.gap = -1
+        if not victim.end_silence():
+            victim.record(BUSY)
+            victim.send(BUSY)
+            self.linger(victim)
+        return True
+
+    def share(self, handler: Handler, token: Token) -> None:
+        """HANDLER's client has TOKEN: 503 where that holds its share of the places already."""
+        with self.lock:
+            tokens = [other.token.digest for other in self.places if other.token]
+            if tokens.count(token.digest) >= PLACES // 2:
+                raise RequestError(503, "busy: too many requests of this token, try again", RETRY)
+            handler.token = token
 
     def claim(self, handler: Handler) -> bool:
         """Has HANDLER still its place? From now on that is safe: what takes time is ours."""
         with self.lock:
-            handler.reading = False
-            return handler in self.places
+            if handler.state is State.READING:
+                handler.state = State.WORKING
+            return handler.state is State.WORKING
 
     def linger(self, handler: Handler) -> None:
         """HANDLER has answered and gives its place back; it reads on until its client is done."""
         with self.lock:
+            handler.state = State.LEAVING
             self.places.discard(handler)
             self.lingering[handler] = None
             if len(self.lingering) > LINGERERS:
