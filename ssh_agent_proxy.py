@@ -1829,13 +1829,12 @@ class Handler:
 
     def handle(self, address: Any) -> None:
         self.peer = peer_fields(self.request, address)
-        answer = BUSY
-        if self.proxy.admit(self):
-            decided = self.answer()
-            if self.proxy.claim(self):
-                answer = decided
-            if not self.client.begun:
-                return  # without a request there is no answer
+        admitted = self.proxy.admit(self)
+        answer = self.answer() if admitted else BUSY
+        if not self.proxy.claim(self):
+            answer = BUSY
+        if admitted and not self.client.begun:
+            return  # without a request there is no answer
         if self.state is not State.LEAVING:  # else the thread that took its place has answered
             self.record(answer)
             self.send(answer)
@@ -1910,15 +1909,15 @@ class Handler:
         check_browser(head.fields)
         if head.path not in self.ROUTES:
             raise RequestError(404, f"no path but {', '.join(self.ROUTES)}, without a query")
-        route = self.ROUTES[head.path]
-        if head.method not in route.methods.split(", "):
-            raise RequestError(405, f"{head.path} takes {route.methods}", ("Allow", route.methods))
-        if route.needs_token:
+        methods, needs_token, answer = self.ROUTES[head.path]
+        if head.method not in methods.split(", "):
+            raise RequestError(405, f"{head.path} takes {methods}", ("Allow", methods))
+        if needs_token:
             token = self.find_token(head)
             if token:
                 self.noted["token"] = token.name
                 self.proxy.share(self, token)
-        return route.answer(self, head)
+        return answer(self, head)
 
     def find_token(self, head: Head) -> Optional[Token]:
         """The token that the request holds, None where none is needed; 401, or 503."""
@@ -1988,16 +1987,12 @@ class Handler:
     def answer_shim(self, head: Head) -> Answer:
         return Answer(200, "text/x-shellscript", read_shim())
 
-    class Route(NamedTuple):
-        methods: str
-        answer: Callable[["Handler", Head], Answer]
-        needs_token: bool  # where there are tokens
-
-    ROUTES = {
-        "/sign": Route("POST", answer_sign, needs_token=True),
-        "/publickey": Route("GET, HEAD", answer_publickey, needs_token=True),
-        "/healthz": Route("GET, HEAD", answer_healthz, needs_token=False),
-        "/shim": Route("GET, HEAD", answer_shim, needs_token=False),
+    # Methods, whether a token is needed where there are any, and what answers.
+    ROUTES: dict[str, tuple[str, bool, Callable[["Handler", Head], Answer]]] = {
+        "/sign": ("POST", True, answer_sign),
+        "/publickey": ("GET, HEAD", True, answer_publickey),
+        "/healthz": ("GET, HEAD", False, answer_healthz),
+        "/shim": ("GET, HEAD", False, answer_shim),
     }
 
     def choices(self, head: Head) -> tuple[str, str, Wanted]:

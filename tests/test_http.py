@@ -54,6 +54,7 @@ from conftest import (
     parse_answer,
     post,
     post_chunked,
+    private_file,
     raw,
     read_all,
     read_message,
@@ -1278,6 +1279,32 @@ def test_a_request_that_waits_for_the_agent_keeps_its_place(
     assert the_one_answer(read_all(newcomer)).status == 200
     gate.gate.set()
     all_signed(sockets)
+
+
+@linux
+def test_the_client_of_one_token_holds_half_of_the_places_and_keeps_no_other_out(
+    gate: Scripted, short: Path, scripted_agent: Callable[..., Path],
+    start_proxy: Callable[..., Proxy], clients: Clients,
+) -> None:  # fmt: skip
+    file = private_file(short / "tokens", "first-of-the-tokens one\nsecond-of-the-tokens two\n")
+    proxy = start_proxy("--token-file", file, upstream=scripted_agent(gate))
+    proxy.wait_log("signing with")
+    one, two = (f"Authorization: Bearer {word}-of-the-tokens" for word in ("first", "second"))
+    held = clients.open(proxy.port, post(b"x", one), 40)
+    held += clients.open(proxy.port, post(b"", one, length=1), 24)  # those that are slow count too
+    wait_for(lambda: gate.signing == 40)
+    busy(ask(proxy.port, get("/publickey", one)))
+    busy(send_all_before_reading(proxy.port, post(b"", one, length=32 * MIB)))
+    assert [log_fields(line)["token"] for line in proxy.lines("outcome=busy")] == ["one", "one"]
+    held += clients.open(proxy.port, post(b"x", two))
+    wait_for(lambda: gate.signing == 41)
+    assert served(proxy.port)
+    assert readable(held) == set()
+    gate.gate.set()
+    for s in held[40:64]:
+        s.sendall(b"x")
+    all_signed(held)
+    assert ask(proxy.port, post(b"x", one)).status == 200
 
 
 @linux
