@@ -1119,6 +1119,21 @@ class Consent:
         """How long a yes to PAYLOAD holds."""
         return 0 if payload.kind == "other" else self.hold
 
+    def ask(self, payload: Payload, namespace: str, key: PublicKey, peer: dict[str, str],
+            token: Optional[Token], client: socket.socket) -> None:  # fmt: skip
+        """Returns if the person agrees, or has agreed, to what PEER asks for; else 403."""
+        who = peer.get("uid") or peer["peer"].rpartition(":")[0]
+        names = [v if n == "peer" else f"{n} {v}" for n, v in peer.items()]
+        if token:
+            who = token.digest.hex()
+            names.append(f"token {token.name}")
+        seconds = self.seconds(payload)
+        holds = f"for {seconds:g} s, and every {payload.kind}" if seconds else ""
+        facts = {"asked by": ", ".join(names), "key": key.name, "namespace": namespace,
+                 "a yes holds": holds}  # fmt: skip
+        prompt = consent_prompt(payload, facts)
+        self.obtain(prompt, (who, payload.kind, namespace, key.line), seconds, client)
+
     def obtain(self, prompt: str, what: tuple[str, ...], seconds: float,
                client: socket.socket) -> None:  # fmt: skip
         """Returns if the person agrees, as OpenSSH's own askpass is understood; else 403. The yes
@@ -1958,17 +1973,7 @@ class Handler:
         if not key:
             with self.proxy.agents.exchange(self.request) as exchange:
                 key = choose(list_keys(exchange), wanted).key
-        who = self.peer.get("uid") or self.peer["peer"].rpartition(":")[0]
-        names = [v if n == "peer" else f"{n} {v}" for n, v in self.peer.items()]
-        if self.token:
-            who = self.token.digest.hex()
-            names.append(f"token {self.token.name}")
-        seconds = consent.seconds(payload)
-        holds = f"for {seconds:g} s, and every {payload.kind}" if seconds else ""
-        facts = {"asked by": ", ".join(names), "key": key.name, "namespace": namespace,
-                 "a yes holds": holds}  # fmt: skip
-        prompt = consent_prompt(payload, facts)
-        consent.obtain(prompt, (who, payload.kind, namespace, key.line), seconds, self.request)
+        consent.ask(payload, namespace, key, self.peer, self.token, self.request)
         return wanted._replace(key=key)
 
     def answer_publickey(self, head: Head) -> Answer:
