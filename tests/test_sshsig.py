@@ -46,15 +46,9 @@ TYPES = {
     "ecdsa521": "ecdsa-sha2-nistp521",
     "sk-ed25519": "sk-ssh-ed25519@openssh.com",
     "sk-ecdsa": "sk-ecdsa-sha2-nistp256@openssh.com",
-    "ed25519-cert": "ssh-ed25519-cert-v01@openssh.com",
-    "rsa2048-cert": "ssh-rsa-cert-v01@openssh.com",
-    "rsa3072-cert": "ssh-rsa-cert-v01@openssh.com",
-    "ecdsa256-cert": "ecdsa-sha2-nistp256-cert-v01@openssh.com",
-    "ecdsa384-cert": "ecdsa-sha2-nistp384-cert-v01@openssh.com",
-    "ecdsa521-cert": "ecdsa-sha2-nistp521-cert-v01@openssh.com",
-    "sk-ed25519-cert": "sk-ssh-ed25519-cert-v01@openssh.com",
-    "sk-ecdsa-cert": "sk-ecdsa-sha2-nistp256-cert-v01@openssh.com",
 }
+for name, plain_type in list(TYPES.items()):
+    TYPES[f"{name}-cert"] = plain_type.replace("@openssh.com", "") + "-cert-v01@openssh.com"
 ALL = tuple(TYPES)
 SECURITY = ("sk-ed25519", "sk-ecdsa")
 PLAIN = tuple(name for name in ALL if "sk-" not in name and "-cert" not in name)
@@ -312,7 +306,6 @@ NO_KEYS = [
     ("a webauthn type", s(b"webauthn-sk-ecdsa-sha2-nistp256@openssh.com") + s(POINT), TYPE),
     ("Ed25519 of 31 bytes", ed(bytes(31)), "an Ed25519 key of 31 bytes"),
     ("Ed25519 of 33 bytes", ed(bytes(33)), "an Ed25519 key of 33 bytes"),
-    ("Ed25519 and a byte more", ed() + b"\0", "1 bytes left over"),
     ("RSA of too few bits", rsa(mp((1 << 1022) | 1)), "1023 bits"),
     ("RSA of too many bits", rsa(mp((1 << 16384) | 1)), "16385 bits"),
     ("RSA with modulus 0", rsa(mp(0)), "not positive"),
@@ -327,8 +320,6 @@ NO_KEYS = [
     ("no point", ec(b""), POINTED),
     ("a point without its last byte", ec(POINT[:-1]), POINTED),
     ("a point with a byte more", ec(POINT + b"\0"), POINTED),
-    ("sk Ed25519, no application field", s(SKED) + s(X25), "4 bytes expected, 0 there"),
-    ("sk P-256, no application field", s(SKEC) + s(b"nistp256") + s(POINT), "4 bytes expected"),
     ("sk P-384", s(SKEC) + s(b"nistp384") + s(b"\4" + bytes(96)) + s(b"ssh:"), CURVE),
     ("a certificate that is a plain key", s(CERTIFICATE) + s(X25), "4 bytes expected, 0 there"),
     ("a certificate with a key of 31 bytes", s(CERTIFICATE) + s(X25) + s(X25[1:]), "31 bytes"),
@@ -508,7 +499,6 @@ NO_SIGNATURES = [
     ("an sk key's from a plain one", ED_KEY, s(SKED) + s(SIG64) + TAIL, OTHER),
     ("Ed25519 of 63 bytes", ED_KEY, s(b"ssh-ed25519") + s(SIG64[1:]), "63 bytes"),
     ("Ed25519 of 65 bytes", ED_KEY, s(b"ssh-ed25519") + s(SIG64 + b"\0"), "65 bytes"),
-    ("Ed25519 with flags and counter", ED_KEY, s(b"ssh-ed25519") + s(SIG64) + TAIL, "5 bytes left"),
     ("RSA with SHA-1", RSA_KEY, s(b"ssh-rsa") + s(RSA256), OTHER),
     ("RSA with SHA-256", RSA_KEY, s(b"rsa-sha2-256") + s(RSA256), OTHER),
     ("RSA with a byte more", RSA_KEY, s(SHA512) + s(RSA256 + b"\0"), "257 bytes"),
@@ -521,10 +511,7 @@ NO_SIGNATURES = [
     ("P-521 with s too large", EC521_KEY, s(P521) + s(R + mp(1 << 521)), "s is too large"),
     ("P-256 with a third number", EC_KEY, s(P256) + s(R + S + R), "5 bytes left over"),
     ("P-256 as DER", EC_KEY, s(P256) + s(bytes.fromhex("3006020105020107")), "bytes expected"),
-    ("sk Ed25519 without flags", SKED_KEY, s(SKED) + s(SIG64), "1 bytes expected, 0 there"),
-    ("sk Ed25519 without counter", SKED_KEY, s(SKED) + s(SIG64) + b"\1", "4 bytes expected, 0 "),
     ("sk Ed25519 of 63 bytes", SKED_KEY, s(SKED) + s(SIG64[1:]) + TAIL, "63 bytes"),
-    ("sk P-256 without flags", SKEC_KEY, s(SKEC) + s(R + S), "1 bytes expected, 0 there"),
     ("a browser's", SKEC_KEY, s(b"webauthn-" + SKEC) + s(R + S) + TAIL, OTHER),
 ]  # fmt: skip
 
