@@ -171,7 +171,10 @@ uninstall: absolute-bindir  ## removes what install put into BINDIR
 
 # A ~ in a word like BINDIR=~/bin is left alone by most shells.
 absolute-bindir:
-	@bindir=$(call quote,$(BINDIR)); case $$bindir in /*) ;; *) \
+	@bindir=$(call quote,$(BINDIR)); [ -n "$$HOME" ] || case $$bindir in /.local/*) \
+	    printf 'HOME is not set: set it, or PREFIX (as in: make install PREFIX=/usr/local)\n' >&2; \
+	    exit 1 ;; esac; \
+	case $$bindir in /*) ;; *) \
 	    printf 'BINDIR must be an absolute path, not %s\n' "$$bindir" >&2; exit 1 ;; esac
 
 # ---- macOS

@@ -15,11 +15,12 @@ main() {
     program=$BINDIR/$NAME
     unit=${DESTDIR:-}$SYSTEMD_USER_DIR/$UNIT
     sandbox=$unit.d/sandbox.conf
+    wanted=${DESTDIR:-}$SYSTEMD_USER_DIR/default.target.wants/$UNIT
     env=${DESTDIR:-}$CONFIG_DIR/env
     config=$CONFIG_DIR
     if [ -n "${DESTDIR:-}" ]; then
         # A package is not for the home of the one who makes it.
-        case $CONFIG_DIR in "$HOME"/*) config=%h${CONFIG_DIR#"$HOME"} ;; esac
+        case $CONFIG_DIR in "${HOME:-}"/*) config=%h${CONFIG_DIR#"${HOME:-}"} ;; esac
     fi
     action=$1
     shift
@@ -38,6 +39,10 @@ user() {
 # ---- what has to be there
 
 ready() {
+    # (A package's settings are in the home of whoever uses it.)
+    [ -n "${HOME:-}" ] || case $SYSTEMD_USER_DIR:${DESTDIR:+package}$CONFIG_DIR in
+    /.config/* | *:/.config/*) fail 'HOME is not set: set it, or CONFIG_DIR and SYSTEMD_USER_DIR' ;;
+    esac
     for path in "$BINDIR" "$CONFIG_DIR" "$SYSTEMD_USER_DIR"; do
         case $path in
         *[[:cntrl:]]*) fail "a path with a control character can't stand in a unit: $path" ;;
@@ -236,7 +241,8 @@ try_sandbox() {
     mkdir -p "$folder"
     {
         cat "$tmp/unit" "$sources/sandbox.conf"
-        printf '%s\n' '[Service]' Type=oneshot Restart=no EnvironmentFile= ExecStart= \
+        printf '%s\n' '[Service]' Type=oneshot Restart=no RestartForceExitStatus= \
+            EnvironmentFile= ExecStart= \
             "$(sed -n 's/^ExecStart=.*/& --version/p' "$tmp/unit")" RuntimeDirectory= \
             "RuntimeDirectory=$NAME-trial" RuntimeDirectoryPreserve=no StandardOutput=null
     } >"$folder/$TRIAL"
@@ -313,6 +319,7 @@ is_program() {
 
 start() {
     user is-active --quiet "$UNIT" && return
+    user reset-failed "$UNIT" 2>/dev/null || : # what has been given up is tried again
     user start "$UNIT" 2>"$tmp/start" && return
     cat "$tmp/start" >&2
     explain >&2
@@ -391,7 +398,7 @@ uninstall() {
         rm -f "$unit" "$env"
         return
     fi
-    if [ ! -e "$unit" ] && [ ! -e "$sandbox" ]; then
+    if [ ! -e "$unit" ] && [ ! -e "$sandbox" ] && ! is_left_over; then
         printf 'No service is installed: there is no %s\n' "$unit"
         kept
         return
@@ -403,8 +410,8 @@ uninstall() {
     done
     user stop "$UNIT" 2>/dev/null || :
     [ ! -e "$unit" ] || user --quiet disable "$UNIT"
-    for file in "$sandbox" "$unit"; do
-        [ -e "$file" ] || continue
+    for file in "$sandbox" "$unit" "$wanted"; do
+        [ -e "$file" ] || [ -L "$file" ] || continue
         rm -f "$file"
         printf 'Removed: %s\n' "$file"
     done
@@ -413,6 +420,17 @@ uninstall() {
     user reset-failed "$UNIT" 2>/dev/null || :
     rmdir "$XDG_RUNTIME_DIR/$NAME" 2>/dev/null || : # where it is empty
     kept
+}
+
+# Its files were removed by hand, and it is still enabled, or runs on. (One that somebody else
+# installed for all users is none of ours.)
+is_left_over() {
+    [ ! -L "$wanted" ] || return 0
+    user is-active --quiet "$UNIT" 2>/dev/null || return 1
+    case $(user show --property=FragmentPath --value "$UNIT") in
+    '' | "$unit") ;;
+    *) return 1 ;;
+    esac
 }
 
 kept() {

@@ -116,7 +116,7 @@ def test_it_says_what_launchd_shall_do_whatever_the_users_name(
         "EnvironmentVariables": {},
         "RunAtLoad": True,
         "KeepAlive": {"SuccessfulExit": False},
-        "ThrottleInterval": 60,
+        "ThrottleInterval": 10,
         "ExitTimeOut": 15,
         "ProcessType": "Interactive",
         "Umask": 0o077,

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -149,10 +150,6 @@ class Manager:
         self.write(path, f"[Service]\n{text}\n", 0o644)
         self.ctl("daemon-reload")
         return path
-
-    def quick(self) -> None:
-        """The tests have no ten seconds to wait for a restart."""
-        self.drop_in("RestartSec=50ms")
 
     def source(self, name: str, change: Callable[[str], str]) -> None:
         """Changes a file of the copy of the project."""
@@ -536,7 +533,6 @@ def test_an_agent_that_only_the_shell_knows_is_told_of(manager: Manager, keys: K
 
 @alone
 def test_a_wrong_setting_is_told_and_not_tried_again(manager: Manager) -> None:
-    manager.quick()
     manager.write(ENV, "SSH_AGENT_PROXY_PAYLOADS=everything\n")
     told = manager.refuses()
     assert "ssh-agent-proxy.service did not start:\n" in told
@@ -569,7 +565,6 @@ def test_a_busy_port_is_told_and_tried_again_until_it_is_free(manager: Manager) 
     finally:
         listener.communicate(timeout=10)
     assert "port 7221" in told
-    manager.quick()
     wait_for(lambda: manager.show("ActiveState") == "active", 20, "it came by itself")
 
 
@@ -870,13 +865,28 @@ def test_a_prompt_is_no_yes_and_no_no_when_it_stops(manager: Manager, keys: Keys
 
 
 @alone
-def test_one_that_dies_comes_back(manager: Manager) -> None:
+@pytest.mark.parametrize("name", ["KILL", "HUP", "ABRT"])
+def test_one_that_dies_answers_again_within_two_seconds(installed: Manager, name: str) -> None:
+    pid = installed.main_pid()
+    installed.run("kill", f"-{name}", str(pid))
+    died = time.monotonic()
+    wait_for(lambda: installed.main_pid() not in (0, pid), message="another one")
+    wait_for(installed.answers)
+    assert time.monotonic() - died < 2
+
+
+@alone
+def test_one_that_dies_at_each_start_is_given_up_and_installing_tries_anew(
+    manager: Manager
+) -> None:
     manager.install()
-    manager.quick()
-    pid = manager.main_pid()
-    manager.run("kill", "-KILL", str(pid))
-    wait_for(lambda: manager.show("NRestarts") == "1" and manager.show("ActiveState") == "active")
-    assert manager.main_pid() not in (0, pid)
+    breaks = manager.drop_in("ExecStartPre=/bin/false\nRestartSec=1ms")
+    manager.ctl("restart", NAME, check=False)
+    wait_for(lambda: manager.show("ActiveState") == "failed", 60, "it is given up")
+    assert manager.show("NRestarts") == "20"
+    manager.outside(breaks).unlink()
+    manager.ctl("daemon-reload")
+    manager.install()
     assert manager.answers()
 
 
@@ -901,12 +911,41 @@ def test_uninstalling_leaves_the_settings_and_the_users_own_drop_in(manager: Man
 
 
 @alone
-def test_uninstalling_ends_a_service_whose_unit_is_gone(manager: Manager) -> None:
+@pytest.mark.parametrize("gone", [[UNIT], [UNIT, SANDBOX]], ids=["the unit", "all of it"])
+@pytest.mark.parametrize("reload", [False, True])
+def test_uninstalling_ends_a_service_whose_files_were_removed_by_hand(
+    manager: Manager, gone: List[Path], reload: bool
+) -> None:
     manager.install()
-    manager.outside(UNIT).unlink()
-    manager.make("uninstall-systemd")
-    assert not manager.exists(SANDBOX)
+    manager.make("uninstall")
+    for path in gone:
+        manager.outside(path).unlink()
+    if reload:
+        manager.ctl("daemon-reload")
+    told = manager.make("uninstall-systemd").stdout.decode()
+    assert f"Removed: {UNITS}/default.target.wants/{UNIT.name}\n" in told
+    assert manager.files() == [str(ENV.relative_to(HOME))]
     assert not manager.answers()
+    assert manager.show("LoadState") == "not-found"
+    assert "No service is installed" in manager.make("uninstall-systemd").stdout.decode()
+
+
+@alone
+def test_uninstalling_leaves_the_service_of_a_package(manager: Manager) -> None:
+    manager.install()
+    package = RUNTIME / "systemd/user"
+    manager.sh(f"mkdir -p {package}; mv {UNIT} {package}; rm -r {SANDBOX.parent} {UNITS}/default*")
+    manager.ctl("daemon-reload")
+    assert "No service is installed" in manager.make("uninstall-systemd").stdout.decode()
+    assert manager.answers()
+    manager.sh(f"rm -r {package}")
+
+
+def test_without_a_home_nothing_is_installed_at_the_root(tree: Path, home: Path) -> None:
+    for target in ("install", "uninstall", "install-systemd", "uninstall-systemd"):
+        assert refused(tree, home, target, HOME="").startswith("HOME is not set: set it, or PREFIX")
+    told = refused(tree, home, "install-systemd", f"PREFIX={home}", HOME="")
+    assert told.startswith("HOME is not set: set it, or CONFIG_DIR and SYSTEMD_USER_DIR")
 
 
 @alone
