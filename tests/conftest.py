@@ -176,10 +176,10 @@ def call(home: Path, *argv: Any, **env: Any) -> subprocess.CompletedProcess[byte
 
 
 def one_line(said: bytes) -> str:
-    """SAID, which is one line of the program's."""
+    """SAID, which is one line of the program's, or of its log once there is one."""
     lines = said.decode().splitlines()
     assert len(lines) == 1, said
-    assert lines[0].startswith("ssh-agent-proxy: ")
+    assert re.match(r"ssh-agent-proxy: |[0-9T:+-]+ ERROR ", lines[0]), said
     return lines[0]
 
 

@@ -772,7 +772,7 @@ def test_with_a_broken_file_it_does_not_start(home: Path) -> None:
     done = call(home, "--addr", "127.0.0.1:0", "--token-file", path, **{VARIABLE: "/x"})
     assert (done.returncode, done.stdout) == (2, b"")
     line = one_line(done.stderr)
-    assert line.startswith(f"ssh-agent-proxy: --token-file: can't use '{path}': line 2: ")
+    assert f" ERROR --token-file: can't use '{path}': line 2: " in line
     assert SECRET not in line
 
 

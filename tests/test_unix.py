@@ -340,7 +340,7 @@ def refuses_to_start(home: Path, addr: str) -> str:
     assert (done.returncode, done.stdout) == (1, b"")
     # What the system could not harden is told before.
     *before, line = done.stderr.decode().splitlines()
-    assert line.startswith("ssh-agent-proxy: cannot listen on ")
+    assert " ERROR cannot listen on " in line
     assert [told for told in before if "not in force" not in told] == []
     return line
 
