@@ -171,7 +171,7 @@ uninstall: absolute-bindir  ## removes what install put into BINDIR
 
 # A ~ in a word like BINDIR=~/bin is left alone by most shells.
 absolute-bindir:
-	@bindir=$(call quote,$(BINDIR)); [ -n "$$HOME" ] || case $$bindir in /.local/*) \
+	@bindir=$(call quote,$(BINDIR)); [ -n $(call quote,$(HOME)) ] || case $$bindir in /.local/*) \
 	    printf 'HOME is not set: set it, or PREFIX (as in: make install PREFIX=/usr/local)\n' >&2; \
 	    exit 1 ;; esac; \
 	case $$bindir in /*) ;; *) \
@@ -201,7 +201,8 @@ have-launchd:
 
 # ---- the service of systemd
 
-SERVICE = BINDIR=$(call quote,$(BINDIR)) CONFIG_DIR=$(call quote,$(CONFIG_DIR)) \
+# (HOME as make has it: where it is not set bash fills it in.)
+SERVICE = HOME=$(call quote,$(HOME)) BINDIR=$(call quote,$(BINDIR)) CONFIG_DIR=$(call quote,$(CONFIG_DIR)) \
     DESTDIR=$(call quote,$(DESTDIR)) SYSTEMD_USER_DIR=$(call quote,$(SYSTEMD_USER_DIR)) \
     sh contrib/systemd.sh
 

@@ -2471,12 +2471,10 @@ def lock_in(config: Config) -> list[Step]:
     """The last step of hardening: from here on nothing can be opened to write, nor be started."""
     if sys.platform != "linux":
         return []
-    for name, runs_one in (
-        ("SSH_AGENT_PROXY_UPSTREAM", config.upstream and config.upstream.command),
-        ("SSH_AGENT_PROXY_CONFIRM", config.confirm),
-    ):
-        if runs_one:
-            return [Step("Landlock", False, f"{name} runs a program")]
+    if config.upstream and config.upstream.command:
+        return [Step("Landlock", False, "SSH_AGENT_PROXY_UPSTREAM runs a program")]
+    if config.confirm:
+        return [Step("Landlock", False, "SSH_AGENT_PROXY_CONFIRM runs a program")]
     folders = [os.path.dirname(a.path) for a in config.addr if isinstance(a, UnixAddress)]
     return [confine([folder for folder in folders if os.path.isdir(folder)])]
 

@@ -944,6 +944,10 @@ def test_uninstalling_leaves_the_service_of_a_package(manager: Manager) -> None:
 def test_without_a_home_nothing_is_installed_at_the_root(tree: Path, home: Path) -> None:
     for target in ("install", "uninstall", "install-systemd", "uninstall-systemd"):
         assert refused(tree, home, target, HOME="").startswith("HOME is not set: set it, or PREFIX")
+    # A variable that bash makes where there is none is not make's.
+    argv = ["env", "-u", "HOME", "make", "SHELL=/bin/bash", f"PYTHON={sys.executable}"]
+    answer = run([*argv, "install-systemd"], cwd=tree, env=clean_env(home), check=False)
+    assert answer.stderr.startswith(b"HOME is not set: set it, or PREFIX")
     told = refused(tree, home, "install-systemd", f"PREFIX={home}", HOME="")
     assert told.startswith("HOME is not set: set it, or CONFIG_DIR and SYSTEMD_USER_DIR")
 
