@@ -2304,7 +2304,7 @@ class StderrHandler(logging.Handler):
             line = f"<{PRIORITIES[record.levelno]}>{line}"
         data = self.cut + line.encode("utf-8", "backslashreplace")[: self.MAX_LINE - 2] + b"\n"
         # Whoever floods the log with refusals must not push a signature out of it.
-        signed = record.levelno == AUDIT and record.getMessage().startswith("outcome=signed ")
+        signed = record.levelno == AUDIT and record.message.startswith("outcome=signed ")
         written = self.write(data, 0.5 if signed and not self.stalled else 0)
         if not written:
             self.stalled = self.stalled or signed

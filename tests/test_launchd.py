@@ -147,46 +147,28 @@ def test_what_the_plist_starts_serves(mac: Mac, agent_with_key: Agent, short: Pa
 
 # ---------------------------------------------------------------- settings
 
-SETTINGS = """\
-PLAIN=b
-TWICE=b
-TWICE=c
-# x
-;y=z
-
- \t
-COMMENT=b # not one
-#COMMENTED=out
-EMPTY=
-EMPTY_TOO=''
-  BLANKS = b c \t\r
-DOUBLE="b  'c"
-SINGLE=' b "c '
-INSIDE=it's "so"
-XML=<b>&amp;]]>
-ALONE=$HOME %h `b` $(c) @LOG@
-EQUALS=exec:b --c=d
-"""
-READ = {
-    "PLAIN": "b",
-    "TWICE": "c",
-    "COMMENT": "b # not one",
-    "EMPTY": "",
-    "EMPTY_TOO": "",
-    "BLANKS": "b c",
-    "DOUBLE": "b  'c",
-    "SINGLE": ' b "c ',
-    "INSIDE": "it's \"so\"",
-    "XML": "<b>&amp;]]>",
-    "ALONE": "$HOME %h `b` $(c) @LOG@",
-    "EQUALS": "exec:b --c=d",
+# Lines, and the value of the last one's variable.
+SETTINGS = {
+    "PLAIN=b": "b",
+    "TWICE=b\nTWICE=c": "c",
+    "# x\n;y=z\n\n \t\nCOMMENT=b # not one": "b # not one",
+    "EMPTY=": "",
+    "EMPTY_TOO=''": "",
+    "BLANKS = b c \t\r": "b c",
+    "  DOUBLE=\"b  'c\"": "b  'c",
+    "SINGLE=' b \"c '": ' b "c ',
+    "INSIDE=it's \"so\"": "it's \"so\"",
+    "XML=<b>&amp;]]>": "<b>&amp;]]>",
+    "ALONE=$HOME %h `b` $(c) @LOG@": "$HOME %h `b` $(c) @LOG@",
+    "EQUALS=exec:b --c=d": "exec:b --c=d",
 }
 
 
 def test_settings_are_read_as_systemd_would(mac: Mac) -> None:
-    mac.set(SETTINGS)
+    mac.set("\n".join([*SETTINGS, "#COMMENTED=out\n"]))
     mac.install()
-    assert mac.written()["EnvironmentVariables"] == READ
+    names = [lines.rpartition("\n")[2].partition("=")[0].strip() for lines in SETTINGS]
+    assert mac.written()["EnvironmentVariables"] == dict(zip(names, SETTINGS.values()))
 
 
 REFUSED = rows([
