@@ -69,7 +69,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
     seed = config.getoption("shuffle")
     if seed is not None:
+        # Those of a file stay together: what they share is made once.
         random.Random(seed).shuffle(items)
+        files = list(dict.fromkeys(item.path for item in items))
+        items.sort(key=lambda item: files.index(item.path))
     # Last, so that one process does not wait for the others again and again.
     items.sort(key=runs_alone)
 

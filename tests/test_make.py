@@ -191,7 +191,9 @@ TEST_RUNS = {
 }
 
 
-@pytest.mark.parametrize("target", TEST_RUNS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(run, marks=() if run == "test" else long) for run in TEST_RUNS]
+)
 def test_make_test_says_which_tests_were_not_run(few_tests: Path, home: Path, target: str) -> None:
     env, status, counted, says = TEST_RUNS[target]
     answer = make(few_tests, home, target.strip(), "ARGS=-n 2", check=False, **env)
@@ -201,6 +203,7 @@ def test_make_test_says_which_tests_were_not_run(few_tests: Path, home: Path, ta
     assert f"\n{says}" in told
 
 
+@long
 def test_a_test_that_needs_the_machine_for_itself_gets_it(few_tests: Path, home: Path) -> None:
     # Else those that measure time fail now and then.
     make(few_tests, home, "test-all", "ARGS=-n 2")
