@@ -1297,7 +1297,8 @@ def confine(folders: Sequence[str]) -> Step:
     try:
         abi = call(CREATE_RULESET, None, 0, CREATE_RULESET_VERSION)
         rights = sum(bits for since, bits in RIGHTS.items() if since <= abi)
-        net, scoped = BIND_CONNECT_TCP * (abi >= 4), SCOPE_SOCKET_SIGNAL * (abi >= 6)
+        net = BIND_CONNECT_TCP if abi >= 4 else 0
+        scoped = SCOPE_SOCKET_SIGNAL if abi >= 6 else 0
         # struct landlock_ruleset_attr: an older kernel takes a longer one that ends in zeros.
         ruleset = call(CREATE_RULESET, struct.pack("=QQQ", rights, net, scoped), 24, 0)
         for folder in folders:
@@ -2264,15 +2265,12 @@ def is_journal(stream: str) -> bool:
 class OneLine(logging.Formatter):
     """Each record is one line, whatever is in it: a traceback's line breaks become escapes."""
 
-    # Of a long traceback the end is kept: where it happened, and what.
-    MAX_TRACEBACK = 3000
-
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
         return line if line.isprintable() else printable(line, StderrHandler.MAX_LINE)
 
     def formatException(self, ei: Any) -> str:
-        return super().formatException(ei)[-self.MAX_TRACEBACK :]
+        return super().formatException(ei)[-3000:]  # where it happened, and what
 
 
 class StderrHandler(logging.Handler):
