@@ -624,7 +624,7 @@ def test_of_a_long_traceback_the_end_is_kept(piped: Piped) -> None:
 
     def fall(depth: int) -> None:
         if not depth:
-            raise ValueError("at the bottom")
+            raise ValueError("at the\nbottom")
         (fall, list)[depth % 2](fall(depth - 1))
 
     try:
@@ -633,7 +633,7 @@ def test_of_a_long_traceback_the_end_is_kept(piped: Piped) -> None:
         info = sys.exc_info()
     handler.emit(logging.LogRecord("x", logging.ERROR, "", 0, "internal error", None, info))
     line = os.read(reader, 65536).decode()
-    assert re.fullmatch(r"\S+ ERROR internal error.*ValueError: at the bottom\n", line)
+    assert re.fullmatch(r"\S+ ERROR internal error.*ValueError: at the\\nbottom\n", line)
 
 
 # ---------------------------------------------------------------- the service manager

@@ -541,6 +541,7 @@ def test_a_wrong_setting_is_told_and_not_tried_again(manager: Manager) -> None:
     # Were it to be tried again, it would be "activating" now.
     shown = [manager.show(name) for name in ("ActiveState", "ExecMainStatus", "NRestarts")]
     assert shown == ["failed", "2", "0"]
+    assert [line["PRIORITY"] for line in logged(manager, "ssh-agent-proxy: SSH_AGENT")] == ["3"]
 
 
 ANOTHER = """
