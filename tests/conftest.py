@@ -198,6 +198,22 @@ def wait_for(what: Callable[[], Any], seconds: float = 10, message: str = "") ->
         time.sleep(0.005)
 
 
+@contextlib.contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Has what the test does in this process fail where it takes longer."""
+
+    def too_late(*signal_: Any) -> None:
+        pytest.fail(f"not done within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def clean_env(home: Path, **more: Any) -> Dict[str, str]:
     temporary = home / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,8 @@ rest of the world, which is "other"."""
 
 from __future__ import annotations
 
-import contextlib
 import random
 import re
-import signal
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
@@ -26,6 +24,7 @@ from conftest import (
     read_all,
     rows,
     run,
+    within,
 )
 from conftest import message as s  # a string of RFC 4251 looks like one
 
@@ -732,22 +731,6 @@ def filled(before: bytes, piece: bytes, after: bytes = b"") -> bytes:
     return before + fill(piece, before, after) + after
 
 
-@contextlib.contextmanager
-def within(seconds: int) -> Iterator[None]:
-    """A parser that tries every way to read a payload would take hours; it can be interrupted."""
-
-    def too_late(*signal_: Any) -> None:
-        pytest.fail(f"not decided within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, too_late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 @pytest.mark.parametrize("payload, expected", rows([
     # name, payload, kind with the number of parents or refs
     ("5,000 parents", TREE + PARENT * 5000 + AUTHOR + COMMITTER + b"\nx", "commit 5000"),
@@ -771,7 +754,7 @@ def within(seconds: int) -> Iterator[None]:
 ]))  # fmt: skip
 def test_a_hostile_payload_is_decided(payload: bytes, expected: str) -> None:
     of, number = expected.split()
-    with within(20):
+    with within(20):  # a parser that tries every way to read it would take hours
         parsed = parse(payload)
     assert (parsed.kind, parsed.size) == (of, len(payload))
     assert str(parsed.fields.get("parents") or parsed.fields.get("refs")) == number

@@ -40,6 +40,7 @@ from conftest import (
     run,
     short_folder,
     wait_for,
+    within,
 )
 
 import ssh_agent_proxy as sap
@@ -53,6 +54,12 @@ DIGEST = hashlib.sha512(b"payload").digest()
 ANY = sap.Wanted()
 LISTS_NONE = "the agent lists no keys (none added, or it is locked)"
 TOO_LATE = "did not answer in time"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_waited_for_without_end() -> Iterator[None]:
+    with within(60):
+        yield
 
 
 def sign(
@@ -425,6 +432,18 @@ def test_a_command_s_last_words_are_in_the_log_escaped(
         who + r": cannot reach \x1b[31mthe agent\x1b[0m \xff\u202e",
         who + r": second\x00line",
     ]
+
+
+def test_a_command_is_asked_to_end_before_it_is_killed(
+    command: Callable[..., Command], short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has made it may take away."""
+    monkeypatch.setattr(sap, "EXEC_GRACE", 10)
+    note = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit(open('{short}/note', 'w').close()))"
+    one = command(f"{note}\nopen('{short}/ready', 'w').close()\n{HANG}")
+    with sap.Agents(one.upstream, (), 20).exchange():
+        wait_for((short / "ready").exists)
+    assert (short / "note").exists()
 
 
 @pytest.mark.parametrize("text", rows([("silent", FAMILY + HANG), ("flooding", FAMILY + FLOOD)]))
