@@ -28,6 +28,7 @@ from typing import (
     NoReturn,
     Optional,
     Sequence,
+    Tuple,
     Union,
 )
 
@@ -883,6 +884,20 @@ def audited(proxy: Proxy, number: int = 1) -> Dict[str, str]:
     """The NUMBERth line that the log has for a request."""
     wait_for(lambda: len(request_lines(proxy.log())) >= number, message="a line in the log")
     return log_fields(request_lines(proxy.log())[number - 1])
+
+
+def logged(proxy: Proxy, where: Union[int, Path], data: bytes) -> Tuple[bytes, List[str]]:
+    """What comes back for DATA, and the lines that the log has for it: all of them, for that of a
+    later request is awaited."""
+    before = len(request_lines(proxy.log()))
+    with connect(where) as s:
+        s.sendall(data)
+        received = read_all(s)
+    later = f"/later{before}"
+    ask(where, get(later))
+    wait_for(lambda: f"path={later} " in proxy.log(), message="the later request's line")
+    lines = request_lines(proxy.log())[before:]
+    return received, [line for line in lines if f"path={later} " not in line]
 
 
 # ---------------------------------------------------------------- what OpenSSH makes of it

@@ -30,6 +30,7 @@ from conftest import (
     connect,
     get,
     log_fields,
+    logged,
     one_line,
     parse_answer,
     post,
@@ -43,9 +44,8 @@ from conftest import (
     short_folder,
     tag,
     the_one_answer,
-    wait_for,
 )
-from test_http import clean, name_of
+from test_http import clean
 
 import ssh_agent_proxy as p
 
@@ -306,19 +306,9 @@ class Door:
 
     def raw(self, data: bytes) -> Tuple[bytes, Dict[str, str]]:
         """What comes back for DATA, and the line that the log has for it."""
-        before = len(self.proxy.log())
-        with connect(self.port) as s:
-            peer = name_of(s)
-            s.sendall(data)
-            received = read_all(s)
-
-        def found() -> List[Dict[str, str]]:
-            lines = map(log_fields, request_lines(self.proxy.log()[before:]))
-            return [line for line in lines if line["peer"] == peer]
-
-        (line,) = wait_for(found, message="a line in the log")
+        received, (line,) = logged(self.proxy, self.port, data)
         assert SECRET not in self.proxy.log()
-        return received, line
+        return received, log_fields(line)
 
     def ask(self, data: bytes) -> Tuple[Answer, Dict[str, str]]:
         received, fields = self.raw(data)

@@ -26,6 +26,8 @@ from conftest import (
     cannot_run,
     clean_env,
     get,
+    log_fields,
+    logged,
     message,
     need,
     post,
@@ -89,18 +91,10 @@ class Front(NamedTuple):
     path: Path
     proxy: Proxy
 
-    def lines(self) -> int:
-        """How many lines the log has for requests, once it has all of those until now."""
-        marker = f"/marker{len(self.proxy.log())}"
-        ask(self.path, get(marker))
-        wait_for(lambda: f"path={marker} " in self.proxy.log(), message="the marker's line")
-        return len(request_lines(self.proxy.log()))
-
     def ask(self, data: bytes) -> Tuple[Answer, Dict[str, str]]:
         """What comes back for DATA, and the line that the log has for it."""
-        before = self.lines()
-        answer = ask(self.path, data)
-        return answer, audited(self.proxy, before + 1)
+        received, (line,) = logged(self.proxy, self.path, data)
+        return the_one_answer(received), log_fields(line)
 
 
 @pytest.fixture(scope="module")
