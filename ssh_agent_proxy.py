@@ -928,10 +928,13 @@ _AUTHORITY = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|({_HOST_NAME.pattern}|))(?::[
 
 def parse_authority(value: str) -> str:
     """The host in a Host header or an absolute target, in lower case; RequestError 400."""
-    with contextlib.suppress(ValueError):  # no address between the brackets
-        if match := _AUTHORITY.fullmatch(value):
-            v6, name = match.groups()
-            return str(ipaddress.IPv6Address(v6)) if v6 else name.rstrip(".").lower()
+    match = _AUTHORITY.fullmatch(value)
+    if match:
+        v6, name = match.groups()
+        if name is not None:
+            return str(name).rstrip(".").lower()
+        with contextlib.suppress(ValueError):  # no address between the brackets
+            return str(ipaddress.IPv6Address(v6))
     raise RequestError(400, f"Host {printable(value)!r} is malformed")
 
 
@@ -940,9 +943,12 @@ def check_host(host: str, allowed: Sequence[str]) -> None:
     (DNS rebinding), and reads our answers as if they were its own: 421."""
     own = socket.gethostname().lower().rstrip(".")
     bare = own.partition(".")[0]
-    ours = (*_OWN_HOSTS, *allowed, *((own, bare, f"{bare}.local") if bare else ()))
-    if any(host == name or (name[0] == "." and host.endswith(name)) for name in ours):
-        return
+    ours = [*_OWN_HOSTS, *allowed]
+    if bare:
+        ours += [own, bare, f"{bare}.local"]
+    for name in ours:
+        if host == name or (name.startswith(".") and host.endswith(name)):
+            return
     with contextlib.suppress(ValueError):  # a name
         ipaddress.ip_address(host)
         return
@@ -987,8 +993,11 @@ def choose_key(named: Optional[str], pin: Wanted) -> Wanted:
         except WireError as e:
             raise RequestError(400, f"SSHSIG-Key: {e}") from e
     key = pin.key or wanted.key
-    same = pin.fingerprint in ("", wanted.fingerprint)
-    if not (pin.fits(key) and wanted.fits(key) if key else same):
+    if key:
+        same = pin.fits(key) and wanted.fits(key)
+    else:
+        same = pin.fingerprint in ("", wanted.fingerprint)
+    if not same:
         raise RequestError(403, f"this proxy signs with {pin.name} only, not with {wanted.name}: "
                                 f"use that key, or change {pin.pinned}")  # fmt: skip
     return Wanted(key, wanted.fingerprint, pin.pinned, pin.comment)
@@ -1019,28 +1028,38 @@ _TOKEN_NAME = re.compile(r"[A-Za-z0-9._-]+")
 MIN_TOKEN = 16
 
 
+def parse_leash(words: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """The key and the payloads of a token's options, each of which may be missing; ConfigError."""
+    options: dict[str, str] = {}
+    for word in words:
+        option, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError("a word without = behind the name")
+        if option in options:
+            raise ConfigError("an option stands twice")
+        if option not in ("key", "payloads"):
+            raise ConfigError("another option than key= and payloads=")
+        options[option] = value
+    if "key" in options and not _FINGERPRINT.fullmatch(options["key"]):
+        raise ConfigError("key= is no SHA256: fingerprint")
+    payloads = parse_kinds(options["payloads"]) if "payloads" in options else ()
+    return options.get("key", ""), payloads
+
+
 def parse_token(line: str, number: int) -> Token:
     """TOKEN [NAME] [key=SHA256:…] [payloads=KINDS]; ConfigError, which quotes nothing: any of the
     words may be the token."""
     token, *words = re.split(r"[ \t]+", line.strip(" \t\r"))
     name = words.pop(0) if words and "=" not in words[0] else ""
-    options = dict(word.partition("=")[::2] for word in words if "=" in word)
     if not _TOKEN.fullmatch(token):
         raise ConfigError("its first word is no bearer token")
     if len(token) < MIN_TOKEN:
         raise ConfigError(f"a token of fewer than {MIN_TOKEN} characters can be guessed: "
                           f"`{PROGRAM} token NAME` makes a good one")  # fmt: skip
-    if len(options) < len(words):
-        raise ConfigError("an option stands twice, or a word without = behind the name")
     if name and not _TOKEN_NAME.fullmatch(name):
         raise ConfigError("the name is not of letters, digits, '.', '_' and '-'")
-    if not options.keys() <= {"key", "payloads"}:
-        raise ConfigError("another option than key= and payloads=")
-    if "key" in options and not _FINGERPRINT.fullmatch(options["key"]):
-        raise ConfigError("key= is no SHA256: fingerprint")
-    payloads = parse_kinds(options["payloads"]) if "payloads" in options else ()
     digest = hashlib.sha256(token.encode()).digest()
-    return Token(digest, name or f"line {number}", options.get("key", ""), payloads)
+    return Token(digest, name or f"line {number}", *parse_leash(words))
 
 
 def parse_tokens(text: str) -> list[Token]:
@@ -1050,8 +1069,9 @@ def parse_tokens(text: str) -> list[Token]:
         if line.strip(" \t\r") and not line.startswith("#"):
             try:
                 token = parse_token(line, number)
-                if tokens.setdefault(token.digest, token) is not token:
+                if token.digest in tokens:
                     raise ConfigError("the same token as before")
+                tokens[token.digest] = token
             except ConfigError as e:
                 raise ConfigError(f"line {number}: {e}") from e
     if not tokens:
@@ -1320,33 +1340,47 @@ def confine(folders: Sequence[str]) -> Step:
 
 # -------------------------------------------------------------------------------------- Config
 
+PREFIX = "SSH_AGENT_PROXY_"
 MAX_FILE = 64 * 1024
 
 Env = Mapping[str, str]
 _T = TypeVar("_T")
 
 
-def each(parse: Callable[[str, Env], _T]) -> Callable[[str, Env], tuple[_T, ...]]:
-    """Reads a setting that holds several of what PARSE reads, separated by commas."""
-    return lambda value, env: tuple(parse(part.strip(), env) for part in value.split(","))
+def parts(value: str) -> list[str]:
+    """What a setting holds that is separated by commas."""
+    return [part.strip() for part in value.split(",")]
 
 
-def parse_namespace(value: str, env: Env) -> str:
-    if not _NAMESPACE.fullmatch(value):
-        raise ConfigError(f"{printable(value)!r} is not 1 to 255 printable ASCII characters")
-    return value
+def parse_namespaces(value: str, env: Env) -> tuple[str, ...]:
+    for name in parts(value):
+        if not _NAMESPACE.fullmatch(name):
+            raise ConfigError(f"{printable(name)!r} is not 1 to 255 printable ASCII characters")
+    return tuple(parts(value))
 
 
-def parse_host(value: str, env: Env) -> str:
-    if not _HOST_NAME.fullmatch(value.removeprefix(".")):
-        raise ConfigError(f"{printable(value)!r} is not a host name or .suffix")
-    return value.lower().removesuffix(".")
+def parse_hosts(value: str, env: Env) -> tuple[str, ...]:
+    for host in parts(value):
+        if not _HOST_NAME.fullmatch(host.removeprefix(".")):
+            raise ConfigError(f"{printable(host)!r} is not a host name or .suffix")
+    return tuple(host.lower().removesuffix(".") for host in parts(value))
+
+
+def parse_payloads(value: str, env: Env) -> tuple[str, ...]:
+    try:
+        return parse_kinds(value)
+    except ConfigError as e:
+        raise ConfigError(f"{printable(value)!r}: {e}") from e
 
 
 def parse_seconds(value: str, env: Env) -> float:
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value) or not float(value):
         raise ConfigError(f"{printable(value)!r} is not a number of seconds above 0")
     return float(value)
+
+
+def parse_hold(value: str, env: Env) -> float:
+    return 0 if value == "0" else parse_seconds(value, env)
 
 
 def expand(path: str, env: Env) -> str:
@@ -1387,11 +1421,19 @@ def parse_address(value: str, env: Env) -> Union[Address, UnixAddress]:
     raise ConfigError(f"{printable(value)!r} is none of HOST:PORT, [V6]:PORT, unix:/path?mode=0660")
 
 
+def parse_addresses(value: str, env: Env) -> tuple[Union[Address, UnixAddress], ...]:
+    return tuple(parse_address(part, env) for part in parts(value))
+
+
 def parse_upstream(value: str, env: Env) -> Upstream:
+    """A socket's path, or a command."""
     if value.startswith("exec:"):
-        command = shlex.split(value[len("exec:") :])
+        try:
+            command = shlex.split(value[len("exec:") :])
+        except ValueError as e:
+            raise ConfigError(f"{printable(value)!r}: {e}") from e
         if not command or not command[0]:
-            raise ConfigError("exec: without a command")
+            raise ConfigError(f"{printable(value)!r} is exec: without a command")
         return Upstream(command=(expand(command[0], env), *command[1:]))
     path = expand(value.removeprefix("unix:"), env)
     if not path.startswith("/"):
@@ -1399,8 +1441,9 @@ def parse_upstream(value: str, env: Env) -> Upstream:
     return Upstream(path)
 
 
-def parse_pin(value: str, env: Env) -> Listed:
-    """The one authorized_keys line, which may have comments and empty lines around it."""
+def parse_pin(value: str, env: Optional[Env] = None) -> Listed:
+    """The one authorized_keys line, which may have comments and empty lines around it. (What is
+    wrong is not quoted: it may be a private key.)"""
     lines = [line for line in value.splitlines() if line.strip()[:1] not in ("", "#")]
     if "PRIVATE KEY" in value:
         raise ConfigError("a private key, where the public one (the .pub file) belongs")
@@ -1419,6 +1462,11 @@ def parse_confirm(value: str, env: Env) -> Upstream:
     return Upstream("", (program,), "askpass program", {**env, "SSH_ASKPASS_PROMPT": "confirm"})
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """For open(): a FIFO would be waited for."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 class File(NamedTuple):
     """A file that SETTING names; it is read each time anew."""
 
@@ -1428,9 +1476,8 @@ class File(NamedTuple):
     def read(self, parse: Callable[[str], _T], private: bool = False) -> _T:
         """PARSE of the text of a regular file of at most MAX_FILE bytes, which belongs to this user
         alone if it is PRIVATE; a ConfigError names setting and file."""
-        nonblock = getattr(os, "O_NONBLOCK", 0)  # a FIFO would be waited for
         try:
-            with open(self.path, "rb", opener=lambda p, flags: os.open(p, flags | nonblock)) as f:
+            with open(self.path, "rb", opener=_open_at_once) as f:
                 found = os.fstat(f.fileno())
                 if not stat.S_ISREG(found.st_mode):
                     raise ConfigError("not a regular file")
@@ -1440,7 +1487,8 @@ class File(NamedTuple):
                 data = f.read(MAX_FILE + 1)
             if len(data) > MAX_FILE:
                 raise ConfigError(f"larger than {MAX_FILE >> 10} KiB")
-            if not private or data[-1:] == b"\n" or not 0 <= time.time() - found.st_mtime < 1:
+            fresh = 0 <= time.time() - found.st_mtime < 1
+            if not private or data.endswith(b"\n") or not fresh:
                 return parse(data.decode("utf-8", "replace"))
         except (OSError, ProxyError) as e:
             why = f"{e.strerror}" if isinstance(e, OSError) else f"{e}"
@@ -1462,27 +1510,31 @@ class Option(NamedTuple):
     parse: Callable[[str, Env], Any]
 
     @property
+    def field(self) -> str:
+        return self.variable.lower()
+
+    @property
     def flag(self) -> str:
-        return "--" + self.variable.lower().replace("_", "-")
+        return "--" + self.field.replace("_", "-")
 
 
 OPTIONS = (
     Option("ADDR", "127.0.0.1:7221", "HOST:PORT", "where to listen, or unix:/path; several are "
-           "separated by commas; port 0 picks one", each(parse_address)),
+           "separated by commas; port 0 picks one", parse_addresses),
     Option("NAMESPACE", "git", "NAMES", "SSHSIG namespaces that may be signed, separated by "
-           "commas; the first is the default", each(parse_namespace)),
+           "commas; the first is the default", parse_namespaces),
     Option("UPSTREAM", "", "AGENT", "the agent: its socket's /path, or exec:COMMAND; unset: "
            "$SSH_AUTH_SOCK, else the first well-known socket", parse_upstream),
     Option("PUBKEY", "", "LINE", "an authorized_keys line: sign with this key only", parse_pin),
     Option("PUBKEY_FILE", "", "FILE", "a file with that line, read at each request", expand),
     Option("TOKEN_FILE", "", "FILE", "bearer tokens, one of which every request needs", expand),
     Option("PAYLOADS", "any", "KINDS", "what may be signed: any, or of commit, tag, push",
-           lambda value, env: parse_kinds(value)),
+           parse_payloads),
     Option("CONFIRM", "", "PROGRAM", "an askpass; it must agree to every signature", parse_confirm),
     Option("CONFIRM_FOR", "0", "SECONDS", "how long its yes holds for the same client and kind",
-           lambda value, env: 0.0 if value == "0" else parse_seconds(value, env)),
+           parse_hold),
     Option("ALLOWED_HOSTS", "", "NAMES", "further names that a Host header may carry, separated "
-           "by commas, .suffix for all below it", each(parse_host)),
+           "by commas, .suffix for all below it", parse_hosts),
     Option("TIMEOUT", "120", "SECONDS", "for one whole exchange with the agent, a touch included",
            parse_seconds),
 )  # fmt: skip
@@ -1516,6 +1568,34 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{printable(message)} (see {PROGRAM} --help)")
 
 
+def read_settings(env: Env, given: argparse.Namespace) -> dict[str, Any]:
+    """What was set, by the names of Config's fields; ConfigError names the one that is wrong."""
+    values: dict[str, Any] = {}
+    for option in OPTIONS:
+        name, text = PREFIX + option.variable, env.get(PREFIX + option.variable)
+        if getattr(given, option.field):
+            name, text = option.flag, getattr(given, option.field)
+        text = text or option.default
+        if not text:
+            continue
+        try:
+            value = option.parse(text, env)
+        except (ProxyError, ValueError) as e:
+            raise ConfigError(f"{name}: {e}") from e
+        values[option.field] = File(value, name) if option.parse is expand else value
+    if given.pubkey_file and not given.pubkey:  # an option wins, over that variable too
+        values.pop("pubkey", None)
+    return values
+
+
+def agent_of_session(env: Env) -> Optional[Upstream]:
+    """The agent of SSH_AUTH_SOCK."""
+    sock = env.get("SSH_AUTH_SOCK", "")
+    with contextlib.suppress(ConfigError):  # in an env file it is nobody's but ours to expand
+        sock = expand(sock, env)
+    return Upstream(sock) if sock else None
+
+
 class Config(NamedTuple):
     """Everything that was set. Nothing else reads the environment."""
 
@@ -1542,61 +1622,53 @@ class Config(NamedTuple):
     def from_env(cls, env: Env, argv: Sequence[str], commands: Mapping[str, str]) -> "Config":
         """From os.environ and sys.argv[1:]; ConfigError names the setting that is wrong."""
         given = Parser(commands).parse_intermixed_args(argv)
-        prefix = "SSH_AGENT_PROXY_"
-        known = {prefix + name for name in ("URL", "PUBKEY_URL", "CURL")}  # the shim's own
-        sock = env.get("SSH_AUTH_SOCK", "")
-        with contextlib.suppress(ConfigError):  # in an env file it is nobody's but ours to expand
-            sock = expand(sock, env)
-        values: dict[str, Any] = {"upstream": Upstream(sock)} if sock else {}
-        for option in OPTIONS:
-            field, name = option.variable.lower(), prefix + option.variable
-            known.add(name)
-            if getattr(given, field):
-                name = option.flag
-            try:
-                if text := getattr(given, field) or env.get(name) or option.default:
-                    value = option.parse(text, env)
-                    values[field] = File(value, name) if option.parse is expand else value
-            except (ProxyError, ValueError) as e:
-                raise ConfigError(f"{name}: {e}") from e
-        if given.pubkey_file and not given.pubkey:  # an option wins, over that variable too
-            values.pop("pubkey", None)
+        values = {"upstream": agent_of_session(env), **read_settings(env, given)}
+        level = logging.INFO
+        if given.verbose:
+            level = logging.DEBUG
+        elif given.quiet:
+            level = AUDIT
+        known = {PREFIX + option.variable for option in OPTIONS}
+        known |= {PREFIX + name for name in ("URL", "PUBKEY_URL", "CURL")}  # the shim's
         if "token_file" in values:
-            known.add(prefix + "TOKEN")  # the shim's: without that file it protects nothing
+            known.add(PREFIX + "TOKEN")  # the shim's: without that file it protects nothing
+        runtime = env.get("XDG_RUNTIME_DIR", "")
         config = cls(
             command=tuple(given.command) or ("serve",),
-            level=logging.DEBUG if given.verbose else AUDIT if given.quiet else logging.INFO,
+            level=level,
             sign=given.sign,
             journal_stream=env.get("JOURNAL_STREAM", ""),
             notify_socket=env.get("NOTIFY_SOCKET", ""),
-            sockets=well_known_sockets(sys.platform, expand("$HOME", env),
-                                       env.get("XDG_RUNTIME_DIR", "")),
-            unknown=tuple(sorted(n for n in env if n.startswith(prefix) and n not in known)),
+            sockets=well_known_sockets(sys.platform, expand("$HOME", env), runtime),
+            unknown=tuple(sorted(n for n in env if n.startswith(PREFIX) and n not in known)),
             **values,
-        )  # fmt: skip
-        for address in config.addr:
-            if isinstance(address, UnixAddress) and address.mode & 0o077 and not config.token_file:
-                raise ConfigError(f"{prefix}ADDR: mode {address.mode:04o} lets others in, which "
-                                  f"needs a token: set {prefix}TOKEN_FILE")  # fmt: skip
-        if config.confirm_for and not config.confirm:
-            raise ConfigError(f"{prefix}CONFIRM_FOR: nobody is asked: set {prefix}CONFIRM too")
-        config.pinned()  # a file that can't be read is a setting that is wrong
+        )
+        config.check_together()
         return config
+
+    def check_together(self) -> None:
+        """Settings that are right one by one and can't be together; ConfigError."""
+        for address in self.addr:
+            if isinstance(address, UnixAddress) and address.mode & 0o077 and not self.token_file:
+                raise ConfigError(f"{PREFIX}ADDR: '{address}?mode={address.mode:04o}' lets others "
+                                  f"in, which needs a token: set {PREFIX}TOKEN_FILE")  # fmt: skip
+        if self.confirm_for and not self.confirm:
+            raise ConfigError(f"{PREFIX}CONFIRM_FOR: '{self.confirm_for:g}' seconds for the yes of "
+                              f"a person whom nobody asks: set {PREFIX}CONFIRM too")  # fmt: skip
+        self.pinned()  # a file that can't be read is a setting that is wrong
 
     def pinned(self, token: Optional[Token] = None) -> Wanted:
         """The key that alone signs, for TOKEN's client, if any."""
-        pin, setting, file = self.pubkey, "SSH_AGENT_PROXY_PUBKEY", self.pubkey_file
-        if file and not pin:
-            pin, setting = file.read(lambda text: parse_pin(text, {})), file.setting
+        pin, setting = self.pubkey, PREFIX + "PUBKEY"
+        if self.pubkey_file and not pin:
+            pin, setting = self.pubkey_file.read(parse_pin), self.pubkey_file.setting
         if token and token.key and not (pin and pin.key.fingerprint == token.key):
             return Wanted(fingerprint=token.key, pinned="the key= of this token")
         return Wanted(pin.key, "", setting, pin.comment) if pin else Wanted()
 
-    def tokens(self, added: str = "") -> Sequence[Token]:
-        """Those who may ask, with a line ADDED; none where everyone may."""
-        if not self.token_file:
-            return ()
-        return self.token_file.read(lambda text: parse_tokens(text + added), private=True)
+    def tokens(self) -> Sequence[Token]:
+        """Those who may ask; none where everyone may."""
+        return self.token_file.read(parse_tokens, private=True) if self.token_file else ()
 
 
 # ---------------------------------------------------------------------------------------- HTTP
@@ -2392,7 +2464,7 @@ def catch_signals() -> socket.socket:
 COMMANDS = {
     "serve": "run the proxy in the foreground (also without a command)",
     "check": "what would sign, where, how well guarded, and what is wrong",
-    "token NAME": "add a fresh token of that name to the token file, and print it",
+    "token NAME [LEASH]": "add a token to the token file, print it; LEASH: payloads=tag key=...",
     "shim": "print shim.sh, the container's side",
 }
 
@@ -2441,6 +2513,12 @@ def weak_settings(config: Config) -> Iterator[Finding]:
                     f"{address} is not a loopback address: whoever reaches it can have anything "
                     "signed (SSH_AGENT_PROXY_TOKEN_FILE asks for a token)"
                 )
+    if config.confirm_for and not config.token_file:
+        if any(isinstance(address, Address) for address in config.addr):
+            yield logging.WARNING, (
+                "a person's yes holds for everyone on this machine (SSH_AGENT_PROXY_CONFIRM_FOR): "
+                "SSH_AGENT_PROXY_TOKEN_FILE tells clients apart"
+            )
 
 
 def agent_findings(config: Config, agents: Agents) -> Iterator[Finding]:
@@ -2564,10 +2642,51 @@ def who_listens(address: Union[Address, UnixAddress]) -> str:
     return ""
 
 
+def listens_everywhere(address: Address) -> Optional[bool]:
+    """Does whoever has this port listen at every address of this machine? None where the system
+    does not tell: an address that is nobody's can be listened on in Linux alone."""
+    v6 = ":" in address.host
+    family, nobodys = (socket.AF_INET6, "2001:db8::1") if v6 else (socket.AF_INET, "192.0.2.1")
+    try:
+        listen_tcp(family, (nobodys, address.port)).close()
+        return False
+    except OSError as e:
+        return True if e.errno == errno.EADDRINUSE else None
+
+
+def busy_finding(address: Union[Address, UnixAddress], why: str) -> Finding:
+    """Who has ADDRESS, where we could not listen, and WHY."""
+    server = who_listens(address)
+    if not server.startswith(f"{PROGRAM}/"):
+        with contextlib.suppress(ProxyError):
+            for listener in listen(address):
+                listener.close()
+            why = f"cannot listen on {address}: another address of SSH_AGENT_PROXY_ADDR takes it"
+        return logging.ERROR, why
+    ours = f"{server} answers at {address} already"
+    if isinstance(address, UnixAddress):
+        return logging.INFO, ours
+    everywhere = listens_everywhere(address)
+    wanted = False
+    with contextlib.suppress(ValueError):  # a name
+        wanted = ipaddress.ip_address(address.host).is_unspecified
+    if everywhere and not wanted:
+        return logging.WARNING, f"{ours}, and at every other address of this machine"
+    if wanted and everywhere is False:
+        return logging.WARNING, f"{ours}, but not at every address of this machine"
+    return logging.INFO, ours
+
+
 def address_findings(config: Config) -> Iterator[Finding]:
     """Whether the proxy could listen there now, or does already."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    findings: list[list[Finding]] = []
+    busy: list[tuple[list[Finding], Union[Address, UnixAddress], str]] = []
     with contextlib.ExitStack() as opened:
         for address in config.addr:
+            found: list[Finding] = []
+            findings.append(found)
             try:
                 for listener in listen(address):
                     opened.callback(listener.close)
@@ -2575,15 +2694,18 @@ def address_findings(config: Config) -> Iterator[Finding]:
                         host, _, *scope = listener.socket.getsockname()
                         with socket.socket(listener.socket.family) as probe:
                             probe.bind((host, 0, *scope))  # without IP_FREEBIND
-                    yield logging.INFO, f"{listener.name} is free to listen on"
+                    found.append((logging.INFO, f"{listener.name} is free to listen on"))
             except OSError:
-                yield logging.WARNING, f"{address} is no address of this machine (yet)"
+                found.append((logging.WARNING, f"{address} is no address of this machine (yet)"))
             except ProxyError as e:
-                server = who_listens(address)
-                if server.startswith(f"{PROGRAM}/"):
-                    yield logging.INFO, f"{server} answers at {address} already"
-                else:
-                    yield logging.ERROR, str(e)
+                busy.append((found, address, str(e)))
+    # None of them is held by us any more; each may take its time to answer.
+    with ThreadPoolExecutor(len(busy) + 1) as pool:
+        answers = [pool.submit(busy_finding, address, why) for _, address, why in busy]
+    for (found, *_), answer in zip(busy, answers):
+        found.append(answer.result())
+    for found in findings:
+        yield from found
 
 
 def service_findings() -> Iterator[Finding]:
@@ -2629,61 +2751,97 @@ def sign_findings(config: Config, agents: Agents) -> Iterator[Finding]:
         yield logging.WARNING, f"test signature: made, and not verified: {printable(str(e))}"
 
 
+def asker_findings(config: Config, tokens: Sequence[Token]) -> Iterator[Finding]:
+    """Who may ask for what: each token, with its leash."""
+    for token in tokens or [Token(b"", "")]:
+        who = f"token {printable(token.name)}" if tokens else "whoever reaches that"
+        kinds = token.payloads or config.payloads
+        payloads = "any" if kinds == KINDS else ",".join(kinds)
+        key = f", key {token.key}" if token.key else ""
+        what = f"payloads {payloads}, namespaces {','.join(config.namespace)}{key}"
+        yield logging.INFO, f"may ask: {who}; {what}"
+
+
+def check_findings(config: Config, tokens: Sequence[Token], steps: list[Step]) -> Iterator[Finding]:
+    """All that there is to know."""
+    agents = Agents(config.upstream, config.sockets, config.timeout)
+    works = True
+    for finding in agent_findings(config, agents):
+        works = works and finding[0] != logging.ERROR
+        yield finding
+    if config.sign and works:
+        yield from sign_findings(config, agents)
+    yield from address_findings(config)
+    yield from asker_findings(config, tokens)
+    yield from weak_settings(config)
+    yield from service_findings()
+    yield from hardening_findings([*steps, *lock_in(config)])  # nothing can be tried after it
+
+
 def check(config: Config) -> int:
     """Prints all there is to know, a line each; 0 where /sign would work, else 1."""
     steps = harden(sys.platform)
-    tokens = config.tokens()
-    agents = Agents(config.upstream, config.sockets, config.timeout)
+    tokens = config.tokens()  # a file that can't be used is a setting that is wrong
     if config.level > logging.DEBUG:
         LOG.setLevel(logging.WARNING)  # what it has to say is said here
     failed = False
-
-    def show(findings: Iterator[Finding]) -> None:
-        nonlocal failed
-        for level, text in findings:
-            failed = failed or level == logging.ERROR
-            output(f"{MARKS[level]} {text}\n".encode())
-
-    show(agent_findings(config, agents))
-    if config.sign and not failed:
-        show(sign_findings(config, agents))
-    show(address_findings(config))
-    who = f"who has one of {count(len(tokens), 'token')}" if tokens else "whoever reaches that"
-    what = f"payloads {','.join(config.payloads)}, namespaces {','.join(config.namespace)}"
-    show(iter([(logging.INFO, f"may ask: {who}; {what}")]))
-    show(weak_settings(config))
-    show(service_findings())
-    show(hardening_findings([*steps, *lock_in(config)]))  # nothing can be tried after it
+    for level, text in check_findings(config, tokens, steps):
+        failed = failed or level == logging.ERROR
+        output(f"{MARKS[level]} {text}\n".encode())
     return int(failed)
 
 
-def add_token(config: Config, name: str) -> int:
-    """A fresh token for NAME, at the end of the token file."""
+def check_leash(name: str, leash: Sequence[str]) -> None:
+    """What `token` was given; ConfigError."""
+    if not _TOKEN_NAME.fullmatch(name):
+        raise ConfigError(f"{printable(name)!r} is no name of letters, digits, '.', '_' and '-'")
+    words = " ".join(leash)
+    try:
+        if words.split() != list(leash):
+            raise ConfigError("a blank in it, which would separate options")
+        parse_leash(leash)
+    except ConfigError as e:
+        raise ConfigError(f"token {name}: {printable(words)!r}: {e}") from e
+
+
+def add_token(config: Config, name: str, *leash: str) -> int:
+    """A fresh token for NAME, at the end of the token file, with that LEASH."""
     import secrets
 
     file = config.token_file
     if not file:
         raise ConfigError("SSH_AGENT_PROXY_TOKEN_FILE (--token-file) is not set: where to add it?")
-    if not _TOKEN_NAME.fullmatch(name):
-        raise ConfigError(f"{printable(name)!r} is no name of letters, digits, '.', '_' and '-'")
+    check_leash(name, leash)
     token = secrets.token_urlsafe(32)
+    line = " ".join([token, name, *leash]) + "\n"
+
+    def ending(text: str) -> str:
+        """What TEXT is to end with; what can't be read is not added to."""
+        added = line if text == "" or text.endswith("\n") else "\n" + line
+        parse_tokens(text + added)
+        return added
+
     os.umask(0o077)  # for every folder that is missing
     try:
         os.makedirs(os.path.dirname(file.path) or ".", exist_ok=True)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
         with open(os.open(file.path, flags, 0o600), "ab", 0) as f:
-            last = file.read(lambda text: text[-1:], private=True)
-            added = f"{token} {name}\n" if last in ("", "\n") else f"\n{token} {name}\n"
-            config.tokens(added)  # what can't be read is not added to
+            added = file.read(ending, private=True).encode()
             size = os.fstat(f.fileno()).st_size
             if size + len(added) > MAX_FILE:
                 raise OSError(errno.EFBIG, f"it would be larger than {MAX_FILE >> 10} KiB")
-            if f.write(added.encode()) < len(added):
-                f.truncate(size)  # part of a token would be one that is easy to guess
-                raise OSError(errno.ENOSPC, "there is no room for it")
+            try:
+                if f.write(added) < len(added):
+                    raise OSError(errno.ENOSPC, "there is no room for it")
+                return output(f"{token}\n".encode())
+            except (OSError, ProxyError):
+                # Part of a token would be one that is easy to guess; one that could not be printed
+                # nobody would know of. (What another has added since stays.)
+                if os.fstat(f.fileno()).st_size <= size + len(added):
+                    f.truncate(size)
+                raise
     except OSError as e:
         raise ProxyError(f"cannot write {printable(file.path)!r}: {e.strerror}") from e
-    return output(f"{token}\n".encode())
 
 
 def failure(e: Exception) -> tuple[int, str]:
@@ -2716,8 +2874,8 @@ def run(env: Env, argv: Sequence[str]) -> int:
         return check(config)
     if words == ("shim",):
         return output(read_shim())
-    if words[0] == "token" and len(words) == 2:
-        return add_token(config, words[1])
+    if words[0] == "token" and len(words) > 1:
+        return add_token(config, *words[1:])
     raise ConfigError(f"{printable(' '.join(words))!r} is none of {', '.join(COMMANDS)}")
 
 
@@ -2737,12 +2895,8 @@ def main(argv: Sequence[str]) -> int:
     # For a person; a service's setting that is wrong is told before there is a log.
     in_journal = is_journal(os.environ.get("JOURNAL_STREAM", ""))
     priority = f"<{PRIORITIES[logging.ERROR]}>" if in_journal else ""
-    told = {2: f"{priority}{PROGRAM}:"}
-    if status == 2 and "check" in argv and "token" not in argv:
-        told[1] = MARKS[logging.ERROR]  # where its reader looks
-    for fd, mark in told.items():
-        with contextlib.suppress(OSError):  # nobody can be told
-            os.write(fd, f"{mark} {why}\n".encode("utf-8", "backslashreplace"))
+    with contextlib.suppress(OSError):  # nobody can be told
+        os.write(2, f"{priority}{PROGRAM}: {why}\n".encode("utf-8", "backslashreplace"))
     return status
 
 

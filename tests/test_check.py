@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
@@ -17,6 +18,7 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tu
 
 import pytest
 from conftest import (
+    FINGERPRINT,
     PROXY,
     Agent,
     Keys,
@@ -176,7 +178,7 @@ def test_an_agent_with_a_key_is_told_to_the_letter_and_exit_0(
         f"ok   signing with {name} unless another is named",
     ]
     assert re.fullmatch(r"ok   127\.0\.0\.1:\d+ is free to listen on", told.lines[3])
-    assert told.lines[4].startswith("ok   may ask: whoever reaches that; payloads ")
+    assert told.lines[4] == "ok   may ask: whoever reaches that; payloads any, namespaces git"
     assert told.marked("warn") == []
 
 
@@ -206,14 +208,21 @@ def test_an_agent_that_comes_and_goes_is_told_as_the_running_proxy_sees_it(
     assert both() == (1, 503)
 
 
-def test_tokens_are_counted_and_not_shown(home: Path, short: Path, agent_with_key: Agent) -> None:
-    path = private_file(short / "tokens", f"{SECRET} name\n{SECRET}2\n")
+def test_each_token_is_told_with_its_leash_and_not_shown(
+    home: Path, short: Path, agent_with_key: Agent
+) -> None:
+    leash = f"payloads=push key={FINGERPRINT.decode()}"
+    text = f"{SECRET} name\n{SECRET}2\n{SECRET}3 box {leash}\n{SECRET}4 any payloads=any\n"
+    path = private_file(short / "tokens", text)
     told = check(home, "--upstream", agent_with_key.sock, "--token-file", path,
                  "--payloads", "commit,tag", "--namespace", "git,file")  # fmt: skip
     told.works()
-    assert told.one("may ask") == (
-        "ok   may ask: who has one of 2 tokens; payloads commit,tag, namespaces git,file"
-    )
+    assert told.found("may ask") == [
+        "ok   may ask: token name; payloads commit,tag, namespaces git,file",
+        "ok   may ask: token line 2; payloads commit,tag, namespaces git,file",
+        "ok   may ask: token box; payloads push, namespaces git,file, key " + FINGERPRINT.decode(),
+        "ok   may ask: token any; payloads any, namespaces git,file",
+    ]
     assert told.found(SECRET[:8]) == []
 
 
@@ -549,10 +558,33 @@ def test_a_socket_of_another_program_is_told_with_the_setting_and_left(
     assert files(path.parent) == before
 
 
-def test_a_port_of_another_program_is_told_with_the_setting() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as s:  # which says nothing
-        port = s.getsockname()[1]
-        of_addresses(f"127.0.0.1:{port}").fails(f"127.0.0.1:{port}", "in use", NAME + "ADDR")
+def test_ports_of_other_programs_are_told_with_the_setting_and_asked_side_by_side() -> None:
+    with contextlib.ExitStack() as stack:
+        mute = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(8)]
+        names = [f"127.0.0.1:{s.getsockname()[1]}" for s in mute]
+        start = time.monotonic()
+        told = of_addresses(",".join(names))
+        assert time.monotonic() - start < 10  # two seconds each were sixteen
+    for name, line in zip(names, told.lines):
+        assert line.startswith(f"FAIL cannot listen on {name}: port ")
+        assert "is in use" in line and NAME + "ADDR" in line
+
+
+@linux
+@pytest.mark.parametrize(("listens", "asked", "mark", "what"), [
+    ("0.0.0.0", "127.0.0.1", "warn", ", and at every other address of this machine"),
+    ("127.0.0.1", "0.0.0.0", "warn", ", but not at every address of this machine"),
+    ("0.0.0.0", "0.0.0.0", "ok  ", ""),
+    ("127.0.0.1", "127.0.0.1", "ok  ", ""),
+    ("127.0.0.1", "localhost", "ok  ", ""),
+])  # fmt: skip
+def test_a_proxy_that_listens_elsewhere_than_it_is_set_to_is_told_apart(
+    listens: str, asked: str, mark: str, what: str, agent_with_key: Agent, start_proxy: StartProxy
+) -> None:
+    """Else who has closed it to the network thinks that it is closed, and the old one runs on."""
+    port = start_proxy(upstream=agent_with_key.sock, addr=f"{listens}:0").port
+    line = f"{mark} {SERVER} answers at {asked}:{port} already{what}"
+    assert of_addresses(f"{asked}:{port}").lines == [line]
 
 
 def test_a_server_that_takes_our_name_is_escaped(scripted_agent: Scripted) -> None:
@@ -580,8 +612,11 @@ def test_a_host_that_is_none_is_named(host: str) -> None:
 
 
 def test_the_same_port_twice_is_told_for_serve_would_not_start() -> None:
+    """By its cause, which is no other program: nobody else is asked what check holds itself."""
     port = free_port()
-    of_addresses(f"127.0.0.1:{port},127.0.0.1:{port}").fails(f"port {port} is in use")
+    for first in ("127.0.0.1", "0.0.0.0"):
+        told = of_addresses(f"{first}:{port},127.0.0.1:{port}")
+        told.fails(f"cannot listen on 127.0.0.1:{port}: another address of {NAME}ADDR takes it")
 
 
 @linux
@@ -655,6 +690,21 @@ def test_listening_beyond_loopback_without_a_token_is_a_warning(
     assert part(p.weak_settings(configured(*argv))).lines == []
 
 
+@pytest.mark.parametrize(("addr", "tokens", "told"), [
+    ("127.0.0.1:0", "", True), ("unix:/s,127.0.0.1:0", "", True), ("unix:/s", "", False),
+    ("127.0.0.1:0", f"{SECRET}\n", False),
+])  # fmt: skip
+def test_a_yes_that_holds_for_everyone_on_this_machine_is_a_warning(
+    addr: str, tokens: str, told: bool, short: Path
+) -> None:
+    argv = ["--addr", addr, "--confirm", "true", "--confirm-for", "600"]
+    if tokens:
+        argv += ["--token-file", private_file(short / "tokens", tokens)]
+    found = part(p.weak_settings(configured(*argv))).found("yes holds for everyone")
+    assert len(found) == told
+    assert all(line.startswith("warn ") and NAME + "TOKEN_FILE" in line for line in found)
+
+
 UNKNOWN = [NAME + "UPSTRAEM", NAME, NAME + "X\x1b\u202e", NAME + "TOKEN"]
 
 
@@ -670,17 +720,17 @@ WRONG = [
     ("an option", ["--timeout", "soon"], {}, "--timeout: 'soon'"),
     ("a variable", [], {NAME + "TIMEOUT": "soon"}, NAME + "TIMEOUT: 'soon'"),
     ("no token file", ["--token-file", "/nowhere"], {}, "--token-file: can't use '/nowhere'"),
-    ("two that do not fit", ["--confirm-for", "60"], {}, NAME + "CONFIRM_FOR: nobody is asked"),
+    ("two that do not fit", ["--confirm-for", "60"], {}, NAME + "CONFIRM_FOR: '60' seconds"),
     ("a word too many", ["twice"], {}, "'check twice'"),
 ]
 
 
 @pytest.mark.parametrize(("argv", "env", "said"), rows(WRONG))
-def test_a_wrong_setting_is_told_and_exit_2(
+def test_a_wrong_setting_is_told_once_and_exit_2(
     argv: List[str], env: Dict[str, str], said: str, home: Path
 ) -> None:
     done = call(home, "check", *argv, **env)
-    assert done.returncode == 2
+    assert (done.returncode, done.stdout) == (2, b"")
     assert one_line(done.stderr).startswith(f"ssh-agent-proxy: {said}")
 
 

@@ -139,6 +139,7 @@ WRONG_WORDS = [
     ("no command", ["nope"], "nope"),
     ("a word after serve", ["serve", "now"], "now"),
     ("a word after shim", ["shim", "x"], "x"),
+    ("a word after check", ["check", "twice"], "'check twice'"),
     ("no option", ["--nope"], "--nope"),
     ("an escape sequence", ["--no\x1b[2Jpe"], "--no"),
     ("not even a unique beginning counts", ["--add", "127.0.0.1:0"], "--add"),
@@ -263,7 +264,7 @@ def test_a_busy_port_is_named_and_no_other_address_listened_on(proxy: Proxy, hom
     done = call(home, "--addr", f"127.0.0.1:0,127.0.0.1:{proxy.port}")
     assert done.returncode == 1
     assert b"listening on" not in done.stderr
-    said = one_line(done.stderr.splitlines()[-1])
+    said = done.stderr.splitlines()[-1].decode()
     assert f"port {proxy.port} is in use" in said
     assert "SSH_AGENT_PROXY_ADDR" in said
     assert http(proxy.port, "GET", "/healthz").status == 200
@@ -289,7 +290,7 @@ def test_an_unknown_host_is_named(home: Path) -> None:
     # A name with an empty label: no name server is asked.
     done = call(home, "--addr", "no..such.host:1")
     assert done.returncode in (1, 2)
-    assert "no..such.host" in one_line(done.stderr.splitlines()[-1])
+    assert b"no..such.host" in done.stderr.splitlines()[-1]
 
 
 def test_more_file_descriptors_are_asked_for_where_few_are_allowed(

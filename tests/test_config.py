@@ -295,11 +295,11 @@ BAD: List[Tuple[str, str, List[str]]] = [
     ("NAMESPACE", "a\x7f", ["x7f"]),
     ("NAMESPACE", 256 * "n", ["255"]),
     ("UPSTREAM", "relative/agent", ["'relative/agent'", "absolute path", "exec:"]),
-    ("UPSTREAM", "unix:", ["absolute path"]),
+    ("UPSTREAM", "unix:", ["'unix:'", "absolute path"]),
     ("UPSTREAM", "~nosuchuser/agent", ["'~nosuchuser/agent'"]),
     ("UPSTREAM", "$NOT_SET_HERE/agent", ["$NOT_SET_HERE", "not set"]),
-    ("UPSTREAM", "exec:  ", ["exec:"]),
-    ("UPSTREAM", "exec:socat 'x", ["quotation"]),
+    ("UPSTREAM", "exec:  ", ["'exec:  '", "without a command"]),
+    ("UPSTREAM", "exec:socat 'x", ['"exec:socat \'x"', "quotation"]),
     ("PUBKEY", "nonsense", ["not a public key"]),
     ("PUBKEY", "SHA256:dGhlIGZpbmdlcnByaW50IG9mIG5vYm9keXMga2V5IQA", ["fingerprint"]),
     ("PUBKEY", "ssh-ed25519 !!!!", ["base64"]),
@@ -324,8 +324,8 @@ BAD: List[Tuple[str, str, List[str]]] = [
     ("TIMEOUT", "99999999999", ["'99999999999'"]),
     ("TIMEOUT", "\u0663", ["'\u0663'"]),
     ("TOKEN_FILE", "$NOT_SET_HERE/tokens", ["$NOT_SET_HERE", "not set"]),
-    ("PAYLOADS", "commits", ["commit, tag, push"]),
-    ("PAYLOADS", "commit,any", ["commit, tag, push"]),
+    ("PAYLOADS", "commits", ["'commits'", "commit, tag, push"]),
+    ("PAYLOADS", "commit,any", ["'commit,any'", "commit, tag, push"]),
     ("PAYLOADS", "other", ["commit, tag, push"]),
     ("CONFIRM", "/nowhere/askpass", ["'/nowhere/askpass'", "can be run"]),
     ("CONFIRM", "/etc/passwd", ["'/etc/passwd'", "can be run"]),
@@ -367,7 +367,7 @@ def test_a_socket_that_lets_others_in_needs_tokens(tmp_path: Path) -> None:
     for mode in "0660", "0606", "0640", "0610", "0601":
         with pytest.raises(p.ConfigError, match="SSH_AGENT_PROXY_TOKEN_FILE") as raised:
             config(ADDR=address.replace("0660", mode))
-        check_error(str(raised.value), "SSH_AGENT_PROXY_ADDR", [f"mode {mode}"])
+        check_error(str(raised.value), "SSH_AGENT_PROXY_ADDR", [f"mode={mode}'"])
     assert config(ADDR=address, TOKEN_FILE=str(tmp_path / "tokens")).addr[1].mode == 0o660
     assert config(ADDR=address.replace("0660", "0700")).addr[1].mode == 0o700
 
@@ -375,7 +375,7 @@ def test_a_socket_that_lets_others_in_needs_tokens(tmp_path: Path) -> None:
 def test_a_yes_is_kept_only_where_there_is_someone_to_ask() -> None:
     with pytest.raises(p.ConfigError, match="set SSH_AGENT_PROXY_CONFIRM too") as raised:
         config(CONFIRM_FOR="600")
-    check_error(str(raised.value), "SSH_AGENT_PROXY_CONFIRM_FOR", [])
+    check_error(str(raised.value), "SSH_AGENT_PROXY_CONFIRM_FOR", ["'600'"])
     assert config(CONFIRM_FOR="600", CONFIRM="/bin/sh").confirm_for == 600
 
 

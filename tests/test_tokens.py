@@ -929,6 +929,31 @@ def test_a_bad_name_is_exit_2_and_nothing_is_made(words: List[str], home: Path) 
     assert os.listdir(home) == ["tmp"]
 
 
+def test_a_leash_stands_behind_the_name_and_holds(door: Door, home: Path) -> None:
+    leash = ["payloads=commit,push", f"key={FINGERPRINT}"]
+    status, out, _ = add(home, "box", *leash, file=door.path)
+    assert status == 0
+    assert door.path.read_text().endswith(f"{out.strip()} box {' '.join(leash)}\n")
+    assert door.status(out.strip(), post(b"x", bearer(out.strip()))) == 403
+
+
+@pytest.mark.parametrize("leash", [
+    ["key=SHA256:x"], ["key="], ["payloads=commits"], ["payloads="], ["payloads=commit,", "tag"],
+    ["payloads=commit, tag"], ["payloads=commit\n"], ["payloads=tag", "payloads=commit"],
+    ["colour=red"], ["payloads=tag", "jar"],
+])  # fmt: skip
+def test_a_leash_that_can_not_be_right_is_exit_2_and_nothing_is_made(
+    leash: List[str], home: Path
+) -> None:
+    """Else a container has more leash than its user thinks, or the proxy starts no more."""
+    status, out, err = add(home, "box", *leash, file=home / "tokens")
+    assert (status, out) == (2, "")
+    line = one_line(err.encode())
+    assert line.isprintable()
+    assert repr(" ".join(leash))[1:-1].replace("\\", "\\\\") in line
+    assert os.listdir(home) == ["tmp"]
+
+
 def test_without_a_file_it_is_exit_2_and_the_setting_is_named(home: Path) -> None:
     done = call(home, "token", "box", **{VARIABLE: ""})
     assert (done.returncode, done.stdout) == (2, b"")
@@ -1000,8 +1025,14 @@ def test_a_file_where_a_folder_should_be_is_exit_1_in_one_line(home: Path) -> No
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
-def test_a_token_that_nobody_could_be_told_is_exit_1(home: Path) -> None:
-    argv = ["sh", "-c", 'exec "$@" >/dev/full', "sh", sys.executable, PROXY, "token", "box"]
-    done = run(argv, env=clean_env(home, **{VARIABLE: home / "tokens"}), check=False)
+@pytest.mark.parametrize("before", ["", f"{TOKEN} jar\n", f"{TOKEN} jar"])
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
+def test_a_token_that_nobody_could_be_told_is_in_no_file_and_exit_1(
+    redirection: str, before: str, home: Path
+) -> None:
+    file = private_file(home / "tokens", before)
+    argv = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, PROXY, "token", "box"]
+    done = run(argv, env=clean_env(home, **{VARIABLE: file}), check=False)
     assert done.returncode == 1
     assert "standard output" in one_line(done.stderr)
+    assert file.read_text() == before
