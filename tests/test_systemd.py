@@ -443,7 +443,7 @@ def test_the_users_drop_ins_are_named_with_the_sandbox_and_with_what_does_not_st
     told = manager.install()
     assert f"The sandbox is in force, but for what these change:\n{mine}\n\n" in told
     manager.wipe()
-    mine = manager.drop_in("PrivateUsers=no")
+    mine = manager.drop_in("WorkingDirectory=/nonexistent")
     assert f"These have a say too:\n{mine}\n" in manager.refuses()
 
 
@@ -733,6 +733,8 @@ def test_a_commit_is_signed_by_an_agent_in(manager: Manager, keys: Keys, place: 
 def test_status_pubkey_and_logs_tell_of_the_service(manager: Manager, keys: Keys) -> None:
     path = PLACES["runtime"]
     manager.agent(path, keys["ed25519"])
+    # (Debian 13's manager has an agent of its own in SSH_AUTH_SOCK.)
+    manager.write(ENV, f"SSH_AGENT_PROXY_UPSTREAM={path}\n")
     manager.install()
     wanted = f"listening on 127.0.0.1:7221, using the agent at '{path}'"
     wait_for(lambda: manager.show("StatusText") == wanted, 5, f"the status {wanted}")
@@ -764,7 +766,8 @@ def test_pubkey_asks_a_socket_too_with_a_token(manager: Manager, keys: Keys) -> 
     tokens = ENV.with_name("tokens")
     token = manager.text(f"{HOME}/.local/bin/ssh-agent-proxy", "token", "me",
                          "--token-file", tokens)  # fmt: skip
-    manager.settings(ADDR="unix:$XDG_RUNTIME_DIR/ssh-agent-proxy/socket", TOKEN_FILE=tokens)
+    manager.settings(ADDR="unix:$XDG_RUNTIME_DIR/ssh-agent-proxy/socket", TOKEN_FILE=tokens,
+                     UPSTREAM=PLACES["runtime"])  # fmt: skip
     url = f"PROXY_URL=unix:{RUNTIME}/ssh-agent-proxy/socket"
     told = manager.make("pubkey", url, SSH_AGENT_PROXY_TOKEN=token).stdout.decode()
     assert told.strip() == keys.line("ed25519")
@@ -884,7 +887,7 @@ def test_one_that_dies_at_each_start_is_given_up_and_installing_tries_anew(
     breaks = manager.drop_in("ExecStartPre=/bin/false\nRestartSec=1ms")
     manager.ctl("restart", NAME, check=False)
     wait_for(lambda: manager.show("ActiveState") == "failed", 60, "it is given up")
-    assert manager.show("NRestarts") == "20"
+    assert manager.show("NRestarts") in ("19", "20")  # 257 does not count the last one
     manager.outside(breaks).unlink()
     manager.ctl("daemon-reload")
     manager.install()
