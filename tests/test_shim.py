@@ -1503,7 +1503,7 @@ CURL_ENDS = {
     6: "is not known here",
     7: "is ssh-agent-proxy running on the host",
     18: "broke off",
-    28: "in time (10 s to connect, 300 s in all)",
+    28: "in time (5 s to connect, 600 s in all)",
     60: "no trusted TLS connection (curl's exit status 60)",
     99: "ended with exit status 99",
     120: "could not be handed the token",
@@ -1968,7 +1968,7 @@ try:
 except ChildProcessError:
     print(status, orphans, flush=True)
 """
-ANNOUNCEMENT = b"ssh-agent-proxy-sign: waiting for the agent: touch your key?\r\n"
+ANNOUNCEMENT = b"ssh-agent-proxy-sign: waiting for ssh-agent-proxy: touch your key?\r\n"
 
 
 class Terminal:
