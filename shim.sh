@@ -70,6 +70,7 @@ source=''    # the file it stands in
 marked=''    # not empty: we wrote that file, and may replace it
 nobody=''    # not empty: git names the key that nobody holds
 once=''      # not empty: the data can be read only once
+opened=''    # not empty: standard input has been
 elsewhere='' # not empty: who is asked is not who may know the token
 repeated=''  # not empty: asked again after a broken connection
 waited=0     # seconds, for a proxy that was busy
@@ -170,13 +171,11 @@ create() {
     [ ! -e "$1" ] && [ ! -L "$1" ] || return 1
     held=$1
     set -C
-    if { true >"$held"; } 2>/dev/null; then
-        set +C
-        return 0
+    if ! { true >"$held"; } 2>/dev/null || [ ! -f "$held" ] || [ -L "$held" ]; then
+        held=''
     fi
     set +C
-    held=''
-    return 1
+    [ -n "$held" ]
 }
 
 # The signature of file $1 (- is standard input) in $body.
@@ -398,10 +397,7 @@ begins_with() {
 remove_gits_key() {
     if [ -n "$source" ] && is_gits_own "$source" .git_signing_key_tmp && [ -f "$source" ] &&
         [ ! -L "$source" ]; then
-        case $source in
-        /*) rm -f -- "$source" || : ;;
-        *) rm -f -- "./$source" || : ;;
-        esac
+        rm -f -- "$source" 2>/dev/null || :
     fi
 }
 
@@ -616,12 +612,12 @@ shift_key() {
     shifted=''
     [ -n "$wanted" ] || return 0
     blob=${wanted#* }
-    case $namespace:$blob in
-    git:*==) follows=$GIT_1 ;;
-    git:*=) follows=$GIT_2 ;;
-    git:*) follows=$GIT_0 ;;
-    *) follows='' ;;
+    case $blob in
+    *==) follows=$GIT_1 ;;
+    *=) follows=$GIT_2 ;;
+    *) follows=$GIT_0 ;;
     esac
+    [ "$namespace" = git ] || follows=''
     rest=${blob%%=*}
     case $wanted in
     ssh-rsa\ * | *-cert-v01@openssh.com\ *)
@@ -666,7 +662,7 @@ set_out() {
     trap 'interrupted 143' TERM
 }
 
-# shellcheck disable=SC2317 # reached by a trap
+# shellcheck disable=SC2317,SC2329 # reached by a trap
 fall_off() {
     clean_up
     printf '%s: ended too early: is this file cut short? Fetch it again\n' "$PROGRAM" >&2 || :
@@ -679,7 +675,7 @@ finish() {
     exit 0
 }
 
-# shellcheck disable=SC2317 # reached by a trap
+# shellcheck disable=SC2317,SC2329 # reached by a trap
 interrupted() {
     trap - EXIT # mksh would exit with the status of the trap
     trap '' HUP INT TERM
@@ -780,7 +776,56 @@ if [ "$operation" = sign ]; then
     fi
 fi
 
-# What follows is read only where the straight way did not lead to the end.
+# --- Standard input ---------------------------------------------------------------------------
+
+# Is it signed, and the signature printed?
+sign_input() {
+    if [ -z "$opened" ]; then
+        { true 3<&0; } 2>/dev/null || leave no_input || return
+        exec 3<&0
+        umask 077
+        opened=yes
+        make_scratch || leave no_scratch || return
+    fi
+    choose_key || return
+    data=-
+    if [ -z "$once" ]; then
+        data=$scratch/data
+        [ -e "$data" ] || keep_input || leave no_copy || return
+    fi
+    obtain "$data" || return
+    remove_gits_key
+    clean_up
+    trap - HUP INT TERM # nothing is left to be left behind, and this may block
+    { printf '%s' "$body"; } 2>/dev/null || leave no_output
+}
+
+# $scratch: a folder of our own, with the file for the answer in it.
+make_scratch() {
+    scratch=$(make_temporary -d "${TMPDIR:-/tmp}/$PROGRAM.XXXXXX") || return 1
+    held=$scratch/answer
+}
+
+# Prints the name of a new file, or with -d folder; no signal ends it between making and telling.
+make_temporary() {
+    trap '' HUP INT TERM
+    exec mktemp "$@" 2>/dev/null
+}
+
+keep_input() {
+    cat <&3 >"$data" 2>/dev/null &
+    job=$!
+    job_ends
+    [ "$ended" = 0 ]
+}
+
+if [ "$next" = input ]; then
+    if sign_input; then
+        finish
+    fi
+fi
+
+# What follows is read only where neither way did lead to the end.
 
 main() {
     case ${1-} in
@@ -819,7 +864,16 @@ mend() {
         die "this push certificate names a key that nobody holds, because the proxy could not be \
 asked for its own when the push began: look at \`$PROGRAM pubkey\`, then push again"
         ;;
-    input) sign_input ;;
+    input)
+        until sign_input; do
+            mend
+        done
+        finish
+        ;;
+    no_scratch) once=yes ;; # it is signed as it comes
+    no_input) die "there is no standard input to sign" ;;
+    no_copy) die "standard input could not be kept: is the disk full?" ;;
+    no_output) die "the signature could not be written" ;;
     refusal) look_at_refusal ;;
     answer) die "$shown answered 200 without a whole signature" ;;
     purpose) die "$shown answered with a signature that is not for namespace git: it is not kept" ;;
@@ -1116,12 +1170,6 @@ write_key() {
     return 1
 }
 
-# Prints the name of a new file, or with -d folder; no signal ends it between making and telling.
-make_temporary() {
-    trap '' HUP INT TERM
-    exec mktemp "$@" 2>/dev/null
-}
-
 # --- Answers that are none --------------------------------------------------------------------
 
 # There was no signature; that of another key, once, where the one that was asked for is one that
@@ -1202,7 +1250,8 @@ is_busy() {
     *) seconds=9 ;;
     esac
     case $took in
-    [0-9].* | [1-9][0-9].* | 1[0-9][0-9].*) waited=$((waited + ${took%%.*})) ;;
+    [0-9].* | [1-9][0-9].*) waited=$((waited + ${took%%.*})) ;;
+    ?*) return 1 ;; # it took too long already
     esac
     waited=$((waited + seconds))
     [ "$waited" -le "$BUSY_SECONDS" ] || return 1
@@ -1315,41 +1364,9 @@ that it is the socket of ssh-agent-proxy, whose log tells more, and not an agent
     esac
 }
 
-# --- Standard input ---------------------------------------------------------------------------
+# --- Where there is no file for standard input and the answer ----------------------------------
 
-sign_input() {
-    { true 3<&0; } 2>/dev/null || die "there is no standard input to sign"
-    exec 3<&0
-    umask 077
-    make_scratch || once=yes
-    until choose_key; do
-        mend
-    done
-    data=-
-    if [ -z "$once" ]; then
-        data=$scratch/data
-        cat <&3 >"$data" 2>/dev/null &
-        job=$!
-        job_ends
-        [ "$ended" = 0 ] || die "standard input could not be kept: is the disk full?"
-    fi
-    until obtain "$data"; do
-        mend
-    done
-    remove_gits_key
-    clean_up
-    trap - HUP INT TERM # nothing is left to be left behind, and this may block
-    { printf '%s' "$body"; } 2>/dev/null || die "the signature could not be written"
-    finish
-}
-
-# $scratch: a folder of our own, with the file for the answer in it.
-make_scratch() {
-    scratch=$(make_temporary -d "${TMPDIR:-/tmp}/$PROGRAM.XXXXXX") || return 1
-    held=$scratch/answer
-}
-
-# One request where there is no file for the answer, nor for the data.
+# One request, with the data as it comes.
 stream() {
     ended=0
     { answer=$(stream_curl --limit-rate 1M "$@" <&3); } 2>/dev/null || ended=$?

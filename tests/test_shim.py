@@ -556,6 +556,11 @@ REFUSED = [
     ("a key without a name", ["-f", ""], "", "-f names no key"),
     ("a GPG id", ["-f", "ABCDEF012345678"], "", "ABCDEF012345678, which is no file"),
     ("an address", ["-f", "me@example.com"], "", "me@example.com, which is no file"),
+    ("a relative path", ["-f", "a/b.pub"], "", "(one is fetched only to a path that begins with"),
+    ("a home's other spelling", ["-f", "~x/b.pub"], "", "(one is fetched only to a path that"),
+    ("a key of no known type", ["-f", "key::dss AAAA"], "", "no public key of a known type"),
+    ("a key cut short", ["-f", "ssh-rsa AAAA:"], "", "no public key of a known type"),
+    ("forgers' key itself", ["-f", ANYBODY], "", "user.signingkey is 32 zero bytes, for"),
     ("a private key", ["-f", "./key"], PRIVATE, "private one"),
     ("a key in a private one", ["-f", "./key"], f"{PRIVATE}{LINE}\n", NO_KEY),
     ("another text", ["-f", "./key"], "hello world\n", NO_KEY),
@@ -577,7 +582,7 @@ def test_what_cannot_be_meant_is_refused_before_anyone_is_asked(
         shim.file("key", key.encode())
     assert told in said(shim.sign(*options, "m", env=server.env))
     assert server.requests == []
-    assert not (shim.folder / "m.sig").exists()
+    assert {path.name for path in shim.folder.iterdir()} <= {"m", "key", "sap"}
 
 
 # ---------------------------------------------------------------- which key signs
@@ -618,6 +623,64 @@ def test_the_key_in_the_file_is_asked_for_without_its_comment(
         fine(shim.sign("-f", name.replace(".pub", ""), "m", env=server.env))
         assert sent(server.requests[0], "SSHSIG-Key") == expected
         assert server.methods() == [b"POST"]
+
+
+@pytest.mark.parametrize("key", [LINE, f"key::{LINE} me@home", f"{LINE} x\n", f"{NOBODY} any"])
+def test_a_key_that_is_no_file_but_the_key_itself_is_asked_for(
+    shim: Shim, liar: Any, key: str
+) -> None:
+    """Dulwich hands over what the key command printed, and could not sign."""
+    server = liar(answer(ARMOR))
+    shim.file()
+    fine(shim.sign("-f", key, "m", env=server.env))
+    fine(shim.sign("-f", key, input=COMMIT, env=server.env), ARMOR)
+    expected = None if key.startswith(NOBODY) else LINE
+    assert [sent(r, "SSHSIG-Key") for r in server.requests] == [expected] * 2
+    assert shim.files() == ["m", "m.sig"]
+
+
+def test_a_key_in_the_home_is_the_homes_and_not_the_working_trees(shim: Shim, liar: Any) -> None:
+    """A folder named ~ that a repository brings along would say which key signs."""
+    server = liar(served_key(LINE), answer(ARMOR))
+    (shim.folder / "~").mkdir()
+    shim.key("~/k.pub", OTHER)
+    shim.file()
+    fine(shim.sign("-f", "~/new/k", "m", env=server.env))
+    assert server.methods() == [b"GET", b"POST"]
+    assert Path(shim.env["HOME"], "new/k.pub").read_text() == f"{FETCHED}\n{LINE} me\n"
+    fine(shim.sign("-f", "~/new/k", "m", env=server.env))
+    assert sent(server.requests[-1], "SSHSIG-Key") == LINE
+    assert shim.files() == ["m", "m.sig", "~/k.pub"]
+
+
+GITS_KEY = ".git_signing_key_tmpAb3dEf"
+KEPT_KEYS = [
+    ("git's own", GITS_KEY, answer(ARMOR), True),
+    ("where nothing is signed", GITS_KEY, UNAVAILABLE, False),
+    ("a longer name", f"{GITS_KEY}g", answer(ARMOR), False),
+    ("another name", f"my{GITS_KEY}", answer(ARMOR), False),
+    ("no letters", ".git_signing_key_tmp-b3dEf", answer(ARMOR), False),
+    ("a person's", "k.pub", answer(ARMOR), False),
+]
+
+
+@pytest.mark.parametrize("name, answered, taken", rows(KEPT_KEYS))
+def test_gits_own_file_of_a_literal_key_is_taken_away_and_no_other(
+    shim: Shim, liar: Any, name: str, answered: bytes, taken: bool
+) -> None:
+    """Git leaves one behind at each signature; but a person's key file must not go."""
+    server = liar(answered)
+    shim.file()
+    for argv in (["m"], []):
+        key = shim.key(name, LINE)
+        done = shim.sign("-U", "-f", f"./{name}", *argv, input=COMMIT, env=server.env)
+        assert (done.returncode == 0) == (answered != UNAVAILABLE)
+        assert key.exists() != taken
+    (shim.folder / "link").mkdir()
+    link = shim.folder / "link" / GITS_KEY
+    link.symlink_to(shim.key("mine", LINE))
+    shim.sign("-U", "-f", link, "m", env=server.env)
+    assert link.is_symlink()
 
 
 def test_no_key_named_is_the_proxys_own_choice_and_nothing_is_fetched(
@@ -963,7 +1026,7 @@ WAYS = ["file", "pipe", "stdin", "streamed", "pubkey", "key", "fetched"]
 def ask(shim: Shim, way: str, env: Dict[str, str]) -> Done[bytes]:
     shim.file()
     if way == "pipe":
-        before = ["sh", "-c", 'mkfifo pipe && { cat m >pipe & exec "$@"; }', "sh"]
+        before = ["sh", "-c", '[ -p pipe ] || mkfifo pipe; cat m >pipe & exec "$@"', "sh"]
         return shim("-Y", "sign", "pipe", env=env, before=before)
     more = {"TMPDIR": f"{shim.folder}/nowhere"} if way == "streamed" else {}
     argv = {
@@ -1708,6 +1771,73 @@ def test_an_answer_that_broke_before_its_status_is_asked_for_once_more(
     assert server.requests[0] == server.requests[1]
 
 
+@pytest.mark.long
+def test_an_answer_that_broke_after_a_while_is_not_asked_for_again(
+    one_shim: Shim, liar: Any
+) -> None:
+    """A person would be asked a second time for what they have agreed to."""
+    server = liar(lambda connection: time.sleep(5.2), answer(ARMOR))
+    one_shim.file()
+    assert "closed the connection without" in said(one_shim.sign("m", env=server.env))
+    assert len(server.requests) == 1
+
+
+def busy(seconds: str, server: str = "ssh-agent-proxy/1") -> bytes:
+    return answer(b"busy\n", "503 Service Unavailable", server, **{"Retry-After": seconds})
+
+
+@pytest.mark.parametrize("way", ["file", "stdin", "fetched", "key"])
+def test_a_busy_proxy_is_waited_for(shim: Shim, liar: Any, way: str) -> None:
+    """Of a hundred commits at once some would fail."""
+    answers = [busy("0"), answer(ARMOR)]
+    if way in ("fetched", "key"):
+        answers[1:] = [served_key(LINE), answer(ARMOR)]
+    server = liar(*answers)
+    started = time.monotonic()
+    assert ask(shim, way, server.env).stderr == b""
+    assert time.monotonic() - started >= 1
+    assert server.methods() == {"key": [b"GET"] * 2, "fetched": [b"GET", b"GET", b"POST"]}.get(
+        way, [b"POST"] * 2
+    )
+
+
+@pytest.mark.parametrize(
+    "way, answered", [("file", busy("1", "nginx")), ("file", UNAVAILABLE), ("pipe", busy("1"))]
+)
+def test_what_is_not_busy_or_cannot_be_read_again_is_not_waited_for(
+    shim: Shim, liar: Any, way: str, answered: bytes
+) -> None:
+    server = liar(answered)
+    said(ask(shim, way, server.env))
+    assert len(server.requests) == 1
+
+
+def test_a_proxy_that_stays_busy_is_given_up_after_two_minutes(one_shim: Shim, liar: Any) -> None:
+    """Each wait is 9 s at most, whatever the proxy says; a sleep that is none counts them."""
+    server = liar(busy("3600"))
+    one_shim.file()
+    (one_shim.folder / "bin").mkdir()
+    slept = one_shim.folder / "slept"
+    one_shim.file("bin/sleep", f'#!/bin/sh\necho "$1" >>"{slept}"\n'.encode()).chmod(0o755)
+    env = {**server.env, "PATH": f"{one_shim.folder}/bin:{os.environ['PATH']}"}
+    assert "answered 503: busy" in said(one_shim.sign("m", env=env))
+    assert slept.read_text().split() == ["9"] * 13
+
+
+def test_a_wait_for_a_busy_proxy_can_be_interrupted(shim: Shim, liar: Any) -> None:
+    server = liar(busy("9"))
+    shim.env.update(server.env)
+    shim.file()
+    process = shim.start("-Y", "sign", "m")
+    wait_for(lambda: server.requests, message="the request")
+    time.sleep(0.3)  # it has been answered by then, mostly
+    process.terminate()
+    started = time.monotonic()
+    assert process.communicate(timeout=10) == (b"", b"")
+    assert time.monotonic() - started < 5
+    assert shim.files() == ["m"]
+
+
 def test_a_pipe_that_was_read_is_not_read_again(shim: Shim, liar: Any) -> None:
     server = liar(b"")
     done = ask(shim, "pipe", server.env)
@@ -1834,6 +1964,46 @@ def test_a_signature_or_a_link_in_its_place_is_replaced(
     assert target.read_bytes() == b"precious"
     verified(old.read_bytes())
     assert not old.is_symlink()
+
+
+GITS_FILE = ".git_signing_buffer_tmpAb3dEf"
+
+
+@pytest.mark.parametrize("there", ["nothing", "a link", "a dangling link", "a file", "a device"])
+def test_in_gits_own_call_the_signature_is_a_new_file_whatever_stood_there(
+    shim: Shim, liar: Any, there: str
+) -> None:
+    """A link that somebody put beside git's file would have theirs written over."""
+    shim.file(GITS_FILE)
+    target = shim.file("target", b"precious")
+    made = shim.folder / f"{GITS_FILE}.sig"
+    links = {"a link": target, "a dangling link": "dangling", "a device": "/dev/full"}
+    if there in links:
+        made.symlink_to(links[there])
+    if there == "a file":
+        made.write_bytes(b"old")
+    before = ["sh", "-c", 'umask 027; exec "$@"', "sh"]
+    fine(shim.sign(GITS_FILE, env=liar(answer(ARMOR)).env, before=before))
+    assert not made.is_symlink()
+    assert made.read_bytes() == ARMOR
+    assert stat.S_IMODE(made.stat().st_mode) == 0o640
+    assert target.read_bytes() == b"precious"
+    assert shim.files() == [GITS_FILE, f"{GITS_FILE}.sig", "target"]
+
+
+@pytest.mark.parametrize("lie", [b"", UNAVAILABLE, answer(b"<p>"), answer(armored(namespace="x"))])
+def test_in_gits_own_call_nothing_is_left_of_a_failure(shim: Shim, liar: Any, lie: bytes) -> None:
+    """Some gits look for the file and not at the exit status."""
+    shim.file(GITS_FILE)
+    said(shim.sign(GITS_FILE, env=liar(lie).env))
+    assert shim.files() == [GITS_FILE]
+    server: Liar = liar(lambda connection: server.hold(connection))
+    shim.env.update(server.env)
+    process = shim.start("-Y", "sign", GITS_FILE)
+    wait_for(lambda: server.requests, message="the request")
+    process.terminate()
+    assert process.communicate(timeout=10) == (b"", b"")
+    assert shim.files() == [GITS_FILE]
 
 
 @on_linux
