@@ -1139,6 +1139,9 @@ class Consent:
         """How long a yes to PAYLOAD holds."""
         return 0 if payload.kind == "other" else self.hold
 
+    def holds(self, what: tuple[str, ...]) -> bool:
+        return boottime() < self.agreed.get(what, 0)
+
     def ask(self, payload: Payload, namespace: str, key: PublicKey, peer: dict[str, str],
             token: Optional[Token], client: socket.socket) -> None:  # fmt: skip
         """Returns if the person agrees, or has agreed, to what PEER asks for; else 403."""
@@ -1158,6 +1161,8 @@ class Consent:
                client: socket.socket) -> None:  # fmt: skip
         """Returns if the person agrees, as OpenSSH's own askpass is understood; else 403. The yes
         holds SECONDS for the same WHAT."""
+        if self.holds(what):
+            return  # another's prompt may be open for long
         deadline = time.monotonic() + self.agents.timeout
         queue = Watch("the person, with another prompt,", deadline, client)
         try:
@@ -1165,7 +1170,7 @@ class Consent:
                 queue.wait(0)
             try:
                 queue.wait(0)  # nobody is asked for a client that has left
-                if boottime() < self.agreed.get(what, 0):
+                if self.holds(what):
                     return
                 words = (*self.askpass.command, os.fsdecode(prompt.encode()))
                 program = self.askpass._replace(command=words)
@@ -1347,23 +1352,16 @@ Env = Mapping[str, str]
 _T = TypeVar("_T")
 
 
-def parts(value: str) -> list[str]:
-    """What a setting holds that is separated by commas."""
-    return [part.strip() for part in value.split(",")]
+def parse_namespace(value: str, env: Env) -> str:
+    if not _NAMESPACE.fullmatch(value):
+        raise ConfigError(f"{printable(value)!r} is not 1 to 255 printable ASCII characters")
+    return value
 
 
-def parse_namespaces(value: str, env: Env) -> tuple[str, ...]:
-    for name in parts(value):
-        if not _NAMESPACE.fullmatch(name):
-            raise ConfigError(f"{printable(name)!r} is not 1 to 255 printable ASCII characters")
-    return tuple(parts(value))
-
-
-def parse_hosts(value: str, env: Env) -> tuple[str, ...]:
-    for host in parts(value):
-        if not _HOST_NAME.fullmatch(host.removeprefix(".")):
-            raise ConfigError(f"{printable(host)!r} is not a host name or .suffix")
-    return tuple(host.lower().removesuffix(".") for host in parts(value))
+def parse_host(value: str, env: Env) -> str:
+    if not _HOST_NAME.fullmatch(value.removeprefix(".")):
+        raise ConfigError(f"{printable(value)!r} is not a host name or .suffix")
+    return value.lower().removesuffix(".")
 
 
 def parse_payloads(value: str, env: Env) -> tuple[str, ...]:
@@ -1419,10 +1417,6 @@ def parse_address(value: str, env: Env) -> Union[Address, UnixAddress]:
     if match and int(match[3]) <= 65535:
         return Address(match[1] or match[2], int(match[3]))
     raise ConfigError(f"{printable(value)!r} is none of HOST:PORT, [V6]:PORT, unix:/path?mode=0660")
-
-
-def parse_addresses(value: str, env: Env) -> tuple[Union[Address, UnixAddress], ...]:
-    return tuple(parse_address(part, env) for part in parts(value))
 
 
 def parse_upstream(value: str, env: Env) -> Upstream:
@@ -1501,13 +1495,15 @@ class File(NamedTuple):
 
 class Option(NamedTuple):
     """A setting: its variable without SSH_AGENT_PROXY_, a row of --help, and how it is read (a
-    ProxyError or ValueError says why it can't be). One with a path only is a File."""
+    ProxyError or ValueError says why it can't be), each of SEVERAL between commas. One with a path
+    only is a File."""
 
     variable: str
     default: str
     metavar: str
     help: str
     parse: Callable[[str, Env], Any]
+    several: bool = False
 
     @property
     def field(self) -> str:
@@ -1517,12 +1513,17 @@ class Option(NamedTuple):
     def flag(self) -> str:
         return "--" + self.field.replace("_", "-")
 
+    def read(self, text: str, env: Env) -> Any:
+        if self.several:
+            return tuple(self.parse(part.strip(), env) for part in text.split(","))
+        return self.parse(text, env)
+
 
 OPTIONS = (
     Option("ADDR", "127.0.0.1:7221", "HOST:PORT", "where to listen, or unix:/path; several are "
-           "separated by commas; port 0 picks one", parse_addresses),
+           "separated by commas; port 0 picks one", parse_address, several=True),
     Option("NAMESPACE", "git", "NAMES", "SSHSIG namespaces that may be signed, separated by "
-           "commas; the first is the default", parse_namespaces),
+           "commas; the first is the default", parse_namespace, several=True),
     Option("UPSTREAM", "", "AGENT", "the agent: its socket's /path, or exec:COMMAND; unset: "
            "$SSH_AUTH_SOCK, else the first well-known socket", parse_upstream),
     Option("PUBKEY", "", "LINE", "an authorized_keys line: sign with this key only", parse_pin),
@@ -1534,7 +1535,7 @@ OPTIONS = (
     Option("CONFIRM_FOR", "0", "SECONDS", "how long its yes holds for the same client and kind",
            parse_hold),
     Option("ALLOWED_HOSTS", "", "NAMES", "further names that a Host header may carry, separated "
-           "by commas, .suffix for all below it", parse_hosts),
+           "by commas, .suffix for all below it", parse_host, several=True),
     Option("TIMEOUT", "120", "SECONDS", "for one whole exchange with the agent, a touch included",
            parse_seconds),
 )  # fmt: skip
@@ -1579,7 +1580,7 @@ def read_settings(env: Env, given: argparse.Namespace) -> dict[str, Any]:
         if not text:
             continue
         try:
-            value = option.parse(text, env)
+            value = option.read(text, env)
         except (ProxyError, ValueError) as e:
             raise ConfigError(f"{name}: {e}") from e
         values[option.field] = File(value, name) if option.parse is expand else value

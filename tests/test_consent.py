@@ -776,6 +776,19 @@ def test_a_no_is_not_remembered_and_ends_no_yes_to_something_else(
     assert len(askpass.asked()) == 4
 
 
+def test_a_yes_that_holds_waits_for_no_other_prompt(
+    askpass: Askpass, holding: Proxy
+) -> None:
+    """Else a rebase fails because another container's question is left open."""
+    signed(Request(holding))
+    askpass.does(WAITS)
+    other = Request(holding, tag())
+    askpass.wait(2)
+    signed(Request(holding))
+    askpass.answer("exit 0")
+    signed(other)
+
+
 def test_those_in_the_queue_ride_on_the_first_yes(
     askpass: Askpass, confirming: Confirming
 ) -> None:
