@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
+import logging
 import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple
@@ -278,6 +281,33 @@ def test_check_says_what_is_so(
     *lines, so = run(argv, env=clean_env(home)).stdout.decode().splitlines()
     assert claims(lines, "ok +", "warn +") == json.loads(so)
     reasons(where, lines)
+
+
+NOT_PERMITTED = f"not in force (ptrace: {os.strerror(errno.EPERM)})"
+
+
+@pytest.mark.parametrize(
+    ("refused", "level", "told"),
+    [(0, logging.INFO, "in force (PT_DENY_ATTACH)"), (errno.EPERM, logging.WARNING, NOT_PERMITTED)],
+)
+def test_what_macos_can_not_do_is_told_by_check_and_is_no_line_at_each_start(
+    monkeypatch: pytest.MonkeyPatch, refused: int, level: int, told: str
+) -> None:
+    def answer(number: int) -> Callable[..., int]:
+        return lambda *args: ctypes.set_errno(number) or (-1 if number else 0)
+
+    libc = types.SimpleNamespace(ptrace=answer(refused), mlockall=answer(errno.ENOSYS))
+    monkeypatch.setattr(ctypes, "CDLL", lambda *args, **options: libc)
+    monkeypatch.setattr(resource, "setrlimit", lambda *args: None)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: 2 * (
+        0 if which == resource.RLIMIT_CORE else UNLIMITED,))  # fmt: skip
+    core, debugger, memory = p.hardening_findings(p.harden("darwin"))
+    assert core == (logging.INFO, "no core dumps: in force (RLIMIT_CORE 0)")
+    assert debugger[0] == level
+    assert debugger[1].endswith(f": {told}")
+    assert memory[0] == logging.DEBUG
+    assert memory[1].endswith(f"not in force (mlockall: {os.strerror(errno.ENOSYS)})")
+    assert p.MARKS[memory[0]] == "ok  "
 
 
 def test_an_unknown_system_is_left_alone() -> None:

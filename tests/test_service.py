@@ -41,6 +41,7 @@ from conftest import (
     read_all,
     read_message,
     rows,
+    tuned,
     wait_for,
 )
 
@@ -154,9 +155,8 @@ def test_a_second_signal_ends_it_at_once(
 def test_what_does_not_end_is_waited_for_with_a_bound(
     waiting: Waiting, start_proxy: Callable[..., Proxy]
 ) -> None:
-    # A bound of half a second instead of ten, to see it reached.
-    python = with_hook("assert p.DRAIN_SECONDS == 10; p.DRAIN_SECONDS = 0.5")
-    proxy = start_proxy(upstream=waiting.sock, python=python)
+    assert ssh_agent_proxy.DRAIN_SECONDS == 10
+    proxy = start_proxy(upstream=waiting.sock, python=tuned(DRAIN_SECONDS=0.5))
     waiting.begin(proxy)
     started = time.monotonic()
     proxy.process.send_signal(signal.SIGTERM)
@@ -823,7 +823,7 @@ def test_a_manager_that_does_not_read_holds_up_nothing_and_hears_of_ready_at_las
     assert ssh_agent_proxy.READY_SECONDS == 5
     with flooded(manager):
         # A minute instead: this machine may be busy.
-        proxy = start_proxy(upstream=agent_with_key.sock, python=with_hook("p.READY_SECONDS = 60"),
+        proxy = start_proxy(upstream=agent_with_key.sock, python=tuned(READY_SECONDS=60),
                             env={"NOTIFY_SOCKET": manager.variable})  # fmt: skip
         assert http(proxy.port, "POST", "/sign", b"x").status == 200
         manager.wait("^READY=1$")
