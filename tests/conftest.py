@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -886,18 +887,25 @@ def audited(proxy: Proxy, number: int = 1) -> Dict[str, str]:
     return log_fields(request_lines(proxy.log())[number - 1])
 
 
+_markers = itertools.count()
+
+
+def lines_until_now(proxy: Proxy, where: Union[int, Path]) -> List[str]:
+    """The lines that the log has for requests, once it has those of all that are answered; the last
+    one is of a request for this purpose."""
+    marker = f"/marker{next(_markers)}"
+    ask(where, get(marker))
+    wait_for(lambda: f"path={marker} " in proxy.log(), message="the marker's line")
+    return request_lines(proxy.log())
+
+
 def logged(proxy: Proxy, where: Union[int, Path], data: bytes) -> Tuple[bytes, List[str]]:
-    """What comes back for DATA, and the lines that the log has for it: all of them, for that of a
-    later request is awaited."""
-    before = len(request_lines(proxy.log()))
+    """What comes back for DATA, and the lines that the log has for it."""
+    before = len(lines_until_now(proxy, where))
     with connect(where) as s:
         s.sendall(data)
         received = read_all(s)
-    later = f"/later{before}"
-    ask(where, get(later))
-    wait_for(lambda: f"path={later} " in proxy.log(), message="the later request's line")
-    lines = request_lines(proxy.log())[before:]
-    return received, [line for line in lines if f"path={later} " not in line]
+    return received, lines_until_now(proxy, where)[before:-1]
 
 
 # ---------------------------------------------------------------- what OpenSSH makes of it
