@@ -24,6 +24,7 @@ from conftest import (
     Repository,
     ask,
     clean_env,
+    commit,
     post,
     run,
 )
@@ -314,20 +315,21 @@ def test_the_socket_shown_signs_for_its_owner(home: Path, host: Dict[str, str]) 
     assert (home / ".local/bin/ssh-agent-proxy-sign").read_bytes() == SHIM.read_bytes()
 
 
-def test_the_token_shown_is_needed_and_enough(home: Path, host: Dict[str, str]) -> None:
+def test_the_token_shown_is_needed_and_signs_by_its_leash(home: Path, host: Dict[str, str]) -> None:
     (script,) = blocks(section("## A token for each container", SECURITY), "sh")
     with serving(script, home, host) as proxy:
         port = port_of(proxy)
         token = (home / "dev.token").read_text().strip()
-        assert ask(port, post(b"x")).status == 401
-        assert ask(port, post(b"x", f"Authorization: Bearer {token}")).status == 200
+        assert ask(port, post(commit())).status == 401
+        assert ask(port, post(b"x", f"Authorization: Bearer {token}")).status == 403
+        assert ask(port, post(commit(), f"Authorization: Bearer {token}")).status == 200
 
 
 def test_the_token_file_shown_is_one() -> None:
     (text,) = blocks(section("## A token for each container", SECURITY), "")
     text = text.replace("Wk8u…", 43 * "A").replace("…", "")
     first, second = ssh_agent_proxy.parse_tokens(text)
-    assert (first.name, first.key, first.payloads) == ("dev", "", ())
+    assert (first.name, first.key, first.payloads) == ("dev", "", ("commit", "tag"))
     assert (second.name, second.payloads) == ("agent", ("commit",))
     assert second.key == "SHA256:" + 43 * "A"
 
