@@ -1170,24 +1170,28 @@ class Consent:
                 queue.wait(0)
             try:
                 queue.wait(0)  # nobody is asked for a client that has left
-                if self.holds(what):
-                    return
-                words = (*self.askpass.command, os.fsdecode(prompt.encode()))
-                program = self.askpass._replace(command=words)
-                try:
-                    with Exchange(program, deadline, client, self.agents.commands) as exchange:
-                        status, answer = exchange.result(1024)
-                except ClientGone:
-                    time.sleep(1)  # or a click on its way to this prompt would hit the next
-                    raise
-                if status or re.split(b"[\r\n]", answer)[0].lower() not in (b"", b"yes"):
-                    why = f"exit status {status}" if status else repr(printable(answer, 40))
-                    raise AgentRefused(f"the prompt was declined, or could not be shown ({why})")
-                self.agreed[what] = boottime() + seconds
+                if not self.holds(what):
+                    self.put(prompt, deadline, client)
+                    self.agreed[what] = boottime() + seconds
             finally:
                 self.lock.release()
         except (AgentError, AgentTimeout, AgentRefused) as e:
             raise RequestError(403, f"not confirmed: {e}") from e
+
+    def put(self, prompt: str, deadline: float, client: socket.socket) -> None:
+        """Shows PROMPT; AgentRefused unless the answer is a yes."""
+        words = (*self.askpass.command, os.fsdecode(prompt.encode()))
+        program = self.askpass._replace(command=words)
+        try:
+            with Exchange(program, deadline, client, self.agents.commands) as exchange:
+                status, answer = exchange.result(1024)
+        except ClientGone:
+            time.sleep(1)  # or a click on its way to this prompt would hit the next
+            raise
+        first_line = re.split(b"[\r\n]", answer)[0]
+        if status or first_line.lower() not in (b"", b"yes"):
+            why = f"exit status {status}" if status else repr(printable(answer, 40))
+            raise AgentRefused(f"the prompt was declined, or could not be shown ({why})")
 
 
 # ----------------------------------------------------------------------------------- Hardening
