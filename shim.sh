@@ -51,7 +51,7 @@ ANNOUNCE_SECONDS=2
 # What is to be removed or ended, whatever happens.
 held=''    # the file that an answer is received in
 fresh=''   # a public key file on its way
-scratch='' # a folder in TMPDIR
+scratch='' # the copy of standard input, or a folder with that and the answer
 job=''     # the process waited for
 timer=''   # the one that announces the wait
 stopped='' # the same, once it has been told to end
@@ -70,7 +70,8 @@ source=''    # the file it stands in
 marked=''    # not empty: we wrote that file, and may replace it
 nobody=''    # not empty: git names the key that nobody holds
 once=''      # not empty: the data can be read only once
-opened=''    # not empty: standard input has been
+opened=''    # not empty: standard input has been,
+kept=''      # and a copy of it was made
 elsewhere='' # not empty: who is asked is not who may know the token
 repeated=''  # not empty: asked again after a broken connection
 waited=0     # seconds, for a proxy that was busy
@@ -139,11 +140,11 @@ sign_file() {
 
 # $held: where the answer to FILE is received. Git reads FILE.sig only once we have succeeded.
 hold_beside() {
-    if is_gits_own "$file" .git_signing_buffer_tmp && create "$subject.sig"; then
+    if is_gits_own "$file" .git_signing_buffer_tmp && create "$subject.sig" "$subject.sig"; then
         direct=yes
         return
     fi
-    hold "${subject%/*}"
+    hold "${subject%/*}/.$PROGRAM.$$"
 }
 
 # Is it git's own temporary file at path $1, whose name is $2 and six letters or digits?
@@ -157,23 +158,23 @@ is_gits_own() {
     esac
 }
 
-# $held: a new file in folder $1. (mktemp would take as long as all the rest of the shim, and its
-# mode would not be the umask's.)
+# $held: a new file whose name begins with $1. (mktemp would take as long as all the rest of the
+# shim, and its mode would not be the umask's.) $2: as for `create`.
 hold() {
-    for number_of in 0 1 2 3 4 5 6 7 8 9; do
-        ! create "$1/.$PROGRAM.$$.$number_of" || return 0
+    for digit in 0 1 2 3 4 5 6 7 8 9; do
+        ! create "$1.$digit" "${2:-$1.$digit}" || return 0
     done
     return 1
 }
 
-# $held: a new file $1, never one that is there. `set -C` alone would follow a link to a device.
+# $held: a new file $1, never one that is there. `set -C` alone would open a device, or what a
+# link to one names; $2 is where that is seen: the same, or the descriptor where others may have
+# put something else at $1 meanwhile.
 create() {
     [ ! -e "$1" ] && [ ! -L "$1" ] || return 1
     held=$1
     set -C
-    if ! { true >"$held"; } 2>/dev/null || [ ! -f "$held" ] || [ -L "$held" ]; then
-        held=''
-    fi
+    { { [ -f "$2" ] && [ ! -L "$1" ]; } 4>"$held"; } 2>/dev/null || held=''
     set +C
     [ -n "$held" ]
 }
@@ -182,7 +183,8 @@ create() {
 obtain() {
     if [ -z "$granted" ]; then
         choose_key || return
-        [ -z "$nobody" ] || ! is_certificate || leave certificate || return
+        # Git has written the fingerprint of the key that it was told into a push certificate.
+        [ -z "$nobody" ] || ! begins_with 'certificate ' || leave certificate || return
         data=$1
         ask_for_signature
         is_granted || leave refusal || return
@@ -374,11 +376,6 @@ read_key() {
         esac
     done <"$1"
     return 1
-}
-
-# Git writes the fingerprint of the key that it was told into a push certificate.
-is_certificate() {
-    begins_with 'certificate '
 }
 
 # Does what git wants signed begin with $1? (Where it is not git that asks, there may be no line
@@ -771,9 +768,7 @@ pubkey | key) ;;
 esac
 if [ "$operation" = sign ]; then
     set_out
-    if sign "$@"; then
-        finish
-    fi
+    ! sign "$@" || finish
 fi
 
 # --- Standard input ---------------------------------------------------------------------------
@@ -788,10 +783,11 @@ sign_input() {
         make_scratch || leave no_scratch || return
     fi
     choose_key || return
-    data=-
-    if [ -z "$once" ]; then
-        data=$scratch/data
-        [ -e "$data" ] || keep_input || leave no_copy || return
+    if [ -n "$once" ]; then
+        data=-
+    elif [ -z "$kept" ]; then
+        keep_input || leave no_copy || return
+        kept=yes
     fi
     obtain "$data" || return
     remove_gits_key
@@ -800,10 +796,16 @@ sign_input() {
     { printf '%s' "$body"; } 2>/dev/null || leave no_output
 }
 
-# $scratch: a folder of our own, with the file for the answer in it.
+# $held for the answer and $data for what is signed: two files in TMPDIR, where others may write,
+# or in $scratch, a folder of our own there.
 make_scratch() {
+    if hold "${TMPDIR:-/tmp}/.$PROGRAM.$$" /dev/fd/4; then
+        data=$held scratch=$held
+        hold "${TMPDIR:-/tmp}/.$PROGRAM.$$" /dev/fd/4
+        return
+    fi
     scratch=$(make_temporary -d "${TMPDIR:-/tmp}/$PROGRAM.XXXXXX") || return 1
-    held=$scratch/answer
+    held=$scratch/answer data=$scratch/data
 }
 
 # Prints the name of a new file, or with -d folder; no signal ends it between making and telling.
@@ -819,10 +821,8 @@ keep_input() {
     [ "$ended" = 0 ]
 }
 
-if [ "$next" = input ]; then
-    if sign_input; then
-        finish
-    fi
+if [ "$next" = input ] && sign_input; then
+    finish
 fi
 
 # What follows is read only where neither way did lead to the end.
@@ -1044,7 +1044,7 @@ look_for_key() {
     fi
     show "$key"
     [ -n "$key" ] || die "-f names no key"
-    if ! is_missing "$key" || ! is_missing "$key.pub"; then
+    if is_there "$key" || is_there "$key.pub"; then
         die "no public key in $shown (git's user.signingkey) nor in $shown.pub: it is the \
 public key that is needed there, the private one stays with the agent"
     fi
@@ -1061,6 +1061,10 @@ to a path that begins with / or ~/)" ;;
     chosen=yes
 }
 
+is_there() {
+    [ -e "$1" ] && { [ ! -f "$1" ] || [ -s "$1" ]; }
+}
+
 # Is $1 a public key itself, with or without "key::" before it?
 is_key() {
     case $1 in
@@ -1072,10 +1076,6 @@ is_key() {
 ${1#key::}
 END_OF_KEY
     take_key "$word" "$blob"
-}
-
-is_missing() {
-    [ ! -e "$1" ] || { [ -f "$1" ] && [ ! -s "$1" ]; }
 }
 
 # Takes the key that was fetched for git's, and puts it where git has it from, if that can be.
@@ -1427,7 +1427,7 @@ is_shim() {
 prepare_to_ask() {
     set_out
     exec 3</dev/null
-    hold "${TMPDIR:-/tmp}" || :
+    hold "${TMPDIR:-/tmp}/.$PROGRAM.$$" /dev/fd/4 || :
     sign_url=${SSH_AGENT_PROXY_URL:-http://127.0.0.1:7221/sign}
     is_url "$sign_url" || explain_url SSH_AGENT_PROXY_URL "$sign_url" || return
     find_token || explain_token || return

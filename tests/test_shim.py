@@ -1942,6 +1942,22 @@ def test_what_has_the_name_of_a_temporary_file_is_left_alone(shim: Shim, served:
         os.unlink(path)
 
 
+@pytest.mark.parametrize("command", ["ln -s /dev/full", "ln -s dangling", "mkfifo"])
+def test_names_that_others_have_taken_in_tmpdir_are_left_alone(
+    shim: Shim, served: Served, verified: Any, command: str
+) -> None:
+    """Who may write there too could read, or change, what is signed."""
+    script = f'for i in 0 1 2 3 4 5 6 7 8 9; do {command} "$TMPDIR/.{OURS}.$$.$i"; done; exec "$@"'
+    done = shim.sign(input=COMMIT, env=served, before=["sh", "-c", script, "sh"])
+    assert (done.returncode, done.stderr) == (0, b"")
+    verified(done.stdout)
+    left = [Path(path) for path in shim.temporary()]
+    assert len(left) == 10
+    for path in left:
+        assert path.is_symlink() == command.startswith("ln")
+        path.unlink()
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_the_signature_has_the_mode_that_the_umask_says(
     shim: Shim, served: Served, mask: int
@@ -2034,6 +2050,11 @@ def test_a_full_disk_leaves_what_was_there(shim: Shim, liar: Any, room: int) -> 
 # ---------------------------------------------------------------- standard input and output
 
 
+def wrote(shim: Shim, data: bytes) -> List[Path]:
+    """The shim's own files that hold just that."""
+    return [path for path in map(Path, shim.temporary()) if path.read_bytes() == data]
+
+
 def test_standard_input_is_read_whole_before_anyone_is_asked(shim: Shim, liar: Any) -> None:
     """A slow producer would be cut off, and a second try would sign half."""
     server = liar(answer(ARMOR))
@@ -2042,9 +2063,8 @@ def test_standard_input_is_read_whole_before_anyone_is_asked(shim: Shim, liar: A
     assert process.stdin
     process.stdin.write(b"slow")
     process.stdin.flush()
-    kept = wait_for(lambda: list(Path(shim.env["TMPDIR"]).rglob("data")), message="the copy")[0]
-    wait_for(lambda: kept.read_bytes() == b"slow", message="what was written so far")
-    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    kept = wait_for(lambda: wrote(shim, b"slow"), message="the copy")
+    assert stat.S_IMODE(kept[0].stat().st_mode) == 0o600
     assert server.requests == []
     assert process.communicate(b" producer", timeout=30) == (ARMOR, b"")
     assert server.requests[0].endswith(b"\r\n\r\nslow producer")
@@ -2100,7 +2120,10 @@ def test_each_shell_ends_a_wait_with_all_that_belongs_to_it(each_shim: Shim, lia
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_an_interrupted_reading_leaves_nothing_behind(shim: Shim, number: signal.Signals) -> None:
     process = shim.start("-Y", "sign", stdin=subprocess.PIPE)
-    wait_for(lambda: list(Path(shim.env["TMPDIR"]).rglob("data")), message="the copy")
+    assert process.stdin
+    process.stdin.write(b"slow")
+    process.stdin.flush()
+    wait_for(lambda: wrote(shim, b"slow"), message="the copy")
     process.send_signal(number)
     process.wait(10)
     process.communicate()
