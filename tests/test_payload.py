@@ -5,23 +5,19 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from conftest import (
     Agent,
-    Answer,
     Keys,
     Proxy,
+    ask,
     clean_env,
-    connect,
     fingerprint,
-    parse_answer,
     post,
     post_chunked,
-    read_all,
     rows,
     run,
     within,
@@ -42,10 +38,6 @@ def parse(payload: bytes) -> sap.Payload:
 
 def kind(payload: bytes) -> str:
     return parse(payload).kind
-
-
-def text(value: bytes) -> str:
-    return value.decode("utf-8", "surrogateescape")
 
 
 # ---------------------------------------------------------------- what real git hands its signer
@@ -80,10 +72,10 @@ by() { # NAME ADDRESS [ENCODING]
     GIT_COMMITTER_NAME=$GIT_AUTHOR_NAME GIT_COMMITTER_EMAIL=$GIT_AUTHOR_EMAIL
     encoded "${3-UTF-8}" 'By somebody'
 }
-branch() { # off main, with a commit of each file named
+branch() { # off main, with a commit
     git checkout -q -b "$1" main
-    shift
-    for file; do write "$file"; commit "$file"; done
+    write "$1"
+    commit "On $1"
     git checkout -q main
 }
 tag() { printf "$2" | git tag -s --cleanup=verbatim -F - "$1"; }
@@ -112,13 +104,6 @@ pushed() { # after a first push of main, which is there then
     git push -q --signed "${to-../peer}" "$@"
 }
 """
-
-
-class Captured(NamedTuple):
-    """What git had signed."""
-
-    payload: bytes
-    block: bytes  # the armored signature
 
 
 class Lab:
@@ -162,48 +147,22 @@ class Lab:
         return self.git(*args, **options).decode().strip()
 
     @property
-    def captured(self) -> List[Captured]:
+    def captured(self) -> List[Tuple[bytes, bytes]]:
+        """Payload and armored signature of each."""
         files = sorted(p for p in self.store.iterdir() if p.suffix != ".sig")
-        return [Captured(p.read_bytes(), Path(f"{p}.sig").read_bytes()) for p in files]
-
-    def finished(self) -> Dict[Tuple[str, bytes], str]:
-        """The ids of git's own commits and tags, by their kind and by what was signed of them."""
-        listed = self.line("cat-file", "--batch-all-objects", "--batch-check")
-        found = {}
-        for name, kind, _ in map(str.split, listed.splitlines()):
-            if kind in ("commit", "tag"):
-                found[kind, unsigned(kind, self.git("cat-file", kind, name))] = name
-        return found
-
-
-def unsigned(kind: str, content: bytes) -> bytes:
-    """A commit or tag as git stores it, without its signature."""
-    if kind == "tag":
-        return content.partition(BEGIN)[0]
-    head, blank, message = content.partition(b"\n\n")
-    kept, inside = [], False
-    for line in head.split(b"\n"):
-        inside = line.startswith((b"gpgsig ", b"gpgsig-sha256 ")) or (inside and line[:1] == b" ")
-        kept += [] if inside else [line]
-    return b"\n".join(kept) + blank + message
+        return [(p.read_bytes(), Path(f"{p}.sig").read_bytes()) for p in files]
 
 
 # A commit, a tag and a push certificate that have all there is: the tables below start here.
 EVERYTHING = r"""
-peer; commit Base; branch topic topic
+peer; commit Base; branch topic
 parents='main topic'
 further 'x-note one\n two\n \n three\nchange-id zyx\n' ISO-8859-1
 git -c i18n.commitEncoding=ISO-8859-1 commit -q --amend -m 'Subject
 
 Body'
 git tag -s -m Subject -m Body v1
-git push -q --signed ../peer main main:other -o a=b -o c
-"""
-
-MERGE_OF_A_TAG = r"""
-commit Base; branch topic topic
-git tag -s -m 'A release' -m 'with a body' v1 topic
-git merge -q --no-ff -m 'A merge of a tag' v1
+git push -q --signed ../peer main main:other -o 'a=b c' -o ''
 """
 
 SCENARIOS: List[Tuple[str, str, bytes, str]] = [
@@ -212,60 +171,38 @@ SCENARIOS: List[Tuple[str, str, bytes, str]] = [
      rb"^parent \w+\nparent \w+\n(?:.*\n){2}encoding ISO-8859-1\nx-note one\n two\n \n three\n",
      EVERYTHING),
     ("root", "commit", rb"\Atree \w+\nauthor ", "write file; commit"),
-    ("normal", "commit commit", rb"\Atree \w+\nparent \w+\nauthor ", "commit; write file; commit"),
-    ("octopus", "commit " * 5, rb"^(?:parent \w+\n){4}author ",
-     "commit; for n in 1 2 3; do branch $n $n; done; git merge -q --no-ff -m 'Of all' 1 2 3"),
     ("merge of a signed tag", "commit commit tag commit",
-     rb"^mergetag object \w+\n type commit\n(?: .*\n)+ \n with a body\n", MERGE_OF_A_TAG),
-    ("amended merge of a signed tag", "commit commit tag commit commit",
-     rb"^mergetag (?:.*\n)+\nAmended\n", MERGE_OF_A_TAG + "git commit -q --amend -m Amended"),
-    ("rebased", "commit " * 6, rb"\n\nb\n",
-     "commit Base; branch topic a b; commit 'Main goes on'; git rebase -q main topic"),
-    ("cherry-picked", "commit " * 4, rb"\(cherry picked from commit \w+\)",
-     "commit Base; branch topic a; commit 'Main goes on'; git cherry-pick -x topic"),
-    ("mailed", "commit " * 3, rb"\n\na\n",
-     "commit; branch topic a; git format-patch --stdout main..topic | git am -q"),
+     rb"^mergetag object \w+\n type commit\n(?: .*\n)+ \n with a body\n",
+     ("commit; branch topic; git tag -s -m 'A release' -m 'with a body' v1 topic\n"
+      "git merge -q --no-ff -m Merged v1")),
+    ("rebased", "commit " * 4, rb"\n\nOn topic\n",
+     "commit; branch topic; commit 'Main goes on'; git rebase -q main topic"),
     ("message: empty", "commit", rb"^committer .*\n\n\Z",
      "git commit -q --allow-empty --allow-empty-message -m ''"),
     ("message: leading empty lines", "commit", rb"0\n\n\n\nAfter", r"message '\n\nAfter two\n'"),
     ("message: CR LF", "commit", rb"One\r\n\r\nTwo\r\n", r"message 'One\r\n\r\nTwo\r\n'"),
-    ("message: control characters", "commit", rb"\x1b\[31m", r"message '\033[31mRed\a\177\n'"),
     ("message: looks like headers", "commit", rb"\n\ntree ",
      r"message 'tree 1234\nauthor A <a> 1 +0000\n\nNo\n'"),
     ("author: no address", "commit", rb"^author x <> 17", "by ' x ' ''"),
     ("author: very long", "commit", rb"^author (?:Long ){1500}",
      "by \"$(printf '%01500d' 0 | sed 's/0/Long /g')\" a@b"),
-    ("author: control characters", "commit", rb"^author a\x01b\x7fc\rd <",
-     r"by 'a\001b\177c\rd' a@b"),
-    ("author: a line break", "commit", rb"^author ab <cd> ", r"by 'a\nb' 'c\nd'"),
-    ("author: angle brackets", "commit", rb"^author a b c <de> ", "by 'a <b> c' '<d>e'"),
     ("author: looks like a date", "commit", rb"^author x 1 \+0000 <", "by 'x 1 +0000' a@b"),
-    *[(f"date: {date}", "commit", b"^author .*> %s\n" % re.escape(date.lstrip("@")).encode(),
-       f"export GIT_AUTHOR_DATE='{date}'; commit") for date in (
-        "@0 +0000", "@2 -0330", "1700000000 +1400", "@18446744073709551614 +0000",
-    )],
-    ("encoding: ISO-8859-1", "commit", rb"^encoding ISO-8859-1\n\ncaf\xe9",
-     r"encoded ISO-8859-1 'caf\351\n'"),
-    ("encoding: Shift_JIS", "commit", rb"^encoding Shift_JIS\n\n\x83",
-     r"encoded Shift_JIS '\203\112\n'"),
+    ("date: the first", "commit", rb"^author .*> 0 -0330\n",
+     "export GIT_AUTHOR_DATE='@0 -0330'; commit"),
+    ("date: the last", "commit", rb"^author .*> 18446744073709551614 \+1400\n",
+     "export GIT_AUTHOR_DATE='@18446744073709551614 +1400'; commit"),
     ("encoding: unknown to anyone", "commit", rb"^encoding x-none\n\n\xff",
      r"encoded x-none '\377\n'"),
     ("encoding: of names", "commit", rb"^author Caf\xe9 <\xe9@x> ",
      r"by 'Caf\351' '\351@x' ISO-8859-1"),
-    ("headers: of jj", "commit", rb"^change-id zyx\n\nAmended\n", r"further 'change-id zyx\n'"),
-    ("headers: of GitButler", "commit", rb"^gitbutler-headers-version 2\ngitbutler-change-id 1a\n",
+    ("headers: of GitButler", "commit", rb"^gitbutler-headers-version 2\n",
      r"further 'gitbutler-headers-version 2\ngitbutler-change-id 1a\n'"),
-    ("headers: folded", "commit", rb"^x-note one\n  two\n \n four\n\n",
-     r"further 'x-note one\n  two\n \n four\n'"),
-    ("headers: after the encoding", "commit", rb"^encoding KOI8-R\nchange-id zyx\n\n",
-     r"further 'change-id zyx\n' KOI8-R"),
     ("headers: names that begin like git's", "commit", rb"^trees x\nparent-of x\nauthors x\n",
      r"further 'trees x\nparent-of x\nauthors x\ncommitter2 x\nencodings x\n'"),
     ("tag of a commit", "commit tag tag", rb"^type commit\ntag second\n", "tags HEAD"),
     ("tag of a tree", "commit tag tag", rb"^type tree\ntag second\n", "tags 'HEAD^{tree}'"),
     ("tag of a blob", "commit tag tag", rb"^type blob\ntag second\n", "tags HEAD:file"),
     ("tag of a tag", "commit tag tag", rb"^type tag\ntag second\n", "tags first"),
-    ("tag: unicode", "commit tag", "^tag ü/☃\n".encode(), r"commit; tag ü/☃ 'A tag\n'"),
     ("tag: Latin-1", "commit tag", rb"^tag caf\xe9\n",
      r"""commit; tag "$(printf 'caf\351')" 'caf\351\n'"""),
     ("tag: punctuation", "commit tag", rb"^tag x@y,\(z\)='\{\}\"&;\|<>\$!#%\n",
@@ -276,11 +213,6 @@ SCENARIOS: List[Tuple[str, str, bytes, str]] = [
     ("push: one ref", "commit commit push",
      rb"\Acertificate version 0\.1\npusher SHA256:\S{43} .*\npushee \.\./peer\nnonce \S+\n\n",
      "pushed main"),
-    ("push: many refs", "commit push", rb"(?:\w+ \w+ refs/heads/many/\d+\n){50}",
-     ("peer; commit; for n in $(seq 50); do git update-ref refs/heads/many/$n HEAD; done\n"
-      "git push -q --signed ../peer 'refs/heads/many/*'")),
-    ("push: options", "commit commit push", rb"^push-option a=b c\npush-option \npush-option z\n\n",
-     "pushed main -o 'a=b c' -o '' -o z"),
     ("push: a delete and two new", "commit commit push", rb"^0+ \w+ refs/heads/new\n",
      "pushed :old main:new main:refs/notes/x"),
     ("push: a URL with a password", "commit commit push", rb"^pushee file:///",
@@ -327,17 +259,12 @@ def commit_by_git(lab: Lab, name: str, payload: bytes) -> Dict[str, bytes]:
 
 def tag_by_git(lab: Lab, name: str) -> Dict[str, bytes]:
     """A tag's fields, by for-each-ref."""
-    # (Git finds no signature behind a message without a newline, and takes it for the message.)
-    atoms = "contents:subject tag object type"
-    form = "%00".join(f"%({atom})" for atom in atoms.split())
-    form += "%00%(taggername) %(taggeremail)%00%(objectname)"
-    for line in lab.git("for-each-ref", f"--format={form}", "refs/tags").splitlines():
-        subject, tag, target, kind, tagger, itself = line.split(b"\0")
-        if itself.decode() == name:
-            subject = subject.partition(BEGIN.rstrip())[0]
-            values = {"subject": subject, "tag": tag, "tagger": tagger, "object": target}
-            return {**values, "type": kind}
-    raise AssertionError(f"git has no tag {name}")
+    form = "%(tag)%00%(object)%00%(type)%00%(taggername) %(taggeremail)%00%(contents:subject)"
+    told = lab.git("for-each-ref", f"--format={form}", f"refs/tags/{name}").rstrip(b"\n")
+    tag, target, kind, tagger, subject = told.split(b"\0")
+    # Git finds no signature behind a message without a newline, and takes it for the message.
+    subject = subject.partition(BEGIN.rstrip())[0]
+    return {"tag": tag, "object": target, "type": kind, "tagger": tagger, "subject": subject}
 
 
 def push_by_git(lab: Lab, payload: bytes) -> Dict[str, bytes]:
@@ -353,12 +280,10 @@ def push_by_git(lab: Lab, payload: bytes) -> Dict[str, bytes]:
     }
 
 
-# Of the other hash, those that a person need not wait for are the same again.
 CORE = ("everything", "root", "merge of a signed tag", "tag of a commit", "push: one ref")
 PLAYED = [
-    pytest.param(*row[:3], id_format, id=f"{row[0]}-{id_format}",
-                 marks=() if id_format == "sha1" or row[0] in CORE else pytest.mark.long)
-    for row in SCENARIOS for id_format in FORMATS
+    pytest.param(*row[:3], id_format, id=f"{row[0]}-{id_format}")
+    for row in SCENARIOS for id_format in FORMATS if id_format == "sha1" or row[0] in CORE
 ]  # fmt: skip
 
 
@@ -368,49 +293,45 @@ def test_what_git_signs_is_recognised_with_its_fields_and_its_id(
 ) -> None:
     """The log names what was signed as git will show it."""
     here = lab(name, id_format)
-    payloads = [captured.payload for captured in here.captured]
+    payloads = [payload for payload, _ in here.captured]
     assert any(re.search(holds, payload, re.M) for payload in payloads), payloads
     assert [kind(payload) for payload in payloads] == kinds.split(), payloads
-    finished = here.finished()
     for payload, block in here.captured:
         parsed = parse(payload)
-        made = finished.get((parsed.kind, payload), "")
-        assert bool(made) == (parsed.kind != "push"), "git has not made this object"
-        assert parsed.object_id(block) == (made if len(payload) <= sap.KEPT else "")
+        made = parsed.object_id(block)
+        if made:
+            assert here.line("cat-file", "-t", made) == parsed.kind
+        else:
+            assert parsed.kind == "push" or len(payload) > sap.KEPT
         if parsed.kind == "commit":
             told = commit_by_git(here, made, payload)
+        elif parsed.kind == "tag":
+            told = tag_by_git(here, parsed.fields["tag"])
         else:
-            told = tag_by_git(here, made) if made else push_by_git(here, payload)
+            told = push_by_git(here, payload)
         assert sorted(parsed.fields) == sorted(told)
         for field, value in parsed.fields.items():
-            whole = text(told[field])
+            whole = told[field].decode("utf-8", "surrogateescape")
             # A long text may be cut, after more than anybody would read.
             assert value == whole or (len(value) >= 200 and whole.startswith(value)), field
 
 
-@pytest.mark.parametrize("script", rows([
-    ("a message", r"message 'caf\351\n'"),
-    ("an author", r"by 'Caf\351' '\351@x'"),
-    ("what is no character", r"message '\357\267\220\n'"),
-    ("what is one", r"message '\357\267\217\n'"),
-]))  # fmt: skip
 def test_a_commit_that_git_encodes_anew_is_never_named_by_a_wrong_id(
-    script: str, keys: Keys, tmp_path: Path
+    keys: Keys, tmp_path: Path
 ) -> None:
     """What is no UTF-8 and does not say what it is, git 2.47 has signed before it encodes it."""
     lab = Lab(tmp_path, keys["ed25519"])
-    lab.play(script)
-    ((payload, block),) = lab.captured
-    signed_as_it_is = ("commit", payload) in lab.finished()
-    name = lab.line("rev-parse", "HEAD")
-    assert parse(payload).object_id(block) == (name if signed_as_it_is else "")
+    lab.play(r"message 'caf\351\n'; message '\357\267\220\n'")  # this is no character
+    names = lab.line("rev-list", "--reverse", "HEAD").split()
+    for (payload, block), name in zip(lab.captured, names):
+        assert parse(payload).object_id(block) in ("", name)
+    assert len(lab.captured) == 2
 
 
 @pytest.mark.parametrize("encoding, message, has_id", rows([
     ("UTF-8", b"", "é \ufdcf\ufdf0\ufffd\U0010fffd".encode(), True),
     ("Latin-1 that says so", b"encoding ISO-8859-1\n", b"\xe9", True),
     ("Latin-1 that does not", b"", b"\xe9", False),
-    ("a surrogate", b"", b"\xed\xa0\x80", False),
     ("no character", b"", "\ufdef".encode(), False),
     ("the last that is none", b"", "\U0010ffff".encode(), False),
 ]))  # fmt: skip
@@ -447,7 +368,7 @@ def good(lab: Play) -> Good:
     """A payload of the kind given that has all there is, from real git."""
 
     def find(kind: str, id_format: str) -> bytes:
-        payloads = [captured.payload for captured in lab("everything", id_format).captured]
+        payloads = [payload for payload, _ in lab("everything", id_format).captured]
         beginning = {"commit": b"tree ", "tag": b"object ", "push": b"certificate "}[kind]
         return [payload for payload in payloads if payload.startswith(beginning)][-1]
 
@@ -471,30 +392,22 @@ IDENTITY = [
     # name, pattern behind the name of the header, what it becomes
     ("missing", rb"^WHO .*\n", b""),
     ("twice", rb"^(WHO .*\n)", rb"\1\1"),
-    ("a tab behind the header's name", rb"^(WHO) ", rb"\1\t"),
     ("< in the name", rb"^(WHO \w)", rb"\1<"),
     ("< in the address", rb"^(WHO .*<\w)", rb"\1<"),
-    ("two addresses", rb"^(WHO .*)(<.*>)", rb"\1\2 \2"),
     ("no address", rb"^(WHO .*) <.*>", rb"\1"),
     ("an address that is not closed", rb"^(WHO .*)>", rb"\1"),
     ("no blank before the address", rb"^(WHO .*) <", rb"\1<"),
-    ("no name, and no blank for it", rb"^(WHO ).* <", rb"\1<"),
     ("no blank before the date", rb"^(WHO .*)> ", rb"\1>"),
-    ("two blanks before the date", rb"^(WHO .*)> ", rb"\1>  "),
     ("no date", rb"^(WHO .*> )\d+ ", rb"\1"),
     ("a negative date", rb"^(WHO .*> )", rb"\1-"),
     ("a date of 21 digits", rb"^(WHO .*> )\d+", rb"\g<1>" + b"1" * 21),
     ("a date with zeros in front", rb"^(WHO .*> )", rb"\g<1>00"),
-    ("a letter in the date", rb"^(WHO .*> \d)\d", rb"\1l"),
-    ("a date in digits of another script", rb"^(WHO .*> )\d+", b"\\g<1>\xd9\xa1\xd9\xa7"),
     ("no timezone", rb"^(WHO .*) [+-]\d{4}$", rb"\1"),
     ("a timezone of 3 digits", rb"^(WHO .*)\d$", rb"\1"),
     ("a timezone of 5 digits", rb"^(WHO .*)$", rb"\g<1>0"),
-    ("a blank at the end", rb"^(WHO .*)$", rb"\1 "),
     ("CR LF", rb"^(WHO .*)$", rb"\1\r"),
     ("a NUL in the name", rb"^(WHO \w)", b"\\1\0"),
     ("folded", rb"^(WHO .*)$", rb"\1\n more"),
-    ("an empty line before it", rb"^(WHO )", rb"\n\1"),
 ]
 
 # And to a line with an object id.
@@ -504,10 +417,6 @@ LINE_WITH_ID = [
     ("a digit in upper case", rb"^(WHO ).", rb"\1A"),
     ("a letter that is no digit", rb"^(WHO ).", rb"\1g"),
     ("the other hash's length", rb"^(WHO )(\w+)(\n)", other_hash),
-    ("a tab for the blank", rb"^(WHO) ", rb"\1\t"),
-    ("a blank at the end", rb"^(WHO .*)$", rb"\1 "),
-    ("CR LF", rb"^(WHO .*)$", rb"\1\r"),
-    ("folded", rb"^(WHO .*)$", rb"\1\n more"),
 ]
 
 
@@ -537,22 +446,17 @@ NOT_QUITE: List[Tuple[str, str, bytes, Any]] = [
      rb"\1parent " + b"a" * 40 + b"\n"),
     ("commit", "any author among the headers", rb"^(change-id )", rb"author x\n\1"),
     ("commit", "the encoding twice", rb"^(encoding .*\n)", rb"\1\1"),
-    ("commit", "an encoding behind a further header", rb"^(encoding .*\n)(x-note .*\n(?: .*\n)+)",
-     rb"\2\1"),
     ("commit", "an encoding without a value", rb"^encoding .*", b"encoding"),
     ("commit", "a header without a value", rb"^change-id .*", b"change-id"),
-    ("commit", "a header with a tab for the blank", rb"^change-id ", rb"change-id\t"),
     ("commit", "a tab for a folded line's blank", rb"^ two", b"\ttwo"),
     ("commit", "no empty line", rb"\n\n", b"\n"),
-    ("commit", "CR LF for the empty line", rb"\n\n", b"\n\r\n"),
     ("commit", "a NUL at the message's end", rb"\Z", b"\0"),
-    ("commit", "a byte order mark in front", rb"\A", b"\xef\xbb\xbf"),
     # (A tag has but one id: of the other length, it is a tag of the other hash.)
     *lines("tag", "object", [row for row in LINE_WITH_ID if row[2] is not other_hash]),
     *lines("tag", "tagger", IDENTITY),
     ("tag", "tag before type", rb"^(type .*\n)(tag .*\n)", rb"\2\1"),
-    *[("tag", f"type {text(word)!r}", rb"^type .*", b"type " + word) for word in (
-        b"", b"commits", b"Commit", b"note", b"commit ", b" commit", b"commit\r", b"tre",
+    *[("tag", f"type {word!r}", rb"^type .*", b"type " + word) for word in (
+        b"", b"commits", b"Commit", b"note", b"commit\r",
     )],
     ("tag", "no tag", rb"^tag .*\n", b""),
     ("tag", "no name", rb"^tag .*", b"tag "),
@@ -563,40 +467,29 @@ NOT_QUITE: List[Tuple[str, str, bytes, Any]] = [
       for name in (b".v1", b"-v1", b"/v1", b"v1/", b"v1.", b"v..1", b"v//1", b"v/.1", b"v@{1",
                    b"v1.lock", b"v.lock/1")],
     ("tag", "a header behind the tagger", rb"^(tagger .*\n)", rb"\1encoding UTF-8\n"),
-    ("tag", "a blank in the empty line", rb"\n\n", b"\n \n"),
     ("tag", "CR LF throughout", rb"[\s\S]+", lambda m: m[0].replace(b"\n", b"\r\n")),
-    *[("push", f"version {text(word)!r}", rb"\Acertificate version .*",
+    *[("push", f"version {word!r}", rb"\Acertificate version .*",
        b"certificate version " + word)
       for word in (b"", b"0.2", b"0.10", b"0.1 ", b"0.1\r")],
     ("push", "no pusher", rb"^pusher .*\n", b""),
     ("push", "pusher behind pushee", rb"^(pusher .*\n)(pushee .*\n)", rb"\2\1"),
     ("push", "a pusher by name", rb"^pusher \S+  ", b"pusher C O Mitter <committer@example.com> "),
-    ("push", "a pusher by MD5", rb"^pusher \S+", b"pusher MD5:" + b":".join([b"0a"] * 16)),
     ("push", "a fingerprint of 42 characters", rb"^(pusher \S+)\S", rb"\1"),
-    ("push", "a fingerprint of 44 characters", rb"^(pusher \S+)", rb"\1A"),
     ("push", "a fingerprint in base64url", rb"^(pusher SHA256:).", rb"\1_"),
     ("push", "a fingerprint of another hash", rb"^pusher SHA256:", b"pusher SHA512:"),
     ("push", "no blank before the date", rb"^(pusher \S+)  ", rb"\1"),
     ("push", "three blanks before the date", rb"^(pusher \S+)  ", rb"\1   "),
-    ("push", "no timezone", rb"^(pusher .*) \S+$", rb"\1"),
     ("push", "pushee twice", rb"^(pushee .*\n)", rb"\1\1"),
     ("push", "an empty pushee", rb"^pushee .*", b"pushee "),
-    ("push", "a nonce without a value", rb"^nonce .*", b"nonce"),
-    ("push", "a nonce with a colon", rb"^(nonce .*)", rb"\1:"),
     ("push", "a nonce of 257 characters", rb"^nonce .*", b"nonce " + b"a" * 257),
     ("push", "nonce behind the options", rb"^(nonce .*\n)((?:push-option .*\n)+)", rb"\2\1"),
-    ("push", "an option that is folded", rb"^(push-option .*)", rb"\1\n more"),
     ("push", "a header that is none", rb"^(push-option )", rb"x-a b\n\1"),
     ("push", "no empty line", rb"\n\n", b"\n"),
-    ("push", "a blank in the empty line", rb"\n\n", b"\n \n"),
     ("push", "no refs", rb"\n\n[\s\S]*", b"\n\n"),
-    ("push", "an id with a digit too few", rb"(\n\n)\w", rb"\1"),
     ("push", "ids of two hashes", rb"(\n\n)(\w+)( )", other_hash),
-    ("push", "one id in a line", rb"(\n\n)\w+ ", rb"\1"),
     *[("push", f"a ref with {character!r}", rb"^(.* refs/heads)/", b"\\1" + character)
       for character in (bytes([value]) for value in b" \t\0\x1b\x7f~^:?*[")],
     ("push", "a ref with a backslash", rb"^(.* refs/heads)/", rb"\1\\"),
-    ("push", "a blank behind the last ref", rb"\n\Z", rb" \n"),
     ("push", "no newline at the end", rb"\n\Z", b""),
     ("push", "a signature at the end", rb"\Z", BEGIN + b"AAAA\n-----END SSH SIGNATURE-----\n"),
 ]
@@ -616,44 +509,32 @@ def test_what_is_not_quite_gits_is_other(of: str, pattern: bytes, to: Any, good:
 STILL: List[Tuple[str, str, bytes, Any, Dict[str, Optional[str]]]] = [
     # kind, name, pattern, what it becomes, what its fields are then
     ("commit", "no parent", rb"(?:^parent .*\n)+", b"", {"parents": "0"}),
-    ("commit", "three parents", rb"^(parent .*\n)", rb"\1\1", {"parents": "3"}),
     ("commit", "lines of blanks before the subject", rb"\n\n.*", b"\n\n \n\t\r\n\v\f\n\n Real",
      {"subject": " Real"}),
     ("commit", "a line of blanks for a message", rb"\n\n[\s\S]*", b"\n\n \n", {"subject": ""}),
     ("tag", "lines of blanks before the subject", rb"\n\n.*", b"\n\n \n\r\nReal",
      {"subject": "Real"}),
     ("commit", "a folded line of three blanks", rb"^ two", b"   ", {}),
-    ("commit", "another subject", rb"\n\n.*", b"\n\nX", {"subject": "X"}),
     ("commit", "tree lines in the message", rb"\Z", b"tree x\n\ntree y\n", {}),
-    *[("tag", f"of a {word}", rb"^type .*", b"type " + word.encode(), {"type": word})
-      for word in ("tree", "blob", "tag")],
     *[("tag", f"a name that git takes: {name}", rb"^tag v1", f"tag {name}".encode(), {"tag": name})
       for name in ("v.1", "v-1", "a/b/c", "@v", "v.locked", "v{1}")],
-    ("tag", "another name", rb"^tag .*", b"tag x/y", {"tag": "x/y"}),
     ("push", "no pushee", rb"^pushee .*\n", b"", {"pushee": None}),
     ("push", "no options", rb"(?:^push-option .*\n)+", b"", {}),
     ("push", "no nonce", rb"^nonce .*\n", b"", {}),
     ("push", "a nonce of 256 characters", rb"^nonce .*", b"nonce " + b"aZ09-./+=_" * 25 + b"-" * 6,
      {}),
-    ("push", "another ref", rb"(\n\n.*)refs/.*", rb"\1refs/x", {"subject": "refs/x"}),
     ("push", "bytes that are no UTF-8", rb"(\n\n.*)refs/.*", b"\\1refs/\xff",
      {"subject": "refs/\udcff"}),
 ]
 
 
-@pytest.mark.parametrize("id_format", FORMATS)
 @pytest.mark.parametrize("of, pattern, to, fields", rows([
     (f"{of}: {name}", of, pattern, to, fields) for of, name, pattern, to, fields in STILL
 ]))  # fmt: skip
 def test_what_git_could_have_written_is_still_recognised(
-    of: str,
-    pattern: bytes,
-    to: Any,
-    fields: Dict[str, Optional[str]],
-    id_format: str,
-    good: Good,
+    of: str, pattern: bytes, to: Any, fields: Dict[str, Optional[str]], good: Good
 ) -> None:
-    before = good(of, id_format)
+    before = good(of, "sha1")
     after = parse(changed(before, pattern, to))
     assert after.kind == of
     expected = {**parse(before).fields, **fields}
@@ -680,14 +561,9 @@ THINGS = [
      + s(b"ssh-connection") + s(b"publickey") + b"\1" + s(b"ssh-ed25519") + s(bytes(51))),
     ("a file, PROTOCOL.sshsig", b"SSHSIG" + s(b"file") + s(b"") + s(b"sha512") + s(bytes(64))),
     ("a certificate, PROTOCOL.certkeys", s(b"ssh-ed25519-cert-v01@openssh.com") + s(bytes(32))),
-    ("an X.509 certificate, RFC 5280", bytes.fromhex("3081b2a003020102 0214") + bytes(20)),
-    ("a TLS server's CertificateVerify, RFC 8446", b" " * 64 + b"TLS 1.3, server Certif\0"),
     ("a JWT, RFC 7515", b"eyJhbGciOiAiRWREU0EifQ.eyJzdWIiOiAidHJlZSJ9"),
-    ("JSON", b'{\n "tree": "' + b"a" * 40 + b'",\n "author": "A <a> 1 +0000"\n}'),
     ("a tar file", b"tree " + b"a" * 40 + bytes(467)),
     ("a bundle of git's", b"# v2 git bundle\n" + b"a" * 40 + b" refs/heads/main\n\n"),
-    ("a script", b"#!/bin/sh\ntree\n"),
-    ("a newline", b"\n"),
     ("the word tree", b"tree "),
 ]  # fmt: skip
 
@@ -735,22 +611,16 @@ def filled(before: bytes, piece: bytes, after: bytes = b"") -> bytes:
     # name, payload, kind with the number of parents or refs
     ("5,000 parents", TREE + PARENT * 5000 + AUTHOR + COMMITTER + b"\nx", "commit 5000"),
     ("parents and a broken author", filled(TREE, PARENT, b"author <\n\nx"), "other None"),
-    ("folded lines", filled(COMMIT + b"x y\n", b" z\n", b"\nx"), "commit 0"),
     ("folded lines of nothing", filled(COMMIT + b"x y\n", b" \n", b"z\n\nx"), "other None"),
-    ("headers", filled(COMMIT, b"x y\n", b"\nx"), "commit 0"),
     ("headers and a bad one", filled(COMMIT, b"x y\n", b"xy\n\nx"), "other None"),
-    ("headers, folded, and a bad one", filled(COMMIT, b"x y\n z\n", b"xy\n\nx"), "other None"),
     ("a header of blanks", filled(COMMIT + b"x", b" "), "other None"),
     ("a header's value without an end", filled(COMMIT + b"x ", b"y"), "other None"),
+    ("a slow encoding of Python's", filled(COMMIT + b"encoding idna\n\n", b"xn--"), "commit 0"),
     ("empty lines", filled(COMMIT, b"\n"), "commit 0"),
     ("addresses for an author", filled(TREE + b"author ", b"a <b> 1 +0000 "), "other None"),
     ("an address without an end", filled(TREE + b"author a <", b"b"), "other None"),
     ("a tag's name without an end", filled(TAG[:-3], b"v"), "other None"),
-    ("a tag's slashes", filled(TAG[:-1], b"/x"), "other None"),
     ("refs", filled(PUSH + b"\n", REF), f"push {(sap.KEPT - len(PUSH) - 1) // len(REF)}"),
-    ("options", filled(PUSH, b"push-option \n", b"\n" + REF), "push 1"),
-    ("one letter", b"a" * (4 * MIB), "other None"),
-    ("certificates", filled(b"", PUSH), "other None"),
 ]))  # fmt: skip
 def test_a_hostile_payload_is_decided(payload: bytes, expected: str) -> None:
     of, number = expected.split()
@@ -769,25 +639,25 @@ def commit_with_head(size: int) -> bytes:
 @pytest.mark.parametrize("head, expected", rows([
     ("its head and one character of the subject", sap.KEPT - 1, "commit"),
     ("its head, and nothing of the subject", sap.KEPT, "other"),
-    ("not even its head", sap.KEPT + 1, "other"),
 ]))  # fmt: skip
 def test_a_commit_is_known_by_its_first_256_kib(head: int, expected: str) -> None:
     assert sap.KEPT == 256 * 1024
     payload = commit_with_head(head)
-    parsed = parse(payload)
-    assert (parsed.kind, parsed.size, parsed.data) == (
-        expected, len(payload), payload[: sap.KEPT]
-    )  # fmt: skip
+    kept = payload[: sap.KEPT]
+    assert parse(payload) == sap.Payload(expected, len(payload), parse(payload).fields, kept)
+
+
+HEADS = [("commit", "commit", COMMIT), ("tag", "tag", TAG + TAGGER)]
 
 
 @pytest.mark.parametrize("blank", [b"\n", b" \n", b"\t\r\v\f\n", b" "], ids=repr)
-@pytest.mark.parametrize("head", rows([("commit", COMMIT), ("tag", TAG + TAGGER)]))
-def test_a_subject_that_nobody_could_see_makes_other(head: bytes, blank: bytes) -> None:
+@pytest.mark.parametrize("of, head", rows(HEADS))
+def test_a_subject_that_nobody_could_see_makes_other(of: str, head: bytes, blank: bytes) -> None:
     # Git skips what is blank, and shows the line behind it.
     filling = blank * (sap.KEPT // len(blank) + 1)
     assert kind(head + b"\n" + filling + b"\nHidden\n") == "other"
     fits = parse(head + b"\n" + filling[: 1000 * len(blank)] + b"\nShown\n" + b"x" * MIB)
-    assert fits.fields["subject"] == "Shown"
+    assert (fits.kind, fits.fields["subject"]) == (of, "Shown")
 
 
 @pytest.mark.parametrize("blank", [b"", b"\n", b"\t\n\r\n \n", b"\n\n\f\n\v\n"], ids=repr)
@@ -800,9 +670,7 @@ def test_the_subject_is_the_one_that_git_shows(blank: bytes, keys: Keys, tmp_pat
     assert parse(payload).fields["subject"] == shown == "Real"
 
 
-@pytest.mark.parametrize("of, head", rows([
-    ("commit", "commit", COMMIT), ("tag", "tag", TAG + TAGGER),
-]))  # fmt: skip
+@pytest.mark.parametrize("of, head", rows(HEADS))
 def test_a_message_may_go_on_beyond_what_is_kept_but_not_with_a_nul(of: str, head: bytes) -> None:
     payload = head + b"\nSubject\n\n" + b"x" * MIB
     parsed = parse(payload)
@@ -810,7 +678,7 @@ def test_a_message_may_go_on_beyond_what_is_kept_but_not_with_a_nul(of: str, hea
     assert parsed.fields["subject"] == "Subject"
     assert parsed.object_id(BEGIN) == ""
     assert parse(payload[: sap.KEPT]).object_id(BEGIN) != ""
-    assert kind(payload + b"\0") == "other"
+    assert kind(payload + b"\0") == kind(payload + b"\0x") == "other"
 
 
 def test_a_push_certificate_that_is_not_seen_whole_is_other() -> None:
@@ -824,92 +692,40 @@ def test_a_push_certificate_that_is_not_seen_whole_is_other() -> None:
     assert kind(whole + REF) == "other"
 
 
-@pytest.mark.parametrize("encoding", ["rot13", "idna", "undefined", "utf-16", "zlib"])
-def test_an_encoding_is_nothing_to_run(encoding: str) -> None:
-    """Python has codecs of these names, that fail, unpack, or take quadratic time."""
-    head = COMMIT + f"encoding {encoding}\n".encode()
-    with within(20):
-        parsed = parse(filled(head + b"\n", b"xn--"))
-    assert parsed.kind == "commit"
-    assert parsed.fields["subject"].startswith("xn--xn--")
-
-
 # ---------------------------------------------------------------- real git as the judge
 
 
-def mutations(payload: bytes, rng: random.Random, number: int) -> Iterator[bytes]:
-    """PAYLOAD with one byte of its head replaced, inserted, left out, or two swapped."""
+def mutations(payload: bytes, number: int) -> Iterator[bytes]:
+    """PAYLOAD with one byte of its head replaced, inserted or left out."""
     head = payload.index(b"\n\n") + 2
-    telling = b"\n\r\t\0 <>+-09afAFgx\x7f\x80\xff:~"
+    chance = random.Random(0)
     for _ in range(number):
-        at = rng.randrange(head)
-        new = bytes([rng.choice(telling) if rng.random() < 0.7 else rng.randrange(256)])
+        at = chance.randrange(head)
+        new = bytes([chance.choice(b"\n\r\t\0 <>+-09afAFgx\x7f\x80\xff:~")])
         before, byte, after = payload[:at], payload[at : at + 1], payload[at + 1 :]
-        yield rng.choice((
-            before + new + after,
-            before + new + byte + after,
-            before + after,
-            before + after[:1] + byte + after[1:],
-        ))  # fmt: skip
-
-
-def complaints(lab: Lab, of: str, payloads: Iterable[bytes]) -> List[str]:
-    """What git's fsck has to say of objects with these contents, but not of what they name."""
-    folder = lab.folder / "objects"
-    folder.mkdir(exist_ok=True)
-    paths = []
-    for number, payload in enumerate(payloads):
-        path = folder / str(number)
-        path.write_bytes(payload)
-        paths.append(f"{path}\n")
-    names = lab.git("hash-object", "-w", "--literally", "-t", of, "--stdin-paths",
-                    input="".join(paths).encode()).split()  # fmt: skip
-    assert len(names) == len(paths)
-    argv = ["git", "fsck", "--strict", "--no-dangling", "--no-progress"]
-    done = run(argv, lab.env, lab.path, check=False)
-    said = (done.stdout + done.stderr).decode("utf-8", "backslashreplace").splitlines()
-    # Git's word for a name like v1. is "info": it makes no ref of it, but takes the tag.
-    return [
-        line for line in said
-        if re.match(r"(error|warning|fatal)\b", line) and ": badTagName:" not in line
-    ]  # fmt: skip
+        yield before + chance.choice([new, new + byte, b""]) + after
 
 
 @pytest.mark.parametrize("of", ["commit", "tag"])
 def test_git_takes_whatever_is_recognised(of: str, good: Good, keys: Keys, tmp_path: Path) -> None:
     payload = good(of, "sha1")
-    samples = {*mutations(payload, random.Random(0), 500)} - {payload}
-    kinds = {sample: kind(sample) for sample in samples}
-    assert set(kinds.values()) == {of, "other"}
-    recognised = sorted(sample for sample in samples if kinds[sample] == of)
-    assert min(len(recognised), len(samples) - len(recognised)) > 50, "a test of nothing"
+    samples = set(mutations(payload, 150))
+    recognised = {sample for sample in samples if kind(sample) == of}
+    assert min(len(recognised), len(samples - recognised)) > 20, "a test of nothing"
+    bad = re.sub(rb"> (?=\d)", b"> 0", payload, count=1)
     lab = Lab(tmp_path, keys["ed25519"])
-    assert complaints(lab, of, recognised) == []
-    bad = re.sub(rb"> (?=\d)", b"> 0", payload)
-    assert "zeroPaddedDate" in "".join(complaints(lab, of, [bad]))
+    for sample in (*recognised, bad):
+        lab.git("hash-object", "-w", "--literally", "-t", of, "--stdin", input=sample)
+    argv = ["git", "fsck", "--strict", "--no-dangling", "--no-progress"]
+    done = run(argv, lab.env, lab.path, check=False)
+    said = (done.stdout + done.stderr).decode("utf-8", "backslashreplace")
+    complaints = re.findall(r"^(?:error|warning|fatal)\b.*", said, re.M)
+    # Git's word for a name like v1. is "info": it makes no ref of it, but takes the tag.
+    (complaint,) = (line for line in complaints if ": badTagName:" not in line)
+    assert "zeroPaddedDate" in complaint
 
 
 # ---------------------------------------------------------------- through the running proxy
-
-
-def sign(proxy: Proxy, pieces: Iterable[bytes], length: Optional[int] = None) -> Answer:
-    """The answer to PIECES: each a chunk, or all of them of the LENGTH announced."""
-    chunked = length is None
-    with connect(proxy.port) as s:
-        s.settimeout(60)
-        s.sendall(post_chunked(b"") if chunked else post(b"", length=length))
-        for piece in pieces:
-            s.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-        if chunked:
-            s.sendall(b"0\r\n\r\n")
-        return parse_answer(read_all(s, 60))
-
-
-def verified(block: bytes, payload: bytes, folder: Path) -> bool:
-    file = folder / "block.sig"
-    file.write_bytes(block)
-    argv = ["ssh-keygen", "-q", "-Y", "check-novalidate", "-n", "git", "-s", file]
-    return run(argv, input=payload, check=False).returncode == 0
 
 
 @pytest.fixture
@@ -920,15 +736,14 @@ def start(agent_with_key: Agent, start_proxy: Callable[..., Proxy]) -> Callable[
 
 @pytest.mark.parametrize("setting", ["any", "tag", "commit,push"])
 def test_only_the_kinds_that_are_allowed_are_signed(
-    setting: str, start: Callable[[str], Proxy], good: Good, tmp_path: Path
+    setting: str, start: Callable[[str], Proxy], good: Good, ssh_keygen: Callable[..., bytes]
 ) -> None:
     proxy = start(setting)
     payloads = {of: good(of, "sha256") for of in ("commit", "tag", "push")}
     for of, payload in {**payloads, "other": b"SSHSIG"}.items():
-        answer = sign(proxy, [payload])
+        answer = ask(proxy.port, post(payload))
         if setting == "any" or of in setting:
-            assert answer.status == 200, (of, answer)
-            assert verified(answer.body, payload, tmp_path)
+            assert answer.body == ssh_keygen(payload), (of, answer)
             proxy.wait_log(rf" kind={of} ")
         else:
             assert answer.status == 403, (of, answer)
@@ -944,54 +759,31 @@ def test_what_is_not_allowed_is_not_asked_of_the_agent(
     proxy = start_proxy("--payloads", "commit", upstream=sock)
     proxy.wait_log("/sign can't work yet")  # it has asked once, for the keys
     asked.clear()
-    assert sign(proxy, [good("tag", "sha1")]).status == 403
+    assert ask(proxy.port, post(good("tag", "sha1"))).status == 403
     assert asked == []
-    assert sign(proxy, [good("commit", "sha1")]).status in (502, 503)
+    assert ask(proxy.port, post(good("commit", "sha1"))).status in (502, 503)
     assert asked == [1]
 
 
-def split(payload: bytes, size: int) -> List[bytes]:
-    return [payload[at : at + size] for at in range(0, len(payload), size)]
+LONG = COMMIT + b"\nSubject\n\n" + b"x" * MIB
 
 
-@pytest.mark.parametrize("size", rows([("a byte at a time", 1), ("in large pieces", 40999)]))
-@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "length"])
 def test_a_payload_is_recognised_however_it_arrives(
-    size: int, chunked: bool, start: Callable[[str], Proxy], good: Good
+    start: Callable[[str], Proxy], good: Good
 ) -> None:
     proxy = start("commit")
     payload = good("commit", "sha256")
-    expected = {payload: 200, payload[:-1] + b"\0": 403}
-    if size > 1:
-        expected.update({commit_with_head(sap.KEPT - 1): 200, commit_with_head(sap.KEPT): 403})
-    for data, status in expected.items():
-        assert sign(proxy, split(data, size), None if chunked else len(data)).status == status
-
-
-def peak(proxy: Proxy) -> int:
-    """The most that it has ever had in memory, in bytes."""
-    status = Path(f"/proc/{proxy.pid}/status").read_text()
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.M)
-    assert found
-    return 1024 * int(found[1])
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "length"])
-def test_a_commit_with_a_very_long_message_is_signed_in_flat_memory(
-    chunked: bool, start: Callable[[str], Proxy], tmp_path: Path
-) -> None:
-    proxy = start("commit")
-    piece = b"A line of a very long message.\n" * 32768
-    before = 0
-    # A NUL in it at the end, and long before it.
-    for count, rest in ((2, []), (24, []), (24, [b"\0"]), (24, [b"\0", piece])):
-        pieces = [COMMIT + b"\nSubject\n\n", *[piece] * count, *rest]
-        answer = sign(proxy, pieces, None if chunked else sum(map(len, pieces)))
-        if rest:
-            assert answer.status == 403
-            assert "a payload of kind other" in answer.text
-        else:
-            assert verified(answer.body, b"".join(pieces), tmp_path)
-        before = before or peak(proxy)
-    assert peak(proxy) - before < 4 * MIB
+    for size, data, status in [
+        # pieces of so many bytes, payload, status
+        (1, payload, 200),
+        (1, payload[:-1] + b"\0", 403),
+        (40999, commit_with_head(sap.KEPT - 1), 200),
+        (40999, commit_with_head(sap.KEPT), 403),
+        (40999, LONG, 200),
+        (40999, LONG + b"\0", 403),  # behind what is kept, and long before the end
+        (40999, LONG + b"\0" + LONG, 403),
+    ]:
+        pieces = [data[at : at + size] for at in range(0, len(data), size)] + [b""]
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+        assert ask(proxy.port, post(data)).status == status
+        assert ask(proxy.port, post_chunked(chunks)).status == status
