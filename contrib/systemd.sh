@@ -411,7 +411,11 @@ uninstall() {
     user stop "$UNIT" 2>/dev/null || :
     [ ! -e "$unit" ] || user --quiet disable "$UNIT"
     for file in "$sandbox" "$unit" "$wanted"; do
-        [ -e "$file" ] || [ -L "$file" ] || continue
+        # (A link that leads somewhere enables another's: a package's.)
+        case $file in
+        "$wanted") is_dangling "$file" || continue ;;
+        *) [ -e "$file" ] || continue ;;
+        esac
         rm -f "$file"
         printf 'Removed: %s\n' "$file"
     done
@@ -425,12 +429,19 @@ uninstall() {
 # Its files were removed by hand, and it is still enabled, or runs on. (One that somebody else
 # installed for all users is none of ours.)
 is_left_over() {
-    [ ! -L "$wanted" ] || return 0
-    user is-active --quiet "$UNIT" 2>/dev/null || return 1
+    ! is_dangling "$wanted" || return 0
+    case $(user show --property=ActiveState --value "$UNIT" 2>/dev/null) in
+    active | activating | reloading | deactivating) ;;
+    *) return 1 ;;
+    esac
     case $(user show --property=FragmentPath --value "$UNIT") in
     '' | "$unit") ;;
     *) return 1 ;;
     esac
+}
+
+is_dangling() {
+    [ -L "$1" ] && [ ! -e "$1" ]
 }
 
 kept() {

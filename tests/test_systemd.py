@@ -938,10 +938,12 @@ def test_uninstalling_ends_a_service_whose_files_were_removed_by_hand(
 def test_uninstalling_leaves_the_service_of_a_package(manager: Manager) -> None:
     manager.install()
     package = RUNTIME / "systemd/user"
-    manager.sh(f"mkdir -p {package}; mv {UNIT} {package}; rm -r {SANDBOX.parent} {UNITS}/default*")
+    manager.sh(f"mkdir -p {package}; mv {UNIT} {package}; rm -r {SANDBOX.parent}")
     manager.ctl("daemon-reload")
+    manager.ctl("reenable", NAME)
     assert "No service is installed" in manager.make("uninstall-systemd").stdout.decode()
     assert manager.answers()
+    assert manager.show("UnitFileState") == "enabled"
     manager.sh(f"rm -r {package}")
 
 
