@@ -158,7 +158,7 @@ def run(
     cwd: Optional[Path] = None,
     input: Optional[bytes] = None,
     check: bool = True,
-    timeout: float = 60,
+    timeout: float = 120,
 ) -> subprocess.CompletedProcess[bytes]:
     done = subprocess.run(
         [str(a) for a in argv],

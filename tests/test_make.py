@@ -40,7 +40,7 @@ def make(
     argv = [MAKE, "--no-print-directory", *args]
     if not any(arg.startswith("PYTHON=") for arg in args) and "PYTHON" not in env:
         argv.append(f"PYTHON={PYTHON}")
-    return run(argv, cwd=tree, env=clean_env(home, **env), check=check)
+    return run(argv, cwd=tree, env=clean_env(home, **env), check=check, timeout=180)
 
 
 def start(
