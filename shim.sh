@@ -333,12 +333,22 @@ choose_key() {
     [ -z "$chosen" ] || return 0
     if [ -n "$named" ]; then
         case $key in
-        [~]/*) key=${HOME:-}/${key#??} ;; # else a folder of that name would be looked into
+        [~]/*) # else a folder of that name would be looked into
+            has_home || leave no_home || return
+            key=$HOME/${key#??}
+            ;;
         esac
         read_key "$key" || read_key "$key.pub" || leave no_key || return
         is_no_forgers_key || leave forgers_key || return
     fi
     chosen=yes
+}
+
+has_home() {
+    case ${HOME:-} in
+    /*) return 0 ;;
+    esac
+    return 1
 }
 
 is_no_forgers_key() {
@@ -858,6 +868,7 @@ mend() {
     token) explain_token || die "$problem" ;;
     file) refuse_file ;;
     folder) refuse_folder ;;
+    no_home) die "user.signingkey begins with ~/, and HOME is not the whole path of a folder" ;;
     no_key) look_for_key ;;
     forgers_key) refuse_key ;;
     certificate)
@@ -1262,16 +1273,14 @@ is_busy() {
 
 # Why there is no signature, and no key: $problem.
 explain_answer() {
-    if [ -z "$answered" ]; then
-        explain_silence
-    elif [ -z "$head_ends" ]; then
+    if [ -n "$answered" ] && [ -z "$head_ends" ]; then
         fail "the answer from $place broke off: try again"
-    elif ! is_ours; then
+    elif [ -n "$answered" ] && ! is_ours; then
         show "$server"
         fail "what answers at $place is not ssh-agent-proxy (status $answered, Server: \
 ${shown:-none}) but another program there, or a network policy's page: \
 SSH_AGENT_PROXY_URL says where to look"
-    elif [ "$answered" != 200 ]; then
+    elif [ -n "$answered" ] && [ "$answered" != 200 ]; then
         show "$body"
         fail "$place answered $answered: ${shown:-no reason given}" || :
         [ "$answered" != 401 ] || advise_token

@@ -651,6 +651,10 @@ def test_a_key_in_the_home_is_the_homes_and_not_the_working_trees(shim: Shim, li
     fine(shim.sign("-f", "~/new/k", "m", env=server.env))
     assert sent(server.requests[-1], "SSHSIG-Key") == LINE
     assert shim.files() == ["m", "m.sig", "~/k.pub"]
+    for home in ("", "here"):
+        shim.env["HOME"] = home
+        assert "begins with ~/, and HOME is not" in said(shim.sign("-f", "~/k", "m", env=server.env))
+    assert len(server.requests) == 3
 
 
 GITS_KEY = ".git_signing_key_tmpAb3dEf"
