@@ -319,6 +319,12 @@ def fingerprint(key: Path) -> str:
     return run(["ssh-keygen", "-lf", key]).stdout.decode().split()[1]
 
 
+def listens(sock: Path) -> bool:
+    """Does somebody? (The socket stands there a little earlier.)"""
+    with socket.socket(socket.AF_UNIX) as s:
+        return s.connect_ex(str(sock)) == 0
+
+
 class Agent:
     """A real `ssh-agent`, in the foreground, ended by PID."""
 
@@ -335,12 +341,7 @@ class Agent:
             env=self.its_env,
         )
         self.pid = self.process.pid
-        wait_for(self.answers, message="ssh-agent's socket")
-
-    def answers(self) -> bool:
-        """The socket stands there before the agent listens on it."""
-        with socket.socket(socket.AF_UNIX) as s:
-            return s.connect_ex(str(self.sock)) == 0
+        wait_for(lambda: listens(self.sock), message="ssh-agent's socket")
 
     def add(self, path: Path, *options: str) -> None:
         run(["ssh-add", "-q", *options, path], env=self.env)

@@ -444,6 +444,7 @@ NOT_QUITE: List[Tuple[str, str, bytes, Any]] = [
     ("commit", "author and committer swapped", rb"^(author .*\n)(committer .*\n)", rb"\2\1"),
     ("commit", "a second parent behind the encoding", rb"^(encoding .*\n)",
      rb"\1parent " + b"a" * 40 + b"\n"),
+    ("commit", "a tree among the headers", rb"^(change-id )", rb"tree x\n\1"),
     ("commit", "any author among the headers", rb"^(change-id )", rb"author x\n\1"),
     ("commit", "the encoding twice", rb"^(encoding .*\n)", rb"\1\1"),
     ("commit", "an encoding without a value", rb"^encoding .*", b"encoding"),

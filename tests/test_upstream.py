@@ -19,10 +19,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, NamedTuple, Sequence, Tuple, Union
+from typing import Any, Callable, Iterator, List, Sequence, Set, Tuple, Union
 
 import pytest
 from conftest import (
+    RELAY,
     Agent,
     Keys,
     Proxy,
@@ -31,6 +32,7 @@ from conftest import (
     connect,
     get,
     http,
+    listens,
     message,
     need,
     post,
@@ -47,7 +49,6 @@ import ssh_agent_proxy as sap
 
 StartAgent = Callable[..., Agent]
 StartProxy = Callable[..., Proxy]
-ScriptedAgents = Callable[[Callable[[socket.socket], None]], Path]
 
 s = message  # a string of RFC 4251 looks like a message of the agent protocol
 DIGEST = hashlib.sha512(b"payload").digest()
@@ -190,12 +191,6 @@ done
 """
 
 
-def accepts(sock: Path) -> bool:
-    """Does somebody listen there? (A socket stands there a little earlier.)"""
-    with socket.socket(socket.AF_UNIX) as s:
-        return s.connect_ex(str(sock)) == 0
-
-
 @pytest.fixture
 def gpg_agent(short: Path) -> Iterator[Path]:
     """The SSH socket of a real gpg-agent of its own, which holds nothing yet."""
@@ -204,31 +199,22 @@ def gpg_agent(short: Path) -> Iterator[Path]:
     folder.mkdir(mode=0o700)
     pinentry.write_text(PINENTRY)
     pinentry.chmod(0o755)
-    (folder / "gpg-agent.conf").write_text(
-        "enable-ssh-support\n"
-        f"pinentry-program {pinentry}\n"
-        "s2k-count 65536\n"  # how often a passphrase is hashed: by default a second of it
-    )
-    subprocess.run(
-        [program, "--homedir", str(folder), "--daemon"],
+    # (By default it hashes a passphrase for a second.)
+    config = f"enable-ssh-support\npinentry-program {pinentry}\ns2k-count 65536\n"
+    (folder / "gpg-agent.conf").write_text(config)
+    agent = subprocess.Popen(
+        [program, "--homedir", str(folder), "--daemon", "--no-detach"],
         env=clean_env(short, GNUPGHOME=folder),
-        stdout=subprocess.DEVNULL,  # it stays open in the background
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        timeout=60,
-        check=True,
     )
-    # Its sockets are in the folder, for that is not the usual one.
-    sock, control = folder / "S.gpg-agent.ssh", folder / "S.gpg-agent"
+    sock = folder / "S.gpg-agent.ssh"  # there, for that is not the usual folder
     try:
-        wait_for(lambda: accepts(sock), message="gpg-agent's SSH socket")
+        wait_for(lambda: listens(sock), message="gpg-agent's SSH socket")
         yield sock
     finally:
-        # It runs in the background under a number that only it knows.
-        with connect(control) as s:
-            s.sendall(b"KILLAGENT\n")
-            while s.recv(4096):
-                pass
-        wait_for(lambda: not control.exists(), message="gpg-agent's end")
+        agent.terminate()
+        agent.wait(10)
 
 
 @pytest.mark.parametrize("name", ["ed25519", "rsa3072", "ecdsa256"])
@@ -240,10 +226,6 @@ def test_gpg_agent_signs(gpg_agent: Path, keys: Keys, tmp_path: Path, name: str)
     for naming in NAMING:
         key, block = sign(gpg_agent, named(keys, naming, name))
         assert key == blob(keys, name)
-        if name != "ecdsa256":
-            # By the same agent: one RSA signature in 256 it gives without a leading zero.
-            by_agent = ["ssh-keygen", "-Y", "sign", "-f", f"{keys[name]}.pub", "-n", "git"]
-            assert block == run(by_agent, env, input=b"payload").stdout
         (tmp_path / "block").write_bytes(block)
         verify = ["-Y", "check-novalidate", "-n", "git", "-s", tmp_path / "block"]
         run(["ssh-keygen", *verify], input=b"payload")
@@ -251,25 +233,11 @@ def test_gpg_agent_signs(gpg_agent: Path, keys: Keys, tmp_path: Path, name: str)
 
 # ---------------------------------------------------------------- commands
 
-RELAY = """
-import os, select, socket, sys
-agent = socket.socket(socket.AF_UNIX)
-agent.connect(sys.argv[2])
-while True:
-    for ready in select.select([0, agent], [], [])[0]:
-        data = os.read(0, 65536) if ready == 0 else agent.recv(65536)
-        if not data:
-            sys.exit()
-        if ready == 0:
-            agent.sendall(data)
-        else:
-            os.write(1, data)
-"""
-
 # What each script of a test begins with: it leaves its own number in a file.
 NOTES_ITSELF = """
 import os, signal, subprocess, sys, time
-open(sys.argv[1], 'a').write('%d\\n' % os.getpid())
+def note(pid): open({!r}, 'a').write('%d\\n' % pid)
+note(os.getpid())
 """
 
 
@@ -278,9 +246,9 @@ class Command:
 
     def __init__(self, folder: Path, text: str, *args: Any) -> None:
         self.script, self.pids = folder / "command.py", folder / "pids"
-        self.script.write_text(NOTES_ITSELF + text)
+        self.script.write_text(NOTES_ITSELF.format(str(self.pids)) + text)
         self.pids.touch()
-        words = (sys.executable, "-IS", self.script, self.pids, *args)
+        words = (sys.executable, "-IS", self.script, *args)
         self.upstream = sap.Upstream(command=tuple(map(str, words)))
         self.setting = "exec:" + shlex.join(self.upstream.command)
 
@@ -322,11 +290,8 @@ def command(short: Path) -> Iterator[Callable[..., Command]]:
 
 STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 CHILD = "subprocess.Popen([sys.executable, '-IS', '-c', 'import time; time.sleep(1000)'], {})"
-FAMILY = f"""
-for _ in range(2):
-    open(sys.argv[1], 'a').write('%d\\n' % {CHILD.format("")}.pid)
-"""
-DAEMON = f"open(sys.argv[1], 'a').write('%d\\n' % {CHILD.format('start_new_session=True')}.pid)\n"
+FAMILY = f"for _ in range(2): note({CHILD.format('')}.pid)\n"
+DAEMON = f"note({CHILD.format('start_new_session=True')}.pid)\n"
 HANG = "time.sleep(1000)"
 FLOOD = """
 os.set_blocking(2, True)
@@ -336,19 +301,14 @@ while True:
 FLOODS = """
 for _ in range(4):
     if os.fork() == 0:
-        open(sys.argv[1], 'a').write('%d\\n' % os.getpid())
+        note(os.getpid())
         break
 """ + FLOOD
-READ_ALL = """
-while os.read(0, 65536):
-    pass
-"""
-LINGERING_RELAY = RELAY.replace("sys.exit()", HANG)
 
 
 @pytest.mark.parametrize("text", rows([
     ("alone", RELAY),
-    ("ignoring SIGTERM", STUBBORN + LINGERING_RELAY),
+    ("ignoring SIGTERM", STUBBORN + RELAY.replace("break", HANG)),
     ("with a grandchild that left the group", DAEMON + RELAY),
 ]))  # fmt: skip
 def test_a_command_relays_to_the_agent(
@@ -364,7 +324,6 @@ def test_a_command_relays_to_the_agent(
 
 
 @pytest.mark.parametrize("word, reason", rows([
-    ("missing", "/nowhere/relay", "No such file or directory"),
     ("not on the path", "no-such-program-anywhere", "No such file or directory"),
     ("no program", sap.__file__.replace(sap.__name__ + ".py", "LICENSE"), "Permission denied"),
 ]))  # fmt: skip
@@ -377,8 +336,6 @@ HUNG_UP, MIDDLE = "hung up without an answer", "hung up in the middle"
 
 TROUBLE = [
     # name, script, error, its words; those that hang are given half a second
-    ("exits at once", "sys.exit(3)", sap.AgentError,
-     " ended with exit status 3 without an answer"),
     ("exits with words", "time.sleep(0.1)\nos.write(2, b'no')\nsys.exit(1)", sap.AgentError,
      " ended with exit status 1 without an answer; its words are in the proxy's log"),
     ("hangs up, then ends", "os.close(0)\nos.close(1)\ntime.sleep(0.1)\nsys.exit(4)",
@@ -389,11 +346,8 @@ TROUBLE = [
     ("exits within the answer", "os.write(1, b'\\0\\0\\0\\5\\x0c\\0')", sap.WireError,
      " ended with exit status 0 in the middle of its answer"),
     ("answers as a shell does", "print('sh: 1: relay: not found')", sap.WireError, "announced"),
-    ("hangs", HANG, sap.AgentTimeout, TOO_LATE),
     ("hangs with children", FAMILY + HANG, sap.AgentTimeout, TOO_LATE),
     ("exits at once, its children hang", FAMILY, sap.AgentTimeout, TOO_LATE),
-    ("ignores SIGTERM with children", STUBBORN + FAMILY + HANG, sap.AgentTimeout, TOO_LATE),
-    ("reads and never answers", READ_ALL, sap.AgentTimeout, TOO_LATE),
     ("floods stderr with children, all ignore SIGTERM", STUBBORN + FLOODS, sap.AgentTimeout,
      TOO_LATE),
     ("closes stderr and hangs", "os.close(2)\n" + HANG, sap.AgentTimeout, TOO_LATE),
@@ -483,16 +437,6 @@ def test_no_command_outlives_the_proxy(
 
 # ---------------------------------------------------------------- discovery
 
-WELL_KNOWN = [
-    "{home}/.1password/agent.sock",
-    "{runtime}/yubikey-agent/yubikey-agent.sock",
-    "{runtime}/ssh-agent.socket",
-    "{runtime}/gcr/ssh",
-    "{runtime}/keyring/ssh",
-    "{runtime}/gnupg/S.gpg-agent.ssh",
-    "{home}/.gnupg/S.gpg-agent.ssh",
-]
-
 
 @pytest.fixture
 def places(short: Path) -> List[Path]:
@@ -501,11 +445,17 @@ def places(short: Path) -> List[Path]:
 
 
 def test_the_places_that_are_looked_at_are_those_of_each_system() -> None:
-    assert list(sap.well_known_sockets("linux", "/h", "/r")) == [
-        place.format(home="/h", runtime="/r") for place in WELL_KNOWN
-    ]
     only_home = ("/h/.1password/agent.sock", "/h/.gnupg/S.gpg-agent.ssh")
     assert sap.well_known_sockets("linux", "/h", "") == only_home
+    assert sap.well_known_sockets("linux", "/h", "/r") == (
+        only_home[0],
+        "/r/yubikey-agent/yubikey-agent.sock",
+        "/r/ssh-agent.socket",
+        "/r/gcr/ssh",
+        "/r/keyring/ssh",
+        "/r/gnupg/S.gpg-agent.ssh",
+        only_home[1],
+    )
     mac = sap.well_known_sockets("darwin", "/h", "")
     assert mac[0] == "/h/Library/Group Containers/2BUA8C4S2C.com.1password/t/agent.sock"
     assert mac[1] == only_home[0]
@@ -541,22 +491,6 @@ def test_the_first_agent_that_answers_is_used_and_each_change_logged_once(
     assert [record.getMessage() for record in caplog.records] == [
         f"using the agent at '{places[number]}'" for number in (1, 0, 1)
     ]
-
-
-@pytest.mark.parametrize("state", ["dead", "empty", "locked"])
-def test_another_agent_that_has_keys_is_hinted_at(
-    places: List[Path], start_agent: StartAgent, keys: Keys, state: str
-) -> None:
-    mine = start_agent()
-    start_agent(places[2]).add(keys["ed25519"])
-    if state == "dead":
-        mine.stop()
-    if state == "locked":
-        mine.add(keys["other"])
-        mine.lock()
-    for naming in NAMING:
-        told = refusal(sap.AgentError, mine.sock, named(keys, naming), places=places)
-        assert told.endswith(f"; another has 1 key: set SSH_AGENT_PROXY_UPSTREAM={places[2]}")
 
 
 def test_the_first_place_that_is_empty_is_used_and_a_later_one_hinted_at(
@@ -601,51 +535,35 @@ SIG64 = bytes(range(1, 65))
 ED = s(b"ssh-ed25519") + s(bytes(range(32)))
 ED2 = s(b"ssh-ed25519") + s(bytes(range(1, 33)))
 RSA = s(b"ssh-rsa") + s(b"\1\0\1") + s(b"\0\x80" + b"\1" * 255)
-CERT = (
-    s(b"ssh-ed25519-cert-v01@openssh.com") + s(b"nonce") + s(bytes(range(32))) + bytes(8)
-    + b"\0\0\0\1" + s(b"id") + s(b"") + bytes(8) + b"\xff" * 8 + s(b"") + s(b"") + s(b"")
-    + s(ED) + s(b"signature")
-)  # fmt: skip
 UNKNOWN = s(b"ssh-xmss@openssh.com") + s(b"key")
 
 LIST = listing((ED, b"comment"))
 SIG = response(s(b"ssh-ed25519") + s(SIG64))
 
 
-class Step(NamedTuple):
-    """What the agent does once it has read a request, or at once."""
-
-    act: Callable[[socket.socket], Any]
-    reads: bool = True
-
-
-class HangUp(Exception):
-    """The agent closes the connection."""
+# What the agent does once it has read a request.
+Step = Callable[[socket.socket], Any]
 
 
 def send(data: bytes) -> Step:
-    return Step(lambda c: c.sendall(data))
+    return lambda c: c.sendall(data)
 
 
-def cut(data: bytes, reads: bool = True) -> Step:
-    def act(c: socket.socket) -> None:
-        c.sendall(data)
-        raise HangUp
-
-    return Step(act, reads)
+def cut(data: bytes) -> Step:
+    return lambda c: (c.sendall(data), c.shutdown(socket.SHUT_RDWR))
 
 
-def stall(data: bytes = b"", reads: bool = True) -> Step:
-    """Sends no more than DATA, and waits for the other side to lose patience."""
-    return Step(lambda c: (c.sendall(data), read_message(c)), reads)
+def stall(connection: socket.socket) -> None:
+    """Waits for the other side to lose patience."""
+    read_message(connection)
 
 
 def drip(data: bytes, pause: float) -> Step:
-    return Step(lambda c: [(time.sleep(pause), c.sendall(data[i : i + 1])) for i in range(99)])
+    return lambda c: [(time.sleep(pause), c.sendall(data[i : i + 1])) for i in range(99)]
 
 
-def after(seconds: float, data: bytes) -> Step:
-    return Step(lambda c: (time.sleep(seconds), c.sendall(data)))
+def late(data: bytes) -> Step:
+    return lambda c: (time.sleep(0.35), c.sendall(data))
 
 
 HONEST = [send(LIST), send(SIG)]
@@ -658,23 +576,30 @@ class Liar(ScriptedAgent):
         super().__init__(folder / "liar", self.behave)
         self.steps: List[Step] = HONEST
         self.requests: List[bytes] = []
-        self.closed = threading.Semaphore(0)  # for each connection that the other side has closed
+        self.open: Set[socket.socket] = set()  # until the other side has closed
 
     def behave(self, connection: socket.socket) -> None:
-        with contextlib.suppress(HangUp, ConnectionError):
+        self.open.add(connection)
+        with contextlib.suppress(ConnectionError):
             for step in self.steps:
-                if step.reads:
-                    self.requests.append(read_message(connection))
-                    if not self.requests[-1]:
-                        break
-                step.act(connection)
+                request = read_message(connection)
+                if not request:
+                    break
+                self.requests.append(request)
+                step(connection)
             while connection.recv(65536):
                 pass
-        self.closed.release()
+        self.open.discard(connection)
 
     def be(self, steps: List[Step]) -> Path:
         self.steps, self.requests = steps, []
         return self.sock
+
+    def asked(self, times: int = 1) -> None:
+        wait_for(lambda: len(self.requests) == times, message="the proxy's request")
+
+    def left(self) -> None:
+        wait_for(lambda: not self.open, 5, "the connection's end")
 
 
 @pytest.fixture(scope="module")
@@ -692,12 +617,7 @@ TRUTHS = [
     ("at once", HONEST, ED),
     ("a list of 256 KiB", [send(listing((ED, b"c" * (262144 - 5 - 8 - len(ED))))), send(SIG)], ED),
     ("a byte at a time", [drip(LIST, 0), send(SIG)], ED),
-    ("a list before it is asked for", [Step(lambda c: c.sendall(LIST), reads=False),
-                                       send(b""), send(SIG)], ED),
     ("a good key among garbage", [send(listing(*GARBAGE, (ED2, b""), *GARBAGE)), send(SIG)], ED2),
-    ("a key listed twice", [send(listing((ED, b"1"), (ED2, b""), (ED, b"2"))), send(SIG)], ED),
-    ("a certificate first of those with a fingerprint",
-     [send(listing((ED2, b""), (CERT, b""), (ED, b""))), send(SIG)], CERT),
 ]  # fmt: skip
 
 
@@ -705,14 +625,13 @@ TRUTHS = [
 def test_the_first_key_that_fits_signs_however_the_truth_is_told(
     liar: Liar, steps: List[Step], key: bytes
 ) -> None:
-    fingerprint = sap.parse_public_key(key).fingerprint  # a certificate has its key's
+    fingerprint = sap.parse_public_key(key).fingerprint
     assert signer(liar.be(steps), sap.Wanted(fingerprint=fingerprint)) == key
-    assert liar.closed.acquire(timeout=5)
+    liar.left()
 
 
 Expected = Tuple[type, str]
-BAD = (sap.WireError, "")
-ANNOUNCED, MISSING = (sap.WireError, "announced"), (sap.WireError, "bytes expected")
+ANNOUNCED = (sap.WireError, "announced")
 LOCKED = (sap.AgentError, LISTS_NONE)
 USELESS = (sap.AgentError, "none of a type")
 UNREACHABLE, CUT = (sap.AgentError, HUNG_UP), (sap.WireError, MIDDLE)
@@ -726,22 +645,12 @@ LIES = [
     ("sends a byte behind the message", [send(LIST + b"\0")], (sap.WireError, "1 bytes more")),
     ("closes once asked", [cut(b"")], UNREACHABLE),
     ("closes before the list's last byte", [cut(LIST[:-1])], CUT),
-    ("lists unasked, then closes", [cut(LIST, reads=False)], UNREACHABLE),
-    ("closes when asked to sign", [send(LIST), cut(b"")], UNREACHABLE),
-    ("closes within the signature", [send(LIST), cut(SIG[:-1])], CUT),
     # the list
     ("refuses to list", [send(FAILURE)], LOCKED),
     ("lists nothing", [send(listing())], LOCKED),
-    ("signs instead", [send(SIG)], (sap.WireError, "message type 14")),
-    ("lists 2^32-1 keys", [send(message(b"\x0c\xff\xff\xff\xff"))], MISSING),
     ("lists only keys of no use", [send(listing(*GARBAGE))], USELESS),
-    ("lists 30000 empty keys", [send(listing(*(30000 * [(b"", b"")])))], USELESS),
     # the signature
     ("refuses to sign", [send(LIST), send(FAILURE)], REFUSED),
-    ("lists instead", [send(LIST), send(LIST)], (sap.WireError, "message type 12")),
-    ("an empty signature", [send(LIST), send(response(b""))], MISSING),
-    ("an algorithm that is no text", [send(LIST), send(response(s(b"\x1b[2J\n\xff") + s(SIG64)))],
-     (sap.WireError, r"\\x1b[2J\\n")),
 ]  # fmt: skip
 
 LIES_OF_A_KNOWN_KEY = [
@@ -763,17 +672,21 @@ def test_a_lie_is_told_and_its_connection_closed(
 ) -> None:
     kind, words = expected
     assert words in refusal(kind, liar.be(steps), wanted)
-    assert liar.closed.acquire(timeout=5)
+    liar.left()
+
+
+def test_an_agent_that_hangs_up_before_it_is_asked_is_told(liar: Liar) -> None:
+    agents = sap.Agents(sap.Upstream(str(liar.be([cut(LIST)]))), (), 20)
+    with pytest.raises(sap.AgentError, match=HUNG_UP), agents.exchange() as exchange:
+        sap.list_keys(exchange)
+        exchange.ask(b"\x0b")
 
 
 @pytest.mark.parametrize("steps, wanted", rows([
-    ("when asked for a list", [stall()], ANY),
-    ("before the last byte", [stall(LIST[:-1])], ANY),
-    ("without reading", [stall(b"", reads=False)], ANY),
-    ("when asked to sign with a known key", [stall()], THE_KEY),
-    ("when asked for a list after a refusal", [send(FAILURE), stall()], THE_KEY),
+    ("when asked to sign with a known key", [stall], THE_KEY),
+    ("when asked for a list after a refusal", [send(FAILURE), stall], THE_KEY),
     ("by dripping", [drip(LIST, 0.05)], ANY),
-    ("by 0.7 of the time for each message", [after(0.35, LIST), after(0.35, SIG)], ANY),
+    ("by 0.7 of the time for each message", [late(LIST), late(SIG)], ANY),
 ]))  # fmt: skip
 def test_a_stall_is_too_late(liar: Liar, steps: List[Step], wanted: sap.Wanted) -> None:
     before = time.monotonic()
@@ -827,102 +740,17 @@ def test_no_exchange_costs_a_file_descriptor(liar: Liar, short: Path) -> None:
     wait_for(lambda: len(os.listdir("/dev/fd")) <= before, message="all are closed")
 
 
-# ---------------------------------------------------------------- through the running proxy
-
-
-@pytest.mark.parametrize("status, steps, words, key", rows([
-    ("signs", 200, HONEST, "BEGIN SSH SIGNATURE", b""),
-    ("refuses", 403, [send(FAILURE), send(LIST)], "refused to sign", ED),
-    ("holds another key", 404, [send(FAILURE), send(listing((ED2, b"")))], "does not hold", ED),
-    ("lies", 502, [send(b"\xff" * 9)], "announced a message of 4294967295 bytes", b""),
-    ("is locked", 503, [send(FAILURE)], LISTS_NONE, b""),
-    ("stalls", 504, [stall()], TOO_LATE, b""),
-]))  # fmt: skip
-def test_what_the_agent_does_becomes_a_status_and_why(
-    liar: Liar, start_proxy: StartProxy, status: int, steps: List[Step], words: str, key: bytes
-) -> None:
-    liar.be(HONEST)
-    timeout = "1" if status == 504 else "20"
-    proxy = start_proxy("--timeout", timeout, upstream=liar.sock)
-    proxy.wait_log("signing with")  # the look at the start is over
-    liar.be(steps)
-    named = {"SSHSIG-Key": f"ssh-ed25519 {base64.b64encode(key).decode()}"} if key else {}
-    answer = http(proxy.port, "POST", "/sign", b"payload", named)
-    assert answer.status == status
-    assert words in answer.text
-    assert status == 200 or answer.text.count("\n") == 1
-    liar.be(HONEST)
-    assert http(proxy.port, "POST", "/sign", b"payload").status == 200
-
-
-def test_a_command_with_quotes_and_a_key_in_its_agent_signs(
-    agent_with_key: Agent, keys: Keys, start_proxy: StartProxy, short: Path, home: Path
-) -> None:
-    """The setting is split as a shell would, and nothing in it acted on but the home."""
-    (short / "it's $(x);*.py").write_text(RELAY.replace("argv[2]", "argv[1]"))
-    (home / "python").symlink_to(sys.executable)
-    upstream = f'exec:  ~/python  -IS "{short}/it\'s $(x);*.py"   \'{agent_with_key.sock}\' '
-    proxy = start_proxy(upstream=upstream)
-    assert http(proxy.port, "POST", "/sign", b"payload").status == 200
-    assert http(proxy.port, "GET", "/publickey").text.strip() == keys.line("ed25519")
-
-
-def test_ssh_auth_sock_is_used_before_any_known_place_and_not_passed_over_when_dead(
-    start_agent: StartAgent, keys: Keys, start_proxy: StartProxy, short: Path
-) -> None:
-    (short / "run").mkdir()
-    start_agent(short / "run" / "ssh-agent.socket").add(keys["other"])
-    mine = start_agent()
-    mine.add(keys["ed25519"])
-    env = {"XDG_RUNTIME_DIR": str(short / "run"), "SSH_AUTH_SOCK": str(mine.sock)}
-    proxy = start_proxy(env=env)
-    assert http(proxy.port, "GET", "/publickey").text.strip() == keys.line("ed25519")
-    mine.process.kill()
-    mine.process.wait(10)
-    answer = http(proxy.port, "POST", "/sign", b"payload")
-    assert answer.status == 503
-    assert f"no answer from the agent at '{mine.sock}': nobody listens" in answer.text
-    hint = f"set SSH_AGENT_PROXY_UPSTREAM={short}/run/ssh-agent.socket"
-    assert answer.text.endswith(hint + "\n")
-    unset = start_proxy(env={**env, "SSH_AUTH_SOCK": ""})
-    assert http(unset.port, "GET", "/publickey").text.strip() == keys.line("other")
-
-
-# ---------------------------------------------------------------- clients that go, and that wait
-
-
-class Waiting:
-    """An agent that answers in no hurry: each connection in its stages, and what the proxy did."""
-
-    def __init__(self) -> None:
-        self.replies = [LIST]  # before it waits
-        self.asked = threading.Semaphore(0)
-        self.closed = threading.Semaphore(0)
-
-    def __call__(self, connection: socket.socket) -> None:
-        for reply in self.replies:
-            if not read_message(connection):
-                return
-            connection.sendall(reply)
-        if read_message(connection):
-            self.asked.release()
-            while connection.recv(65536):
-                pass
-            self.closed.release()
+# ---------------------------------------------------------------- clients of the running proxy
 
 
 @pytest.fixture
-def waiting(start_proxy: StartProxy, scripted_agent: ScriptedAgents) -> Tuple[Waiting, Proxy]:
-    """An agent that waits, and a proxy whose look at the start is over."""
-    agent = Waiting()
-    proxy = start_proxy(upstream=scripted_agent(agent))
+def proxy(start_proxy: StartProxy, liar: Liar) -> Proxy:
+    """Before an agent that does not answer, once its look at the start is over."""
+    proxy = start_proxy(upstream=liar.be(HONEST))
     proxy.wait_log("signing with")
-    agent.replies = []
-    return agent, proxy
-
-
-def close(client: socket.socket) -> None:
-    client.close()
+    liar.left()
+    liar.be([stall])
+    return proxy
 
 
 def close_sending_side(client: socket.socket) -> None:
@@ -938,28 +766,25 @@ POST = post(b"payload")
 CHUNKED = post_chunked(b"7\r\npayload\r\n0\r\n\r\n")
 
 
-@pytest.mark.parametrize("request_, replies, more, leave", rows([
-    ("close", POST, [], b"", close),
-    ("close of the sending side", POST, [], b"", close_sending_side),
-    ("reset", POST, [], b"", reset),
-    ("chunked", CHUNKED, [], b"", close_sending_side),
-    ("GET", get("/publickey"), [], b"", reset),
-    ("between list and signature", POST, [LIST], b"", close),
-    ("behind bytes that nobody reads", POST, [], b"GET /", close),
+@pytest.mark.parametrize("request_, before, more, leave", rows([
+    ("close", POST, [], b"", socket.socket.close),
+    ("chunked, its sending side", CHUNKED, [], b"", close_sending_side),
+    ("GET, reset", get("/publickey"), [], b"", reset),
+    ("between list and signature", POST, [send(LIST)], b"", socket.socket.close),
+    ("behind bytes that nobody reads", POST, [], b"GET /", socket.socket.close),
 ]))  # fmt: skip
 def test_a_client_that_goes_away_takes_its_agent_connection_with_it(
-    waiting: Tuple[Waiting, Proxy], request_: bytes, replies: List[bytes], more: bytes, leave: Any
+    liar: Liar, proxy: Proxy, request_: bytes, before: List[Step], more: bytes, leave: Any
 ) -> None:
     if more and sys.platform != "linux":
         pytest.skip("elsewhere the system can't show it")
-    agent, proxy = waiting
-    agent.replies = replies
+    liar.be([*before, stall])
     with connect(proxy.port) as client:
         client.sendall(request_)
-        assert agent.asked.acquire(timeout=10)
+        liar.asked(len(liar.steps))
         client.sendall(more)
         leave(client)
-        assert agent.closed.acquire(timeout=5)
+        liar.left()
     proxy.wait_log("outcome=gone")
 
 
@@ -973,49 +798,36 @@ def test_a_client_that_goes_away_while_the_agent_accepts_nobody_is_noticed(
 
 
 def test_neither_waiting_nor_bytes_behind_the_request_are_a_sign_that_the_client_left(
-    start_proxy: StartProxy, scripted_agent: ScriptedAgents
+    liar: Liar, proxy: Proxy
 ) -> None:
-    asked, sent = threading.Event(), threading.Event()
-
-    def slow(connection: socket.socket) -> None:
-        for reply in (LIST, SIG):
-            if read_message(connection)[:1] == b"\x0d":
-                asked.set()
-                assert sent.wait(10)
-                time.sleep(0.2)  # the agent's own time: the proxy sees the bytes while it waits
-            connection.sendall(reply)
-
-    proxy = start_proxy(upstream=scripted_agent(slow))
+    sent = threading.Event()
+    # The agent's own time: the proxy sees the bytes while it waits.
+    liar.be([send(LIST), lambda c: (sent.wait(10), time.sleep(0.2), c.sendall(SIG))])
     with connect(proxy.port) as client:
         client.sendall(POST)
-        assert asked.wait(10)
+        liar.asked(2)
         client.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
         sent.set()
         assert client.recv(12) == b"HTTP/1.1 200"
 
 
-def test_requests_at_a_hanging_agent_hold_up_no_other(
-    waiting: Tuple[Waiting, Proxy], keys: Keys
-) -> None:
-    agent, proxy = waiting
+def test_requests_at_a_hanging_agent_hold_up_no_other(liar: Liar, proxy: Proxy) -> None:
     with contextlib.ExitStack() as stack:
-        for _ in range(20):
+        for number in range(20):
             client = stack.enter_context(connect(proxy.port))
             client.sendall(POST)
-            assert agent.asked.acquire(timeout=10)
-        agent.replies = [LIST, SIG]
+            liar.asked(number + 1)
+        liar.be(HONEST)
         for method, path in (("POST", "/sign"), ("GET", "/healthz"), ("GET", "/publickey")):
             body = b"payload" if method == "POST" else None
             assert http(proxy.port, method, path, body, seconds=5).status == 200
 
 
 def test_an_agent_that_hangs_at_the_start_holds_up_neither_requests_nor_the_end(
-    start_proxy: StartProxy, scripted_agent: ScriptedAgents
+    start_proxy: StartProxy, liar: Liar
 ) -> None:
-    agent = Waiting()
-    agent.replies = []
-    proxy = start_proxy(upstream=scripted_agent(agent))
-    assert agent.asked.acquire(timeout=10)
+    proxy = start_proxy(upstream=liar.be([stall]))
+    liar.asked()
     assert http(proxy.port, "GET", "/healthz", seconds=5).status == 200
     proxy.process.send_signal(signal.SIGTERM)
     assert proxy.process.wait(5) == 0
