@@ -653,7 +653,8 @@ def test_a_key_in_the_home_is_the_homes_and_not_the_working_trees(shim: Shim, li
     assert shim.files() == ["m", "m.sig", "~/k.pub"]
     for home in ("", "here"):
         shim.env["HOME"] = home
-        assert "begins with ~/, and HOME is not" in said(shim.sign("-f", "~/k", "m", env=server.env))
+        done = shim.sign("-f", "~/k", "m", env=server.env)
+        assert "begins with ~/, and HOME is not" in said(done)
     assert len(server.requests) == 3
 
 
