@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import os
 import random
@@ -10,25 +11,16 @@ import re
 import shutil
 import socket
 import struct
-import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
 from conftest import (
-    PROXY,
     Agent,
-    Answer,
     Keys,
-    Proxy,
     ScriptedAgent,
-    ask,
-    clean_env,
-    connect,
     message,
     need,
-    post,
-    post_chunked,
     read_message,
     rows,
     run,
@@ -40,21 +32,17 @@ import ssh_agent_proxy as sap
 TYPES = {
     "ed25519": "ssh-ed25519",
     "rsa2048": "ssh-rsa",
-    "rsa3072": "ssh-rsa",
     "ecdsa256": "ecdsa-sha2-nistp256",
     "ecdsa384": "ecdsa-sha2-nistp384",
     "ecdsa521": "ecdsa-sha2-nistp521",
     "sk-ed25519": "sk-ssh-ed25519@openssh.com",
     "sk-ecdsa": "sk-ecdsa-sha2-nistp256@openssh.com",
 }
+PLAIN = [name for name in TYPES if "sk-" not in name]
+SECURITY = [name for name in TYPES if "sk-" in name]
 for name, plain_type in list(TYPES.items()):
     TYPES[f"{name}-cert"] = plain_type.replace("@openssh.com", "") + "-cert-v01@openssh.com"
-ALL = tuple(TYPES)
-SECURITY = ("sk-ed25519", "sk-ecdsa")
-PLAIN = tuple(name for name in ALL if "sk-" not in name and "-cert" not in name)
-
-BITS = {"ed25519": 256, "rsa2048": 2048, "rsa3072": 3072, "ecdsa256": 256, "ecdsa384": 384,
-        "ecdsa521": 521, "sk-ed25519": 256, "sk-ecdsa": 256}  # fmt: skip
+ALL = list(TYPES)
 
 
 # ---------------------------------------------------------------- bytes, written by hand
@@ -85,7 +73,7 @@ def ec(point: bytes = POINT, curve: bytes = b"nistp256", kind: bytes = b"nistp25
     return s(b"ecdsa-sha2-" + kind) + s(curve) + s(point)
 
 
-# ---------------------------------------------------------------- authenticator, agents, proxies
+# ---------------------------------------------------------------- authenticator and agents
 
 
 class Authenticator:
@@ -132,33 +120,23 @@ class AuthenticatorAgent(ScriptedAgent):
 
     def __init__(self, sock: Path) -> None:
         super().__init__(sock, self.talk)
-        self.listed: List[Tuple[bytes, Authenticator]] = []
+        self.holds: Dict[bytes, Authenticator] = {}
         self.flags: List[int] = []  # that were asked for
 
     def talk(self, connection: socket.socket) -> None:
         while request := read_message(connection):
-            connection.sendall(message(self.answer(request)))
-
-    def answer(self, request: bytes) -> bytes:
-        if request == b"\x0b":
-            keys = b"".join(s(blob) + s(key.kind.encode()) for blob, key in self.listed)
-            return b"\x0c" + struct.pack(">I", len(self.listed)) + keys
-        with sap.Reader(request, "sign request") as r:
-            assert r.take(1) == b"\x0d"
-            wanted, data = r.string(), r.string()
-            self.flags.append(r.uint32())
-        return b"\x0e" + s(dict(self.listed)[wanted].sign(data))
-
-
-LONGEST = "n" * 255
+            with sap.Reader(request, "sign request") as r:
+                assert r.take(1) == b"\x0d"
+                key, data = self.holds[r.string()], r.string()
+                self.flags.append(r.uint32())
+            connection.sendall(message(b"\x0e" + s(key.sign(data))))
 
 
 class Lab:
-    """Keys and certificates of every type, the agents that hold them, a proxy before each."""
+    """Keys and certificates of every type, and the agents that hold them."""
 
     def __init__(self, folder: Path, keys: Keys) -> None:
         self.folder = folder
-        self.pub: Dict[str, Path] = {}
         self.ca = folder / "ca"
         run(["ssh-keygen", "-q", "-N", "", "-t", "ed25519", "-C", "ca", "-f", self.ca])
         self.agent = Agent(folder / "a")
@@ -175,48 +153,39 @@ class Lab:
             blob = base64.b64encode(key.blob).decode()
             (folder / f"{name}.pub").write_text(f"{TYPES[name]} {blob} {name}@test\n")
             self.certify(name)
-            self.authenticators.listed += [(key.blob, key), (self.blob(f"{name}-cert"), key)]
-        namespaces = f"git,file,{LONGEST}"
-        self.proxies = [
-            Proxy(
-                [sys.executable, str(PROXY), "--addr", "127.0.0.1:0", "--upstream", str(sock),
-                 "--namespace", namespaces],
-                clean_env(folder),
-            )
-            for sock in (self.agent.sock, self.authenticators.sock)
-        ]  # fmt: skip
+            self.authenticators.holds |= {key.blob: key, self.blob(f"{name}-cert"): key}
 
     def certify(self, name: str) -> None:
-        public = self.folder / f"{name}.pub"
-        run(["ssh-keygen", "-q", "-s", self.ca, "-I", name, "-n", "someone", public])
-        self.pub[name] = public
-        self.pub[f"{name}-cert"] = self.folder / f"{name}-cert.pub"
+        options = ["-n", "someone", "-O", "force-command=/bin/false"]
+        run(["ssh-keygen", "-q", "-s", self.ca, "-I", name, *options, self.pub(name)])
+
+    def pub(self, name: str) -> Path:
+        return self.folder / f"{name}.pub"
 
     def line(self, name: str) -> str:
-        return self.pub[name].read_text().strip()
+        return self.pub(name).read_text().strip()
 
     def blob(self, name: str) -> bytes:
         return base64.b64decode(self.line(name).split()[1])
 
-    def sock(self, name: str) -> Path:
-        return self.authenticators.sock if name.startswith("sk-") else self.agent.sock
+    def exchange(self, name: str) -> contextlib.AbstractContextManager[sap.Exchange]:
+        agent = self.authenticators if name.startswith("sk-") else self.agent
+        return sap.Agents(sap.Upstream(str(agent.sock)), (), 20).exchange()
 
-    def sign(self, name: str, payload: bytes, chunked: bool = False, **more: str) -> Answer:
-        port = self.proxies[name.startswith("sk-")].port
-        fields = [f"SSHSIG-Key: {self.line(name).rpartition(' ')[0]}"]
-        fields += [f"SSHSIG-{field.capitalize()}: {value}" for field, value in more.items()]
-        if not chunked:
-            return ask(port, post(payload, *fields))
-        pieces = [payload[at : at + 65521] for at in range(0, len(payload), 65521)]
-        body = b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
-        return ask(port, post_chunked(body, *fields))
+    def sign(
+        self, name: str, payload: bytes, namespace: str = "git", hash_algorithm: str = "sha512"
+    ) -> bytes:
+        """The armored signature, asked for as a request is."""
+        wanted = sap.Wanted(sap.parse_key_line(self.line(name)).key)
+        digest = hashlib.new(hash_algorithm, payload).digest()
+        with self.exchange(name) as exchange:
+            key, block = sap.request_signature(exchange, wanted, namespace, hash_algorithm, digest)
+        assert key == wanted.key
+        return block
 
     def stop(self) -> None:
-        statuses = [proxy.stop() for proxy in self.proxies]
         self.agent.stop()
         self.authenticators.stop()
-        assert statuses == [0, 0]
-        assert "Traceback" not in "".join(proxy.log() for proxy in self.proxies)
 
 
 @pytest.fixture(scope="module")
@@ -280,16 +249,10 @@ def taken_apart(block: bytes) -> List[bytes]:
 
 # ---------------------------------------------------------------- keys, by hand
 
-KEYS = [
-    ("Ed25519", ed(), "ssh-ed25519", 256),
-    ("RSA of the fewest bits", rsa(mp((1 << 1023) | 1)), "ssh-rsa", 1024),
-    ("RSA of the most bits", rsa(mp((1 << 16383) | 1)), "ssh-rsa", 16384),
-    ("RSA with the least exponent", rsa(e=mp(3)), "ssh-rsa", 2048),
-    ("P-256", ec(), "ecdsa-sha2-nistp256", 256),
-    ("P-384", ec(b"\4" + bytes(96), b"nistp384", b"nistp384"), "ecdsa-sha2-nistp384", 384),
-    ("P-521", ec(b"\4" + bytes(132), b"nistp521", b"nistp521"), "ecdsa-sha2-nistp521", 521),
-    ("sk Ed25519", s(SKED) + s(X25) + s(b"ssh:"), SKED.decode(), 256),
-    ("sk P-256", s(SKEC) + s(b"nistp256") + s(POINT) + s(b"ssh:"), SKEC.decode(), 256),
+RSA_KEYS = [
+    ("the fewest bits", rsa(mp((1 << 1023) | 1)), 1024),
+    ("the most bits", rsa(mp((1 << 16383) | 1)), 16384),
+    ("the least exponent", rsa(e=mp(3)), 2048),
 ]
 
 TYPE = "type '"
@@ -298,12 +261,9 @@ CERTIFICATE = b"ssh-ed25519-cert-v01@openssh.com"
 
 NO_KEYS = [
     ("nothing", b"", "4 bytes expected, 0 there"),
-    ("an empty type", s(b"") + s(X25), TYPE),
     ("a type with a NUL behind it", s(b"ssh-ed25519\0") + s(X25), TYPE),
     ("DSA", s(b"ssh-dss") + 4 * mp(5), TYPE),
     ("a hostile type", s(b"a\n\x1b[2J\xe2\x80\xae" + b"z" * 10000), TYPE),
-    ("a signature algorithm for a type", s(b"rsa-sha2-512") + mp(65537) + mp(N2048), TYPE),
-    ("a webauthn type", s(b"webauthn-sk-ecdsa-sha2-nistp256@openssh.com") + s(POINT), TYPE),
     ("Ed25519 of 31 bytes", ed(bytes(31)), "an Ed25519 key of 31 bytes"),
     ("Ed25519 of 33 bytes", ed(bytes(33)), "an Ed25519 key of 33 bytes"),
     ("RSA of too few bits", rsa(mp((1 << 1022) | 1)), "1023 bits"),
@@ -311,12 +271,7 @@ NO_KEYS = [
     ("RSA with modulus 0", rsa(mp(0)), "not positive"),
     ("RSA with exponent 1", rsa(e=mp(1)), "RSA key"),
     ("P-256 of another curve", ec(curve=b"nistp384"), CURVE),
-    ("P-256 with the point of another curve", ec(b"\4" + bytes(96)), POINTED),
-    ("P-384 of another curve", ec(curve=b"nistp256", kind=b"nistp384"), CURVE),
-    ("a part of the curve's name", ec(curve=b"nistp2"), CURVE),
-    ("a compressed point", ec(b"\2" + bytes(32)), POINTED),
     ("a compressed point of full length", ec(b"\2" + bytes(64)), POINTED),
-    ("a hybrid point", ec(b"\6" + bytes(64)), POINTED),
     ("no point", ec(b""), POINTED),
     ("a point without its last byte", ec(POINT[:-1]), POINTED),
     ("a point with a byte more", ec(POINT + b"\0"), POINTED),
@@ -326,9 +281,9 @@ NO_KEYS = [
 ]
 
 
-@pytest.mark.parametrize("blob, key_type, bits", rows(KEYS))
-def test_a_key_blob_is_read(blob: bytes, key_type: str, bits: int) -> None:
-    assert sap.parse_public_key(blob) == sap.PublicKey(key_type, blob, key_type, blob, bits)
+@pytest.mark.parametrize("blob, bits", rows(RSA_KEYS))
+def test_an_rsa_key_within_openssh_s_bounds_is_read(blob: bytes, bits: int) -> None:
+    assert sap.parse_public_key(blob) == sap.PublicKey("ssh-rsa", blob, "ssh-rsa", blob, bits)
 
 
 @pytest.mark.parametrize("blob, error", rows(NO_KEYS))
@@ -351,32 +306,11 @@ def test_a_real_key_is_read(lab: Lab, name: str) -> None:
     assert key.blob == lab.blob(name)
     assert key.plain_type == TYPES[plain]
     assert key.plain_blob == lab.blob(plain)
-    assert key.bits == BITS[plain]
     assert key.flags == (4 if name.startswith("rsa") else 0)  # SSH_AGENT_RSA_SHA2_512
-    assert key.fingerprint == keygen("-lf", lab.pub[name]).decode().split()[1]
+    assert [str(key.bits), key.fingerprint] == keygen("-lf", lab.pub(name)).decode().split()[:2]
     assert key.name == key.fingerprint + (" (certificate)" if name != plain else "")
     assert comment == f"{plain}@test"
     assert lab.line(name) == f"{key.line} {comment}"
-
-
-CERTIFYING = [
-    ("of a host, by RSA", "rsa2048", ["-h", "-n", "host.example"]),
-    ("without principals, by ECDSA", "ecdsa521", []),
-    ("with many principals", "ed25519", ["-n", ",".join(f"user{i}" for i in range(200))]),
-    ("with options", "ed25519", ["-n", "a", "-O", "clear", "-O", "force-command=/bin/false"]),
-]
-
-
-@pytest.mark.parametrize("authority, options", rows(CERTIFYING))
-def test_a_certificate_is_read(
-    lab: Lab, tmp_path: Path, authority: str, options: List[str]
-) -> None:
-    public = tmp_path / "key.pub"
-    shutil.copy(lab.pub["ecdsa384"], public)
-    keygen("-q", "-s", lab.folder / authority, "-I", "id", *options, public)
-    key, _ = sap.parse_key_line((tmp_path / "key-cert.pub").read_text())
-    assert key.type == TYPES["ecdsa384-cert"]
-    assert key.plain_blob == lab.blob("ecdsa384")
 
 
 def cut_or_extended(data: bytes) -> Iterator[bytes]:
@@ -385,16 +319,12 @@ def cut_or_extended(data: bytes) -> Iterator[bytes]:
     yield data + data
 
 
-def mutations(data: bytes) -> Iterator[bytes]:
-    """Bits turned over, bytes changed, dropped and doubled, by a chance that is always the same."""
+def bits_turned(data: bytes) -> Iterator[bytes]:
+    """By a chance that is always the same."""
     chance = random.Random(1)
-    for _ in range(150):
+    for _ in range(100):
         changed = bytearray(data)
-        at = chance.randrange(len(changed))
-        changed[at] ^= 1 << chance.randrange(8)
-        yield bytes(changed)
-        piece = bytes(changed[at : at + 8])
-        changed[at : at + chance.randint(0, 8)] = chance.choice([b"", b"\0", b"\xff" * 4, piece])
+        changed[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         yield bytes(changed)
 
 
@@ -405,7 +335,7 @@ def test_a_real_key_that_was_damaged_is_refused_or_whole(lab: Lab, name: str) ->
     for wrong in cut_or_extended(blob):
         with pytest.raises(sap.WireError):
             sap.parse_public_key(wrong)
-    for changed in mutations(blob):
+    for changed in bits_turned(blob):
         try:
             key = sap.parse_public_key(changed)
         except sap.WireError as e:
@@ -471,7 +401,6 @@ R, S = mp(5), mp(7)
 ONE_TOO_MANY = mp(1 << 256)
 
 ED_KEY, RSA_KEY, EC_KEY = ed(), rsa(), ec()
-EC384_KEY = ec(b"\4" + bytes(96), b"nistp384", b"nistp384")
 EC521_KEY = ec(b"\4" + bytes(132), b"nistp521", b"nistp521")
 SKED_KEY = s(SKED) + s(X25) + s(b"ssh:")
 SKEC_KEY = s(SKEC) + s(b"nistp256") + s(POINT) + s(b"ssh:")
@@ -480,15 +409,8 @@ P256, P384, P521 = b"ecdsa-sha2-nistp256", b"ecdsa-sha2-nistp384", b"ecdsa-sha2-
 SHA512 = b"rsa-sha2-512"
 
 SIGNATURES = [
-    ("Ed25519", ED_KEY, s(b"ssh-ed25519") + s(SIG64)),
-    ("RSA", RSA_KEY, s(SHA512) + s(RSA256)),
     ("RSA without its leading zeros, as some agents have it", RSA_KEY, s(SHA512) + s(RSA256[2:])),
-    ("P-256", EC_KEY, s(P256) + s(R + S)),
-    ("P-384", EC384_KEY, s(P384) + s(R + S)),
-    ("P-521", EC521_KEY, s(P521) + s(R + S)),
     ("P-521 with the longest numbers", EC521_KEY, s(P521) + s(2 * mp((1 << 521) - 1))),
-    ("sk Ed25519", SKED_KEY, s(SKED) + s(SIG64) + TAIL),
-    ("sk P-256", SKEC_KEY, s(SKEC) + s(R + S) + TAIL),
 ]
 
 OTHER = "is of algorithm"
@@ -503,15 +425,11 @@ NO_SIGNATURES = [
     ("RSA with SHA-256", RSA_KEY, s(b"rsa-sha2-256") + s(RSA256), OTHER),
     ("RSA with a byte more", RSA_KEY, s(SHA512) + s(RSA256 + b"\0"), "257 bytes"),
     ("P-256 with the algorithm of another curve", EC_KEY, s(P384) + s(R + S), OTHER),
-    ("P-384 with the algorithm of another curve", EC384_KEY, s(P256) + s(R + S), OTHER),
     ("P-256 with r = 0", EC_KEY, s(P256) + s(mp(0) + S), "not positive"),
-    ("P-256 with r padded", EC_KEY, s(P256) + s(s(b"\0\5") + S), "needless leading zero"),
     ("P-256 with r too large", EC_KEY, s(P256) + s(ONE_TOO_MANY + S), "r is too large"),
     ("P-256 with s too large", EC_KEY, s(P256) + s(R + ONE_TOO_MANY), "s is too large"),
     ("P-521 with s too large", EC521_KEY, s(P521) + s(R + mp(1 << 521)), "s is too large"),
     ("P-256 with a third number", EC_KEY, s(P256) + s(R + S + R), "5 bytes left over"),
-    ("P-256 as DER", EC_KEY, s(P256) + s(bytes.fromhex("3006020105020107")), "bytes expected"),
-    ("sk Ed25519 of 63 bytes", SKED_KEY, s(SKED) + s(SIG64[1:]) + TAIL, "63 bytes"),
     ("a browser's", SKEC_KEY, s(b"webauthn-" + SKEC) + s(R + S) + TAIL, OTHER),
 ]  # fmt: skip
 
@@ -537,24 +455,18 @@ def test_a_certificate_s_type_is_no_signature_algorithm(lab: Lab) -> None:
             sap.check_signature(key, s(key.type.encode()) + s(SIG64))
 
 
-def agents_signature(lab: Lab, key: sap.PublicKey, name: str) -> bytes:
-    """As the agent itself gives it."""
-    with connect(lab.sock(name)) as sock:
-        sock.sendall(message(sap.sign_request(key.blob, b"data", key.flags)))
-        signature = sap.parse_sign_response(read_message(sock))
-    assert signature
-    return signature
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_a_real_signature_is_taken_but_none_that_was_damaged(lab: Lab, name: str) -> None:
     key = sap.parse_public_key(lab.blob(name))
-    signature = agents_signature(lab, key, name)
+    with lab.exchange(name) as exchange:
+        reply = exchange.ask(sap.sign_request(key.blob, b"data", key.flags))
+    signature = sap.parse_sign_response(reply)
+    assert signature
     sap.check_signature(key, signature)
     for wrong in cut_or_extended(signature):
         with pytest.raises(sap.WireError):
             sap.check_signature(key, wrong)
-    for changed in mutations(signature):
+    for changed in bits_turned(signature):
         try:
             sap.check_signature(key, changed)  # its form may still be right
         except sap.WireError as e:
@@ -564,14 +476,12 @@ def test_a_real_signature_is_taken_but_none_that_was_damaged(lab: Lab, name: str
 # ---------------------------------------------------------------- next to ssh-keygen -Y sign
 
 BLOCKS = [
-    # key, payload's length, namespace, hash algorithm, in chunks?
-    ("ed25519", 1, "git", "sha512", False),
-    ("ed25519", 65536, "file", "sha256", True),
-    ("ed25519", 1 << 20, LONGEST, "sha512", True),
-    ("rsa2048", 64, "file", "sha512", True),
-    ("rsa2048", 262145, LONGEST, "sha256", False),
-    ("rsa3072", 4 << 20, "git", "sha512", True),
-    ("rsa3072", 63, "file", "sha256", False),
+    # key, payload's length, namespace, hash algorithm
+    ("ed25519", 1, "git", "sha512"),
+    ("ed25519", 65536, "file", "sha256"),
+    ("ed25519", 64, "n" * 255, "sha512"),
+    ("rsa2048", 64, "file", "sha512"),
+    ("rsa2048", 262145, "git", "sha256"),
 ]
 
 
@@ -583,69 +493,51 @@ def openssh() -> int:
     return int(found[1])
 
 
-@pytest.mark.parametrize(
-    "name, length, namespace, hash_algorithm, chunked",
-    [pytest.param(*row, id="-".join(map(str, row[:2]))) for row in BLOCKS],
-)
+@pytest.mark.parametrize("name, length, namespace, hash_algorithm", BLOCKS, ids=str)
 def test_the_block_is_that_of_ssh_keygen(
-    lab: Lab, name: str, length: int, namespace: str, hash_algorithm: str, chunked: bool
+    lab: Lab, name: str, length: int, namespace: str, hash_algorithm: str
 ) -> None:
     payload = random.Random(length).randbytes(length)
-    answer = lab.sign(name, payload, chunked, namespace=namespace, hash=hash_algorithm)
-    assert answer.status == 200, answer.text
-    assert answer.headers["content-type"] == "application/x-ssh-signature"
+    block = lab.sign(name, payload, namespace, hash_algorithm)
     options = ["-n", namespace, "-O", f"hashalg={hash_algorithm}"]
     theirs = keygen("-Y", "sign", "-f", lab.folder / name, *options, input=payload)
     if name.startswith("rsa") and hash_algorithm == "sha256" and openssh() >= 10:
         # It takes rsa-sha2-256 then. Ours never goes below rsa-sha2-512.
-        *ours, signature = taken_apart(answer.body)
+        *ours, signature = taken_apart(block)
         assert ours == taken_apart(theirs)[:4]
         assert signature.startswith(s(b"rsa-sha2-512"))
     else:
-        assert answer.body == theirs
+        assert block == theirs
 
 
 @pytest.mark.parametrize("name", ["ed25519-cert", "rsa2048-cert"])
 def test_the_block_of_a_certificate_is_that_of_ssh_keygen(lab: Lab, name: str) -> None:
     theirs = run(
-        ["ssh-keygen", "-Y", "sign", "-f", lab.pub[name], "-n", "git"],
+        ["ssh-keygen", "-Y", "sign", "-f", lab.pub(name), "-n", "git"],
         env=dict(os.environ, SSH_AUTH_SOCK=str(lab.agent.sock)),
         input=b"payload",
     )
-    assert lab.sign(name, b"payload").body == theirs.stdout
+    assert lab.sign(name, b"payload") == theirs.stdout
 
 
-VERIFIED = [(name, "sha512") for name in ALL]
-VERIFIED += [(name, "sha256") for name in ("ed25519", "rsa3072", "ecdsa384", "sk-ecdsa-cert")]
-
-
-@pytest.mark.parametrize("name, hash_algorithm", VERIFIED)
-def test_ssh_keygen_verifies_the_block(
-    lab: Lab, tmp_path: Path, name: str, hash_algorithm: str
-) -> None:
-    answer = lab.sign(name, b"payload", hash=hash_algorithm)
-    assert answer.status == 200, answer.text
+@pytest.mark.parametrize("name", ALL)
+def test_ssh_keygen_verifies_the_block(lab: Lab, tmp_path: Path, name: str) -> None:
     signature, signers = tmp_path / "signature", tmp_path / "signers"
-    signature.write_bytes(answer.body)
+    signature.write_bytes(lab.sign(name, b"payload"))
     namespaces, line = 'namespaces="git"', lab.line(name)
     if name.endswith("-cert"):
         namespaces = "cert-authority," + namespaces
         line = lab.ca.with_suffix(".pub").read_text().strip()
     signers.write_text(f"someone {namespaces} {line}\n")
     verify = ["-Y", "verify", "-f", signers, "-I", "someone", "-n", "git", "-s", signature]
-    good = f'Good "git" signature for someone with {name_for_people(name)}'
-    assert keygen(*verify, input=b"payload").decode().startswith(good)
+    good = keygen(*verify, input=b"payload").decode()
+    assert good.startswith('Good "git" signature for someone with ')
+    assert sap.parse_public_key(lab.blob(name)).fingerprint in good
     assert keygen(*verify, input=b"payload.", check=False) == b"", "it does not look"
 
 
-def name_for_people(name: str) -> str:
-    plain = name.replace("-cert", "")
-    kind = {"sk-ed25519": "ED25519-SK", "sk-ecdsa": "ECDSA-SK"}.get(plain, plain.upper())
-    return kind.rstrip("0123456789") if plain != "ed25519" else kind
-
-
 def test_a_security_key_is_asked_for_anew_each_time_and_without_flags(lab: Lab) -> None:
-    first, second = (taken_apart(lab.sign("sk-ed25519", b"payload").body)[4] for _ in range(2))
+    first, second = (taken_apart(lab.sign("sk-ed25519", b"payload"))[4] for _ in range(2))
     counter = first[-4:]
     assert second[-4:] == (int.from_bytes(counter, "big") + 1).to_bytes(4, "big")
     assert set(lab.authenticators.flags) == {0}
