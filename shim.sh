@@ -149,13 +149,12 @@ hold_beside() {
 
 # Is it git's own temporary file at path $1, whose name is $2 and six letters or digits?
 is_gits_own() {
+    letter='[A-Za-z0-9]'
+    # shellcheck disable=SC2254 # a pattern
     case ${1##*/} in
-    "$2"??????) ;;
-    *) return 1 ;;
+    "$2"$letter$letter$letter$letter$letter$letter) return 0 ;;
     esac
-    case ${1##*/"$2"} in
-    *[!A-Za-z0-9]*) return 1 ;;
-    esac
+    return 1
 }
 
 # $held: a new file whose name begins with $1. (mktemp would take as long as all the rest of the
