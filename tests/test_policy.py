@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
-from conftest import HOST, Agent, Answer, Keys, Proxy, ask, http, refused
+from conftest import Agent, Answer, Keys, Proxy, http, refused
 from test_http import Shared, shared_proxy
 
 import ssh_agent_proxy as p
@@ -17,46 +17,27 @@ PATHS = [("GET", "/healthz"), ("GET", "/publickey"), ("GET", "/shim"), ("POST", 
 # ---------------------------------------------------------------- which host a request names
 
 AUTHORITIES = [
-    ("localhost", "localhost"),
-    ("LocalHost", "localhost"),
-    ("localhost.", "localhost"),
-    ("localhost:7221", "localhost"),
     ("localhost:", "localhost"),
-    ("localhost:0", "localhost"),
-    ("localhost:65535", "localhost"),
-    ("localhost.:80", "localhost"),
+    ("LocalHost.:65535", "localhost"),
     ("a.b-c.d_e", "a.b-c.d_e"),
-    ("127.0.0.1", "127.0.0.1"),
-    ("127.0.0.1:80", "127.0.0.1"),
     ("[::1]", "::1"),
-    ("[::1]:7221", "::1"),
-    ("[::1]:", "::1"),
     ("[FE80::A]:1", "fe80::a"),
-    ("[0:0:0:0:0:0:0:1]", "::1"),
-    ("[::ffff:127.0.0.1]:80", None),  # written in one way or another, but an address
+    ("[0:0:0:0:0:0:0:1]:", "::1"),
     ("", ""),
     (":80", ""),
 ]
 
 NO_AUTHORITIES = [
-    "a b", " a", "a ", "a/b", "a/", "user@a", "user:pass@a", "@a", "a#b", "a?b", "a\\b", "a,b",
-    "a, b", "a;b", "a%62", "a*b", "a\tb", "a\x00b", "a\r\nb", "a\x1b[31m", "\u00e9", "a\x9bb",
-    ".", "..", ".a", "a..b", "a..", ".localhost", "a:b", "a:-1", "a:+1", "a:1:2", "a:80 ",
-    "a:123456", "a:\u0661", "::1", "::1:80", "fe80::1", "[", "]", "[]", "[::1", "::1]", "[::1]]",
-    "[[::1]]", "[::1]a", "[::1]80", "[::1]:a", "[::1]:123456", "[:::1]", "[1]", "[127.0.0.1]",
-    "[localhost]", "[::1%lo]", "[::1%25lo]", "[fe80::1%eth0]", "[v1.a]", "[::12345]",
-    "a[::1]", "http://a", "<a>", '"a"', "'a'", "(a)", "{a}", "a|b", "a^b", "a`b", "a!b", "a$b",
-    "a=b", "a&b", "a~b", "a+b",
+    "a b", " a", "a ", "a/", "user@a", "a#b", "a?b", "a\\b", "a,b", "a%62", "a*b", "a\x00b",
+    "a\r\nb", "\u00e9", ".", ".a", "a..b", "a..", "a:b", "a:+1", "a:1:2", "a:123456", "a:\u0661",
+    "::1", "[]", "[::1", "::1]", "[[::1]]", "[::1]80", "[::1]:a", "[::1]:123456", "[:::1]",
+    "[127.0.0.1]", "[localhost]", "[::1%25lo]", "[v1.a]", "a[::1]", "http://a", "<a>", "a=b",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("value", "host"), AUTHORITIES)
-def test_an_authority_is_its_host_in_lower_case(value: str, host: Optional[str]) -> None:
-    found = p.parse_authority(value)
-    if host is None:
-        p.check_host(found, ())
-    else:
-        assert found == host
+def test_an_authority_is_its_host_in_lower_case(value: str, host: str) -> None:
+    assert p.parse_authority(value) == host
 
 
 @pytest.mark.parametrize("value", NO_AUTHORITIES)
@@ -70,26 +51,21 @@ def test_a_malformed_authority_is_refused(value: str) -> None:
 # ---------------------------------------------------------------- whether that host is ours
 
 OURS = [
-    "localhost", "LOCALHOST", "localhost.", "localhost:1", "a.localhost", "a.b.localhost",
-    "a.LocalHost.", "host.docker.internal", "host.containers.internal", "a.internal",
-    "a.INTERNAL.", "127.0.0.1", "127.0.0.1:99", "127.1.2.3", "0.0.0.0", "10.0.0.1", "172.17.0.1",
-    "192.0.2.1", "255.255.255.255", "[::1]", "[::]", "[::1]:80", "[fe80::1]", "[2001:db8::1]",
-    "[::ffff:127.0.0.1]",
+    "localhost", "LOCALHOST.:1", "a.b.localhost", "host.docker.internal", "a.INTERNAL.",
+    "127.0.0.1:99", "127.1.2.3", "0.0.0.0", "192.0.2.1", "255.255.255.255", "[::1]", "[::]",
+    "[2001:db8::1]:80", "[::ffff:127.0.0.1]",
 ]  # fmt: skip
 
 # Spellings that some resolver or other takes for 127.0.0.1 are names to us, and not ours.
 ODD_ADDRESSES = [
-    "127.1", "127.0.1", "2130706433", "0x7f000001", "0x7f.0.0.1", "0x7f.1", "0177.0.0.1",
-    "017700000001", "127.0.0.01", "127.0.0.001", "127.000.0.1", "127.0.0.1.2", "256.0.0.1",
-    "127.0.0.256", "0", "1", "127", "127.0.0.1.example.com", "127.0.0.1.nip.io",
-    "127-0-0-1.example.com", "a.127.0.0.1", "1e3.0.0.1", "127.0.0.-1",
+    "127.1", "2130706433", "0x7f000001", "0x7f.0.0.1", "0177.0.0.1", "127.0.0.01", "127.0.0.1.2",
+    "127.0.0.256", "0", "127.0.0.1.nip.io", "a.127.0.0.1", "1e3.0.0.1", "127.0.0.-1",
 ]  # fmt: skip
 
 NOT_OURS = [
-    "", ":80", "evil.example", "evil.example:7221", "evil", "internal", "localhost.evil.example",
-    "internal.evil.example", "xlocalhost", "xinternal", "local", "evil.local", "localhost.local",
-    "a.localhost.local", "localhost.localdomain", "localhosts", "localhost6", "a.internals",
-    "a-internal", "a-localhost", "wpad", "proxy", "router.lan", "ip6-localhost",
+    "", ":80", "evil.example:7221", "evil", "internal", "localhost.evil.example", "xlocalhost",
+    "internal.evil.example", "xinternal", "local", "evil.local", "localhost.local", "localhosts",
+    "localhost.localdomain", "a.internals", "a-internal", "wpad", "ip6-localhost",
 ]  # fmt: skip
 
 
@@ -145,10 +121,7 @@ def test_this_machines_own_name_is_ours_bare_or_with_local(
 @pytest.mark.parametrize(("allowed", "ours", "others"), [
     ("proxy.test", ["proxy.test", "PROXY.Test", "proxy.test.", "proxy.test:7221"],
      ["a.proxy.test", "xproxy.test", "proxy.testx", "test", ""]),
-    ("Proxy.Test", ["proxy.test"], []),
-    ("proxy.test.", ["proxy.test"], []),
-    ("proxy", ["proxy"], []),
-    ("a.test, b.test", ["a.test", "b.test"], []),
+    ("Proxy.Test.", ["proxy.test"], []),
     (".corp.test", ["a.corp.test", "a.b.corp.test", "A.Corp.Test."],
      ["corp.test", "xcorp.test", "corp.test.evil.example", "a.corp.testx", ""]),
     (".Corp.Test.", ["a.corp.test"], []),
@@ -166,18 +139,13 @@ def test_allowed_hosts_are_names_or_all_below_a_suffix(
 
 
 PAGES: List[Dict[str, str]] = [
-    {"origin": "http://evil.example"},
     {"origin": "http://localhost:7221"},
-    {"origin": "null"},
     {"origin": ""},
-    {"origin": "none"},
     {"origin": "http://evil.example", "sec-fetch-site": "none"},
     {"sec-fetch-site": "cross-site"},
-    {"sec-fetch-site": "same-site"},
     {"sec-fetch-site": "same-origin"},
     {"sec-fetch-site": ""},
     {"sec-fetch-site": "none, none"},
-    {"sec-fetch-site": "anything"},
 ]
 
 
@@ -188,14 +156,10 @@ def test_what_only_pages_send_is_refused(fields: Dict[str, str]) -> None:
     assert e.value.status == 403
 
 
-@pytest.mark.parametrize("fields", [
-    {},
-    {"sec-fetch-site": "none"},
-    {"sec-fetch-mode": "cors", "referer": "http://a/", "cookie": "a=b"},
-    {"user-agent": "Mozilla/5.0"},
-], ids=str)  # fmt: skip
-def test_what_others_send_is_let_through(fields: Dict[str, str]) -> None:
-    p.check_browser(fields)
+def test_what_others_send_is_let_through() -> None:
+    others = {"sec-fetch-mode": "cors", "referer": "http://a/", "cookie": "a=b"}
+    for fields in ({}, {"sec-fetch-site": "none"}, others):
+        p.check_browser(fields)
 
 
 # ---------------------------------------------------------------- namespaces and keys
@@ -265,27 +229,17 @@ def test_another_key_than_the_pinned_one_is_refused(
 
 @pytest.mark.parametrize("named", [
     "",
-    " ",
     "SHA256:",
     "SHA256:" + "A" * 42,
-    "SHA256:" + "A" * 44,
     "SHA256:" + "A" * 43 + "=",
-    "SHA256:" + "-" * 43,
     "SHA256:" + "A" * 43 + "\n",
+    "SHA256:" + "-" * 43,
     "sha256:" + "A" * 43,
-    "SHA512:" + "A" * 43,
-    "MD5:00:11:22:33:44:55:66:77:88:99:aa:bb:cc:dd:ee:ff",
-    "ssh-ed25519",
-    "ssh-ed25519 ",
     "ssh-ed25519 AAAA",
-    "ssh-ed25519 ****",
     "ssh-ed25519 \u00e9",
     "ssh-dss AAAAB3NzaC1kc3M=",
-    "ssh-rsa AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
     "AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
-    'command="x" ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA',
     "key::ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
-    "-----BEGIN OPENSSH PRIVATE KEY-----",
 ])
 def test_a_malformed_key_is_a_bad_request(named: str, keys: Keys) -> None:
     for pin in (p.Wanted(), pins(keys.line("ed25519"))["line"]):
@@ -317,41 +271,34 @@ def test_every_path_is_open_under_a_host_of_ours(shared: Shared) -> None:
             assert request(shared.port, method, path, {"Host": host}).status == 200, (host, path)
 
 
-@pytest.mark.parametrize(("method", "path"), [*PATHS, ("GET", "/nope"), ("PUT", "/sign")])
-def test_every_path_is_closed_under_another_host(method: str, path: str, shared: Shared) -> None:
+@pytest.mark.parametrize(("status", "many"), [
+    (421, [{"Host": host} for host in ("evil.example", "evil.local", "corp.test", "127.1", "")]),
+    (403, [PAGES[0], PAGES[-1], {"oRIGIN": "a"}, {"sec-fetch-SITE": "x"}]),
+], ids=["another host", "a page"])  # fmt: skip
+def test_every_path_is_closed_under_another_host_and_to_pages(
+    status: int, many: List[Dict[str, str]], shared: Shared
+) -> None:
     shared.agent.asked.clear()
-    for host in ("evil.example", "evil", "evil.local", "corp.test", "127.1", ""):
-        answer = refused(request(shared.port, method, path, {"Host": host}), 421)
-        assert "SSH_AGENT_PROXY_ALLOWED_HOSTS" in answer.text
+    for method, path in [*PATHS, ("GET", "/nope"), ("PUT", "/sign"), ("OPTIONS", "/sign")]:
+        for headers in many:
+            answer = refused(request(shared.port, method, path, headers), status)
+            assert ("SSH_AGENT_PROXY_ALLOWED_HOSTS" in answer.text) == (status == 421)
     assert shared.agent.asked == []
 
 
-@pytest.mark.parametrize(
-    ("target", "host", "status"),
-    [
-        ("http://localhost:1/healthz", "127.0.0.1", 200),
-        ("HTTP://[::1]/healthz", "127.0.0.1", 200),
-        ("http://proxy.test/healthz", "a.corp.test", 200),
-        ("http://evil.example/healthz", "127.0.0.1", 421),
-        ("http://127.0.0.1/healthz", "evil.example", 421),
-        ("http://127.0.0.1", "127.0.0.1", 404),
-        ("http://127.0.0.1@evil.example/healthz", "127.0.0.1", 400),
-        ("http://evil.example@127.0.0.1/healthz", "127.0.0.1", 400),
-        ("http://127.0.0.1?/healthz", "127.0.0.1", 400),
-    ],
-)
+@pytest.mark.parametrize(("target", "host", "status"), [
+    ("HTTP://[::1]:1/healthz", "127.0.0.1", 200),
+    ("http://proxy.test/healthz", "a.corp.test", 200),
+    ("http://evil.example/healthz", "127.0.0.1", 421),
+    ("http://127.0.0.1/healthz", "evil.example", 421),
+    ("http://127.0.0.1", "127.0.0.1", 404),
+    ("http://127.0.0.1@evil.example/healthz", "127.0.0.1", 400),
+    ("http://127.0.0.1?/healthz", "127.0.0.1", 400),
+])  # fmt: skip
 def test_the_authority_of_an_absolute_target_counts_like_a_host(
     target: str, host: str, status: int, shared: Shared
 ) -> None:
     assert request(shared.port, "GET", target, {"Host": host}).status == status
-
-
-@pytest.mark.parametrize(("method", "path"), [*PATHS, ("GET", "/nope"), ("OPTIONS", "/sign")])
-def test_a_page_gets_nothing_from_any_path(method: str, path: str, shared: Shared) -> None:
-    shared.agent.asked.clear()
-    for headers in (*PAGES, {"oRIGIN": "a"}, {"sec-fetch-SITE": "x"}):
-        refused(request(shared.port, method, path, headers), 403)
-    assert shared.agent.asked == []
 
 
 def test_a_preflight_is_never_answered_with_leave(shared: Shared) -> None:
@@ -366,26 +313,7 @@ def test_a_preflight_is_never_answered_with_leave(shared: Shared) -> None:
     refused(request(shared.port, "OPTIONS", "/sign", preflight), 405)
 
 
-@pytest.mark.parametrize(("fields", "status"), [
-    (b"", 200), (HOST, 200), (b"Host: evil.example\r\n", 421),
-])  # fmt: skip
-def test_http_1_0_needs_no_host_but_not_another(
-    fields: bytes, status: int, shared: Shared
-) -> None:
-    data = b"GET /healthz HTTP/1.0\r\n" + fields + b"\r\n"
-    assert ask(shared.port, data).status == status
-
-
 # ---------------------------------------------------------------- namespaces, with a real agent
-
-
-def test_only_git_is_signed_unless_set(proxy: Proxy, ssh_keygen: Callable[..., bytes]) -> None:
-    expected = ssh_keygen(b"payload")
-    for headers in ({}, {"SSHSIG-Namespace": "git"}):
-        answer = http(proxy.port, "POST", "/sign", b"payload", headers)
-        assert (answer.status, answer.body) == (200, expected)
-    answer = http(proxy.port, "POST", "/sign", b"payload", {"SSHSIG-Namespace": "file"})
-    assert "SSH_AGENT_PROXY_NAMESPACE" in refused(answer, 403).text
 
 
 def test_the_namespaces_that_are_set_are_signed_and_the_first_is_the_default(
@@ -430,47 +358,26 @@ def test_without_a_pin_the_request_chooses(
         assert line == keys.line(name) + "\n"
 
 
-@pytest.mark.parametrize("source", ["option", "variable", "file"])
+@pytest.mark.parametrize("setting", ["--pubkey", "--pubkey-file"])
 def test_the_pinned_key_signs_and_no_other(
-    source: str, both: Agent, keys: Keys, short: Path, ssh_keygen: Callable[..., bytes],
+    setting: str, both: Agent, keys: Keys, short: Path, ssh_keygen: Callable[..., bytes],
     start_proxy: Callable[..., Proxy],
 ) -> None:  # fmt: skip
     line = keys.line("ed25519")
     pin = short / "pin.pub"
     pin.write_text(f"# mine\n\n{line}\n")
-    args: Dict[str, List[Union[str, Path]]] = {
-        "option": ["--pubkey", line], "file": ["--pubkey-file", pin]
-    }  # fmt: skip
-    env = {"SSH_AGENT_PROXY_PUBKEY": line} if source == "variable" else {}
-    proxy = start_proxy(*args.get(source, []), env=env, upstream=both.sock)
+    proxy = start_proxy(setting, line if setting == "--pubkey" else pin, upstream=both.sock)
     expected = ssh_keygen(b"payload")
     every: List[Dict[str, str]] = [{}] + [{"SSHSIG-Key": way} for way in ways_to_name(line)]
     for headers in every:
         answer = http(proxy.port, "POST", "/sign", b"payload", headers)
         assert (answer.status, answer.body) == (200, expected), headers
         assert http(proxy.port, "GET", "/publickey", None, headers).text == line + "\n"
-    setting = "--pubkey-file" if source == "file" else "SSH_AGENT_PROXY_PUBKEY"
+    named = "SSH_AGENT_PROXY_PUBKEY" if setting == "--pubkey" else setting
     for way in ways_to_name(keys.line("other")):
         for method, path in (("POST", "/sign"), ("GET", "/publickey")):
             answer = request(proxy.port, method, path, {"SSHSIG-Key": way})
-            assert f"change {setting}" in refused(answer, 403).text
-
-
-def test_a_pin_in_a_file_counts_from_the_next_request(
-    both: Agent, keys: Keys, short: Path, start_proxy: Callable[..., Proxy]
-) -> None:
-    pin = short / "pin.pub"
-    pin.write_text(keys.line("ed25519") + "\n")
-    proxy = start_proxy("--pubkey-file", pin, upstream=both.sock)
-    assert http(proxy.port, "GET", "/publickey").text == keys.line("ed25519") + "\n"
-    pin.write_text(keys.line("other") + "\n")
-    assert http(proxy.port, "GET", "/publickey").text == keys.line("other") + "\n"
-    named = {"SSHSIG-Key": keys.line("ed25519")}
-    refused(http(proxy.port, "POST", "/sign", b"x", named), 403)
-    pin.unlink()
-    answer = refused(http(proxy.port, "POST", "/sign", b"x"), 503)
-    assert "pubkey-file" in answer.text
-    assert "pin.pub" in answer.text
+            assert f"change {named}" in refused(answer, 403).text
 
 
 def test_a_pinned_key_that_the_agent_lacks_is_no_usable_key(
