@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import hashlib
 import hmac
 import os
@@ -32,20 +32,18 @@ from conftest import (
     log_fields,
     logged,
     one_line,
-    parse_answer,
     post,
     post_chunked,
     private_file,
     read_all,
     refused,
-    request_lines,
     rows,
     run,
     short_folder,
     tag,
     the_one_answer,
 )
-from test_http import clean
+from test_http import clean, shared_proxy
 
 import ssh_agent_proxy as p
 
@@ -65,32 +63,20 @@ def bearer(token: str = TOKEN) -> str:
     return f"Authorization: Bearer {token}"
 
 
-def must_be_root() -> None:
-    if os.geteuid() != 0:
-        cannot_run("only root can give a file to another user: run the tests as root")
-
-
 # ================================================================ pure: the file
 
 
 @pytest.mark.parametrize(("line", "name", "key", "payloads"), rows([
     ("a token alone", TOKEN, "line 1", "", ()),
-    ("a name", f"{TOKEN} box", "box", "", ()),
     ("every character of a name", f"{TOKEN} AZaz09._-", "AZaz09._-", "", ()),
-    ("a name of digits", f"{TOKEN} 1", "1", "", ()),
     ("a key", f"{TOKEN} key={FINGERPRINT}", "line 1", FINGERPRINT, ()),
-    ("a name and a key", f"{TOKEN} box key={FINGERPRINT}", "box", FINGERPRINT, ()),
-    ("payloads", f"{TOKEN} payloads=commit", "line 1", "", ("commit",)),
-    ("several payloads", f"{TOKEN} payloads=tag,commit,push", "line 1", "",
-     ("tag", "commit", "push")),
+    ("payloads", f"{TOKEN} payloads=tag,push", "line 1", "", ("tag", "push")),
     ("any payloads", f"{TOKEN} payloads=any", "line 1", "", ("commit", "tag", "push", "other")),
-    ("all", f"{TOKEN} box key={FINGERPRINT} payloads=tag", "box", FINGERPRINT, ("tag",)),
-    ("options in another order", f"{TOKEN} box payloads=tag key={FINGERPRINT}", "box",
-     FINGERPRINT, ("tag",)),
+    ("all", f"{TOKEN} box payloads=tag key={FINGERPRINT}", "box", FINGERPRINT, ("tag",)),
     ("blanks and tabs around and between", f" \t{TOKEN} \t box\t\tpayloads=tag \t", "box", "",
      ("tag",)),
     ("a name like an option's", f"{TOKEN} key", "key", "", ()),
-    ("a # behind the line's start", f"{TOKEN} box\n#{SECOND}", "box", "", ()),
+    ("a # at the next line's start", f"{TOKEN} box\n#{SECOND}", "box", "", ()),
 ]))  # fmt: skip
 def test_a_line_is_a_token_its_name_and_its_leash(
     line: str, name: str, key: str, payloads: Tuple[str, ...]
@@ -105,7 +91,6 @@ LONG = 16 * "a"
 
 @pytest.mark.parametrize("token", [
     LONG, "Az09-._~+/Az09-._~+/", LONG + "=", LONG + "===", "-" + LONG, "key" + LONG + "=",
-    base64.b64encode(bytes(range(256))).decode(), base64.urlsafe_b64encode(bytes(20)).decode(),
     "f" * 4096,
 ])  # fmt: skip
 def test_every_b64token_is_a_token(token: str) -> None:
@@ -115,9 +100,8 @@ def test_every_b64token_is_a_token(token: str) -> None:
 
 
 @pytest.mark.parametrize("odd", [
-    "=", "==", "=a", "a=b", "a==b", "a=b=", '"a"', "a,b", "a;b", "a:b", "a%20b", "a%", "a#b", "a@b",
-    "a!b", "a$b", "a&b", "a*b", "a|b", "<a>", "(a)", "a\\b", "\u00e4", "a\u00e4", "\u0661",
-    "\uff41", "a\x00", "\x00", "a\x07b", "a\x1b[31m", "a\u200bb", "\ufeffa", "\ufffd", "Bearer:a",
+    "=", "=a", "a=b", "a=b=", '"a"', "a,b", "a;b", "a:b", "a%20b", "a#b", "a@b", "a\\b", "\u00e4",
+    "\u0661", "\uff41", "a\x00", "a\x1b[31m", "a\u200bb", "\ufeffa", "Bearer:a",
 ], ids=ascii)  # fmt: skip
 def test_what_is_no_b64token_breaks_the_file(odd: str) -> None:
     for token in (odd, odd + LONG):
@@ -140,20 +124,12 @@ BROKEN: List[Tuple[str, str, int]] = [
     *[(f"a name with {c!r}", f"{TOKEN} {SECRET}{c}", 1) for c in ",;:/+~@%!*\"'()<>\\\u00e4\x00"],
     ("a comment behind the token", f"{TOKEN} # {SECRET}", 1),
     ("an indented comment", f"{TOKEN}\n # {SECRET}", 2),
-    ("the same token twice", f"{TOKEN} box\n{TOKEN} jar", 2),
-    ("the same token twice, with others between", f"{TOKEN}\n#\n{SECOND}\n\n{TOKEN}", 5),
+    ("the same token twice", f"{TOKEN} box\n#\n{SECOND}\n\n{TOKEN} jar", 5),
     ("key= twice", f"{TOKEN} key={FINGERPRINT} key={FINGERPRINT}", 1),
-    ("payloads= twice", f"{TOKEN} payloads=tag payloads=tag", 1),
     ("an unknown option", f"{TOKEN} {SECRET}=1", 1),
-    ("an option without a name", f"{TOKEN} ={SECRET}", 1),
-    ("key= without a value", f"{TOKEN} key=", 1),
     ("payloads= without a value", f"{TOKEN} payloads=", 1),
     ("key= that is no fingerprint", f"{TOKEN} key={SECRET}", 1),
-    ("key= that is too short", f"{TOKEN} key={FINGERPRINT[:-1]}", 1),
-    ("key= that is too long", f"{TOKEN} key={FINGERPRINT}a", 1),
     ("an unknown kind", f"{TOKEN} payloads={SECRET}", 1),
-    ("the kind other", f"{TOKEN} payloads=other", 1),
-    ("a kind in capitals", f"{TOKEN} payloads=Commit", 1),
     ("an empty kind between", f"{TOKEN} payloads=commit,,tag", 1),
     ("a mistake behind good lines", f"# mine\n{TOKEN} box\n\n{SECOND} jar {SECRET}\n", 4),
 ]  # fmt: skip
@@ -165,23 +141,18 @@ def test_a_broken_line_is_named_by_its_number_and_not_shown(text: str, number: i
         p.parse_tokens(text)
     said = str(e.value)
     assert f"line {number}:" in said
-    assert len(said) > len(f"line {number}: ")
     assert said.isprintable()
     assert SECRET not in said
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
 def test_a_file_has_comments_and_empty_lines_and_is_read_to_its_end(end: str) -> None:
-    third = SECRET + "-third-of-these"
-    lines = [
-        f"# {SECRET}", "#", f"#{TOKEN} box", f"{TOKEN} box", "", " \t", f"{SECOND} payloads=tag",
-        f"# {TOKEN}", third,
-    ]  # fmt: skip
+    lines = [f"# {SECRET}", "#", f"#{TOKEN}", f"{TOKEN} box", "", " \t", f"{SECOND} payloads=tag"]
     for last in ("", end):
         tokens = p.parse_tokens(end.join(lines) + last)
-        assert [token.name for token in tokens] == ["box", "line 7", "line 9"]
+        assert [token.name for token in tokens] == ["box", "line 7"]
         assert tokens[1].payloads == ("tag",)
-        assert p.check_token(f"Bearer {third}", tokens) is tokens[2]
+        assert p.check_token(f"Bearer {SECOND}", tokens) is tokens[1]
 
 
 def test_a_token_is_not_kept_in_memory() -> None:
@@ -191,34 +162,23 @@ def test_a_token_is_not_kept_in_memory() -> None:
 
 # ================================================================ pure: the Authorization field
 
-TAKEN = [
-    "Bearer {}", "bearer {}", "BEARER {}", "bEARER {}",
-    "Bearer  {}", "Bearer    {}",  # RFC 9110 section 11.4: one blank or more
-]  # fmt: skip
-
 NOT_TAKEN: List[Tuple[str, Optional[str]]] = [
     ("none", None),
     ("only the scheme", "Bearer"),
     ("another scheme", f"Basic {TOKEN}"),
-    ("a scheme that begins alike", f"BearerX {TOKEN}"),
-    ("a colon", f"Bearer: {TOKEN}"),
     ("a tab", f"Bearer\t{TOKEN}"),
     ("no blank", f"Bearer{TOKEN}"),
-    ("the scheme twice", f"Bearer Bearer {TOKEN}"),
     ("a list of tokens", f"Bearer {TOKEN},{TOKEN}"),
-    ("in quotes", f'Bearer "{TOKEN}"'),
-    ("in percent", "Bearer " + "".join(f"%{c:02x}" for c in TOKEN.encode())),
-    ("wrong", f"Bearer {WRONG}"),
     ("shorter", f"Bearer {TOKEN[:-1]}"),
     ("longer", f"Bearer {TOKEN}x"),
     ("padded", f"Bearer {TOKEN}="),
     ("in another case", f"Bearer {TOKEN.swapcase()}"),
     ("with a byte beyond ASCII", f"Bearer {TOKEN}\xa0"),
-    ("in full width", f"Bearer {TOKEN.replace('s', chr(0xFF53))}"),
 ]
 
 
-@pytest.mark.parametrize("form", TAKEN)
+# RFC 9110 section 11.4: one blank or more.
+@pytest.mark.parametrize("form", ["Bearer {}", "bEARER {}", "BEARER    {}"])
 def test_the_field_holds_the_token(form: str) -> None:
     tokens = p.parse_tokens(f"{SECOND}\n{TOKEN} box\n")
     assert p.check_token(form.format(TOKEN), tokens) is tokens[1]
@@ -237,25 +197,20 @@ def test_anything_else_than_a_token_of_the_file_is_401(value: Optional[str]) -> 
 def test_every_token_is_compared_in_constant_time_also_behind_the_right_one(
     given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compared: List[Tuple[Any, Any]] = []
-    real = hmac.compare_digest
+    real, compared = hmac.compare_digest, []
 
-    def spy(a: Any, b: Any) -> bool:
-        compared.append((a, b))
+    def spy(a: bytes, b: bytes) -> bool:
+        # Digests: a comparison of texts of different lengths would tell the length.
+        assert len(a) == len(b) == hashlib.sha256().digest_size
+        compared.extend([a, b])
         return real(a, b)
 
     tokens = p.parse_tokens(f"{TOKEN}\n{SECOND}\n{SECRET}-third-of-these\n")
     monkeypatch.setattr(hmac, "compare_digest", spy)
-    try:
+    with contextlib.suppress(p.RequestError):
         p.check_token(f"Bearer {given}", tokens)
-    except p.RequestError:
-        assert given in (WRONG, "")
-    assert len(compared) == 3
-    for a, b in compared:
-        # Digests: a comparison of texts of different lengths would tell the length.
-        assert isinstance(a, bytes)
-        assert len(a) == len(b) == hashlib.sha256().digest_size
-    assert TOKEN.encode() not in [value for pair in compared for value in pair]
+    assert len(compared) == 2 * 3
+    assert TOKEN.encode() not in compared
 
 
 # ================================================================ a proxy that many tests share
@@ -273,26 +228,15 @@ class Door:
         self.proxy = Proxy(argv, clean_env(folder / "home", **{VARIABLE: self.path}))
         self.port = self.proxy.port
 
-    def clear(self) -> None:
-        if self.path.is_dir() and not self.path.is_symlink():
-            self.path.rmdir()
-        elif self.path.is_symlink() or self.path.exists():
-            self.path.unlink()
-
     def write(self, text: str, mode: int = 0o600) -> None:
-        self.clear()
-        self.path.write_bytes(text.encode())
-        self.path.chmod(mode)
+        self.path.unlink(missing_ok=True)
+        private_file(self.path, text).chmod(mode)
 
-    def raw(self, data: bytes) -> Tuple[bytes, Dict[str, str]]:
+    def ask(self, data: bytes) -> Tuple[Answer, Dict[str, str]]:
         """What comes back for DATA, and the line that the log has for it."""
         received, (line,) = logged(self.proxy, self.port, data)
         assert SECRET not in self.proxy.log()
-        return received, log_fields(line)
-
-    def ask(self, data: bytes) -> Tuple[Answer, Dict[str, str]]:
-        received, fields = self.raw(data)
-        return the_one_answer(received), fields
+        return the_one_answer(received), log_fields(line)
 
     def status(self, token: str, data: bytes = b"") -> int:
         """The status of a signature for the holder of TOKEN."""
@@ -337,24 +281,9 @@ def unauthorized(answer: Answer) -> Answer:
     return answer
 
 
-# ---------------------------------------------------------------- who comes in
-
-
-def test_the_holder_of_a_token_is_served(door: Door) -> None:
-    answer, fields = door.ask(post(COMMIT, "Authorization: bearer  " + TOKEN))
-    assert answer.status == 200
-    assert answer.body.startswith(b"-----BEGIN SSH SIGNATURE-----\n")
-    assert (fields["outcome"], fields["token"]) == ("signed", "box")
-    answer, fields = door.ask(get("/publickey", bearer()))
-    assert answer.status == 200
-    assert fields["token"] == "box"
-
-
 @pytest.mark.parametrize(("fields", "why"), rows([
     ("none", [], "a token is needed"),
-    ("another scheme", [f"Authorization: Basic {TOKEN}"], "a token is needed"),
     ("wrong", [bearer(WRONG)], "this token is not one of the proxy's"),
-    ("two tokens", [bearer(f"{TOKEN} {TOKEN}")], "this token is not one of the proxy's"),
 ]))  # fmt: skip
 def test_nobody_else_is_served(fields: List[str], why: str, door: Door) -> None:
     for data in (post(COMMIT, *fields), get("/publickey", *fields)):
@@ -371,12 +300,9 @@ SHOWN = "shown-Tok3n-of-these"
 
 @pytest.mark.parametrize(("data", "status"), rows([
     ("in a cookie", get("/publickey", f"Cookie: token={SHOWN}"), 401),
-    ("for a proxy", get("/publickey", f"Proxy-Authorization: Bearer {SHOWN}"), 401),
     ("in the body", post(f"access_token={SHOWN}".encode(),
                          "Content-Type: application/x-www-form-urlencoded"), 401),
     ("behind a question mark", get(f"/publickey?access_token={SHOWN}"), 404),
-    ("in the target's authority",
-     f"GET http://{SHOWN}@localhost/publickey HTTP/1.1\r\n".encode() + HOST + b"\r\n", 400),
     ("in a trailer", post_chunked(b"1\r\nx\r\n0\r\n" + bearer(SHOWN).encode() + b"\r\n\r\n"), 401),
 ]))  # fmt: skip
 def test_a_token_is_taken_from_nowhere_else(data: bytes, status: int, door: Door) -> None:
@@ -385,24 +311,12 @@ def test_a_token_is_taken_from_nowhere_else(data: bytes, status: int, door: Door
     refused(door.ask(data)[0], status)
 
 
-def head(path: str, *fields: str) -> bytes:
-    return b"HEAD" + get(path, *fields)[3:]
-
-
 @pytest.mark.parametrize("path", ["/healthz", "/shim"])
 def test_health_and_shim_need_no_token(path: str, door: Door) -> None:
-    for fields in ((), (bearer("wrong"),), (bearer(),)):
-        for asked in (get, head):
-            data, noted = door.raw(asked(path, *fields))
-            assert parse_answer(data).status == 200
-            assert "token" not in noted
-
-
-def test_an_unnamed_token_is_its_line_in_the_log(door: Door) -> None:
-    door.write(f"# mine\n\n{SECOND}\n{TOKEN}\n")
-    answer, fields = door.ask(post(COMMIT, bearer()))
-    assert answer.status == 200
-    assert fields["token"] == "line 4"
+    for fields in ((), (bearer(WRONG),), (bearer(),)):
+        answer, noted = door.ask(get(path, *fields))
+        assert answer.status == 200
+        assert "token" not in noted
 
 
 def test_without_a_token_file_a_token_is_not_looked_at(proxy: Proxy) -> None:
@@ -411,58 +325,43 @@ def test_without_a_token_file_a_token_is_not_looked_at(proxy: Proxy) -> None:
     assert SECRET not in proxy.log()
 
 
-# ---------------------------------------------------------------- the order of checks
-
-BEFORE: List[Tuple[str, bytes, int]] = [
+CHECKS: List[Tuple[str, bytes, int]] = [
     ("host", b"GET /publickey HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421),
-    ("path", get("/nope"), 404),
     ("a query", get("/publickey?"), 404),
     ("method", get("/sign"), 405),
-]
-
-BEHIND: List[Tuple[str, bytes]] = [
-    ("a namespace that is not allowed", post(COMMIT, "SSHSIG-Namespace: file")),
-    ("a key that is malformed", get("/publickey", "SSHSIG-Key: nonsense")),
-    ("no length", b"POST /sign HTTP/1.1\r\n" + HOST + b"\r\n"),
-    ("an empty body", post(b"")),
+    # From here on the token is what is missed first.
+    ("a namespace that is not allowed", post(COMMIT, "SSHSIG-Namespace: file"), 401),
+    ("a key that is malformed", get("/publickey", "SSHSIG-Key: nonsense"), 401),
+    ("no length", b"POST /sign HTTP/1.1\r\n" + HOST + b"\r\n", 401),
+    ("an empty body", post(b""), 401),
     # Nothing of a body is waited for, and nobody is told to go on.
-    ("a body that is to come", post(b"", length=1 << 30)),
-    ("a body that waits", post(b"", "Expect: 100-continue", length=1 << 30)),
-    ("a malformed chunk", post_chunked(b"nonsense\r\n")),
+    ("a body that waits", post(b"", "Expect: 100-continue", length=1 << 30), 401),
 ]
 
 
-@pytest.mark.parametrize(("data", "status"), rows(BEFORE))
-def test_what_is_checked_before_the_token(data: bytes, status: int, door: Door) -> None:
-    for text in (f"{TOKEN}\n", "broken\n\n"):
-        door.write(text)
-        answer, _ = door.ask(data)
+@pytest.mark.parametrize(("data", "status"), rows(CHECKS))
+def test_the_token_is_checked_behind_the_method_and_before_the_headers(
+    data: bytes, status: int, door: Door
+) -> None:
+    answer, _ = door.ask(data)
+    if status == 401:
+        unauthorized(answer)
+    else:
         refused(answer, status)
         assert "www-authenticate" not in answer.headers
 
 
-@pytest.mark.parametrize("data", rows(BEHIND))
-def test_what_is_checked_behind_the_token(data: bytes, door: Door) -> None:
-    unauthorized(door.ask(data)[0])
-
-
-def test_the_agent_is_not_asked_for_those_who_have_no_token(
-    scripted_agent: Callable[..., Path], start_proxy: Callable[..., Proxy], short: Path
-) -> None:
-    asked: List[int] = []
+def test_the_agent_is_not_asked_for_those_who_have_no_token(keys: Keys, short: Path) -> None:
     path = private_file(short / "tokens", f"{TOKEN}\n")
-    upstream = scripted_agent(lambda connection: asked.append(1))
-    proxy = start_proxy("--token-file", path, upstream=upstream)
-    proxy.wait_log("/sign can't work yet")
-    asked.clear()
-    for data in (post(COMMIT), get("/publickey"), post(COMMIT, bearer(WRONG))):
-        unauthorized(ask(proxy.port, data))
-    assert not asked
-    assert ask(proxy.port, get("/publickey", bearer())).status in (502, 503)
-    assert asked
+    with shared_proxy(keys, "--token-file", str(path)) as shared:
+        for data in (post(COMMIT), get("/publickey"), post(COMMIT, bearer(WRONG))):
+            unauthorized(ask(shared.port, data))
+        assert shared.agent.asked == []
+        assert ask(shared.port, get("/publickey", bearer())).status == 200
+        assert shared.agent.asked
 
 
-# ---------------------------------------------------------------- leashes: key=
+# ---------------------------------------------------------------- leashes
 
 
 def fingerprint(keys: Keys, name: str) -> str:
@@ -473,34 +372,23 @@ def leashed(door: Door, keys: Keys, name: str) -> None:
     door.write(f"{TOKEN} box key={fingerprint(keys, name)}\n{SECOND} jar\n")
 
 
-def verified(keys: Keys, name: str, folder: Path, block: bytes) -> bool:
-    """Has that key made BLOCK, for COMMIT? As ssh-keygen sees it."""
-    (folder / "signers").write_text(f"me {keys.line(name)}\n")
-    (folder / "block").write_bytes(block)
-    argv = ["ssh-keygen", "-Y", "verify", "-f", folder / "signers", "-I", "me", "-n", "git"]
-    return run([*argv, "-s", folder / "block"], input=COMMIT, check=False).returncode == 0
-
-
-def naming(keys: Keys, how: str, name: str) -> List[str]:
-    return {
-        "nothing": [],
-        "line": [f"SSHSIG-Key: {keys.line(name)}"],
-        "fingerprint": [f"SSHSIG-Key: {fingerprint(keys, name)}"],
-    }[how]
+def naming(keys: Keys, name: str) -> List[List[str]]:
+    """No field at all, and each way to name that key."""
+    line = keys.line(name)
+    return [[], [f"SSHSIG-Key: {line}"], [f"SSHSIG-Key: {fingerprint(keys, name)}"]]
 
 
 @pytest.mark.parametrize("pin", ["", "ed25519", "other"])
 @pytest.mark.parametrize("key", ["ed25519", "other"])
 def test_a_tokens_key_signs_whatever_is_pinned_for_all(
-    key: str, pin: str, open_door: Callable[..., Door], keys: Keys, short: Path
-) -> None:
+    key: str, pin: str, open_door: Callable[..., Door], keys: Keys,
+    ssh_keygen: Callable[..., bytes],
+) -> None:  # fmt: skip
     door = open_door(*(["--pubkey", keys.line(pin)] if pin else []))
     leashed(door, keys, key)
-    for how in ("nothing", "line", "fingerprint"):
-        named = naming(keys, how, key)
+    for named in naming(keys, key):
         answer, fields = door.ask(post(COMMIT, bearer(), *named))
-        assert answer.status == 200, answer
-        assert verified(keys, key, short, answer.body)
+        assert (answer.status, answer.body) == (200, ssh_keygen(COMMIT, key=key))
         assert fields["key"] == fingerprint(keys, key)
         answer, _ = door.ask(get("/publickey", bearer(), *named))
         assert answer.text.split()[:2] == keys.line(key).split()[:2]
@@ -515,9 +403,8 @@ def test_another_key_than_the_tokens_is_refused(
 ) -> None:
     door = open_door(*(["--pubkey", keys.line(pin)] if pin else []))
     leashed(door, keys, key)
-    for how in ("line", "fingerprint"):
-        fields = [bearer(), *naming(keys, how, named)]
-        for data in (post(COMMIT, *fields), get("/publickey", *fields)):
+    for fields in naming(keys, named)[1:]:
+        for data in (post(COMMIT, bearer(), *fields), get("/publickey", bearer(), *fields)):
             answer = refused(door.ask(data)[0], 403)
             assert fingerprint(keys, key) in answer.text
             if key != pin:  # else both say so
@@ -526,9 +413,8 @@ def test_another_key_than_the_tokens_is_refused(
 
 def test_a_tokens_key_that_the_agent_lacks_is_no_usable_key(door: Door, keys: Keys) -> None:
     leashed(door, keys, "rsa2048")
-    for how in ("nothing", "line", "fingerprint"):
-        fields = [bearer(), *naming(keys, how, "rsa2048")]
-        for data in (post(COMMIT, *fields), get("/publickey", *fields)):
+    for fields in naming(keys, "rsa2048"):
+        for data in (post(COMMIT, bearer(), *fields), get("/publickey", bearer(), *fields)):
             answer = refused(door.ask(data)[0], 503)
             assert fingerprint(keys, "rsa2048") in answer.text
     assert door.status(SECOND) == 200
@@ -542,20 +428,12 @@ def test_a_token_without_key_is_under_the_general_pin(
     answer, fields = door.ask(post(COMMIT, bearer(SECOND)))
     assert answer.status == 200
     assert fields["key"] == fingerprint(keys, "other")
-    answer, _ = door.ask(post(COMMIT, bearer(SECOND), *naming(keys, "line", "ed25519")))
-    assert "--pubkey" in refused(answer, 403).text or "PUBKEY" in answer.text
-
-
-# ---------------------------------------------------------------- leashes: payloads=
 
 
 @pytest.mark.parametrize(("general", "leash", "allowed"), rows([
-    ("any, narrowed to commits", "any", "commit", {"commit"}),
     ("any, narrowed to two", "any", "tag,commit", {"tag", "commit"}),
-    ("any, as it is", "any", "any", {"commit", "tag", "other"}),
     ("commits, replaced by tags", "commit", "tag", {"tag"}),
     ("commits, widened to all", "commit", "any", {"commit", "tag", "other"}),
-    ("any, without a leash", "any", "", {"commit", "tag", "other"}),
     ("commits, without a leash", "commit", "", {"commit"}),
 ]))  # fmt: skip
 def test_a_tokens_payloads_replace_the_general_setting(
@@ -575,19 +453,7 @@ def test_a_tokens_payloads_replace_the_general_setting(
         assert (leash or general) in answer.text
 
 
-# ---------------------------------------------------------------- the file changes
-
-
-def test_a_token_is_revoked_by_deleting_its_line(door: Door) -> None:
-    for _ in range(3):
-        door.write(f"{TOKEN} box\n{SECOND} jar\n")
-        assert door.status(TOKEN) == door.status(SECOND) == 200
-        door.write(f"{SECOND} jar\n")
-        unauthorized(door.ask(post(COMMIT, bearer()))[0])
-        assert door.status(SECOND) == 200
-
-
-def test_a_change_that_leaves_size_and_time_as_they_were_counts(door: Door) -> None:
+def test_a_changed_line_counts_at_once_though_size_and_time_are_as_before(door: Door) -> None:
     door.write(f"{TOKEN}\n")
     before = door.path.stat()
     assert door.status(TOKEN) == 200
@@ -596,7 +462,7 @@ def test_a_change_that_leaves_size_and_time_as_they_were_counts(door: Door) -> N
         f.write(f"{other}\n")
     os.utime(door.path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (door.path.stat().st_size, door.path.stat().st_ino) == (before.st_size, before.st_ino)
-    assert door.status(TOKEN) == 401
+    unauthorized(door.ask(post(COMMIT, bearer()))[0])
     assert door.status(other) == 200
 
 
@@ -607,16 +473,14 @@ def test_a_change_that_leaves_size_and_time_as_they_were_counts(door: Door) -> N
 ]))  # fmt: skip
 def test_a_token_counts_until_the_request_is_whole(later: str, status: int, door: Door) -> None:
     # Who holds the body back must not outlast the line.
-    request = post(COMMIT, bearer())
     with connect(door.port) as s:
-        s.sendall(b"POST /sign HTTP/1.1\r\n" + HOST + f"{bearer()}\r\nExpect: 100-continue\r\n"
-                  f"Content-Length: {len(COMMIT)}\r\n\r\n".encode())  # fmt: skip
+        s.sendall(post(b"", bearer(), "Expect: 100-continue", length=len(COMMIT)))
         assert s.recv(100).startswith(b"HTTP/1.1 100 ")  # the token has been looked at
         door.write(later)
         s.sendall(COMMIT)
         assert the_one_answer(read_all(s)).status == status
     if status != 200:
-        assert door.ask(request)[0].status == status
+        assert door.status(TOKEN) == status
 
 
 def test_a_line_that_is_being_written_is_waited_for(door: Door) -> None:
@@ -646,49 +510,29 @@ def test_a_last_line_without_an_end_counts_all_the_same(door: Door) -> None:
     ("behind a blank", f"Authorization : Bearer {SHOWN}"),
 ]))  # fmt: skip
 def test_of_a_malformed_header_the_value_is_not_told(line: str, door: Door) -> None:
-    received, fields = door.raw(post(COMMIT, line))
-    refused(the_one_answer(received), 400)
-    assert SHOWN.encode() not in received
-    assert SHOWN not in str(fields)
-
-
-def replace_by_fifo(path: Path) -> None:
-    os.mkfifo(path, 0o600)
-
-
-def replace_by_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as s:
-        s.bind(str(path))
-    path.chmod(0o600)
+    answer, fields = door.ask(post(COMMIT, line))
+    refused(answer, 400)
+    assert SHOWN not in f"{answer} {fields}"
 
 
 def give_away(path: Path) -> None:
-    must_be_root()
-    path.write_text(f"{TOKEN}\n")
-    path.chmod(0o600)
-    os.chown(path, 65534, -1)
+    if os.geteuid() != 0:
+        cannot_run("only root can give a file to another user: run the tests as root")
+    os.chown(private_file(path, f"{TOKEN}\n"), 65534, -1)
 
 
 def written(text: str, mode: int = 0o600) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        path.write_text(text)
-        path.chmod(mode)
-
-    return write
+    return lambda path: private_file(path, text).chmod(mode)
 
 
 # How the file can't be used, and what is said of it.
 UNUSABLE: List[Tuple[str, Callable[[Path], None], str]] = [
     ("gone", lambda path: None, "No such file"),
-    ("a link to nothing", lambda path: path.symlink_to(path.parent / "nothing"), "No such file"),
-    ("a link to itself", lambda path: path.symlink_to(path), "[Ss]ymbolic links"),
     ("a directory", lambda path: path.mkdir(0o700), "[Ii]s a directory|not a regular file"),
-    ("a FIFO", replace_by_fifo, "not a regular file"),
-    ("a socket", replace_by_socket, "No such device|not a regular file"),
+    ("a FIFO", lambda path: os.mkfifo(path, 0o600), "not a regular file"),
     ("a device", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
     ("too large", written(f"{TOKEN}\n" + 65536 * "#"), "larger than 64 KiB"),
     ("empty", written(""), "no token in it.*token NAME"),
-    ("only comments", written(f"#{TOKEN}\n"), "no token in it.*token NAME"),
     ("a broken line", written(f"# mine\n{TOKEN} box\n{SECOND} {SECRET} {SECRET}\n"), "line 3: "),
     *[(f"of mode {mode:04o}", written(f"{TOKEN}\n", mode), r"chmod 600")
       for mode in (0o640, 0o604, 0o620, 0o602, 0o610, 0o601)],
@@ -719,7 +563,7 @@ def test_a_file_that_can_not_be_used_any_more_closes_the_door_until_it_can(
     spoil: Callable[[Path], None], why: str, door: Door
 ) -> None:
     assert door.status(TOKEN) == 200
-    door.clear()
+    door.path.unlink()
     spoil(door.path)
     for data in (post(COMMIT, bearer()), get("/publickey")):
         answer, fields = door.ask(data)
@@ -738,81 +582,46 @@ def test_a_file_that_can_not_be_used_any_more_closes_the_door_until_it_can(
     assert door.status(TOKEN) == 200
 
 
-def test_with_a_broken_file_it_does_not_start(home: Path) -> None:
-    path = private_file(home / "tokens", f"# mine\n{TOKEN} {SECRET} {SECRET}\n")
-    done = call(home, "--addr", "127.0.0.1:0", "--token-file", path, **{VARIABLE: "/x"})
+@pytest.mark.parametrize(("text", "why"), rows([
+    ("broken", f"# mine\n{TOKEN} {SECRET} {SECRET}\n", "line 2: "),
+    ("missing", "", "No such file.*ssh-agent-proxy token NAME"),
+]))  # fmt: skip
+def test_with_a_file_that_can_not_be_used_it_does_not_start(
+    text: str, why: str, home: Path
+) -> None:
+    path = home / "tokens"
+    if text:
+        private_file(path, text)
+    done = call(home, "--addr", f"unix:{home}/proxy", "--token-file", path, **{VARIABLE: "/x"})
     assert (done.returncode, done.stdout) == (2, b"")
     line = one_line(done.stderr)
-    assert f" ERROR --token-file: can't use '{path}': line 2: " in line
+    assert re.search(f" ERROR --token-file: can't use '{path}': {why}", line)
     assert SECRET not in line
+    assert not (home / "proxy").exists()  # it was known before
 
 
-def test_a_file_that_is_missing_is_known_before_anything_is_listened_on(home: Path) -> None:
-    done = call(home, "--addr", f"unix:{home}/proxy", "--token-file", home / "tokens")
-    assert done.returncode == 2
-    assert "ssh-agent-proxy token NAME" in one_line(done.stderr)
-    assert os.listdir(home) == ["tmp"]
-
-
-def test_a_file_that_is_closed_to_others_is_taken(door: Door) -> None:
-    for mode in (0o600, 0o400, 0o700):
-        door.write(f"{TOKEN}\n", mode)
-        assert door.status(TOKEN) == 200
-
-
-def test_a_link_to_a_good_file_is_followed(door: Door) -> None:
-    elsewhere = door.folder / "elsewhere"
-    elsewhere.write_text(f"{TOKEN}\n")
-    elsewhere.chmod(0o600)
-    door.clear()
+def test_a_file_that_is_closed_to_others_is_taken_behind_a_link_too(door: Door) -> None:
+    elsewhere = private_file(door.folder / "elsewhere", f"{TOKEN}\n")
+    door.path.unlink()
     door.path.symlink_to(elsewhere)
-    assert door.status(TOKEN) == 200
-    elsewhere.chmod(0o644)
-    assert door.status(TOKEN) == 503
+    for mode, status in ((0o600, 200), (0o400, 200), (0o700, 200), (0o644, 503)):
+        elsewhere.chmod(mode)
+        assert door.status(TOKEN) == status
 
 
-# ---------------------------------------------------------------- what is never shown
-
-
-def test_no_token_stands_in_a_log_an_argument_or_an_answer(
-    agent_with_key: Agent, start_proxy: Callable[..., Proxy], short: Path
-) -> None:
-    path = private_file(short / "tokens", f"{TOKEN} box\n{SECOND}\n")
-    proxy = start_proxy("-v", upstream=agent_with_key.sock, env={VARIABLE: str(path)})
-    answers = b""
-    for token in (TOKEN, SECOND, SECRET, f"{SECRET} {SECRET}", f"{SECRET}\xff"):
+def test_no_token_stands_in_a_log_an_argument_or_an_answer(door: Door) -> None:
+    for token in (TOKEN, SECRET, f"{SECRET} {SECRET}", f"{SECRET}\xff"):
         for data in (
             post(COMMIT, bearer(token)),
             get("/publickey", bearer(token)),
             get("/nope", bearer(token)),
-            post(COMMIT, bearer(token), "Origin: x"),
             post(COMMIT, bearer(token), bearer(token)),
             post(COMMIT, bearer(token), "SSHSIG-Hash: md5"),
         ):
-            answers += ask(proxy.port, data).body
-    path.write_text(f"{TOKEN} {SECRET} {SECRET}\n")
-    answers += ask(proxy.port, post(COMMIT, bearer())).body
-    assert SECRET.encode() not in answers
+            assert SECRET not in str(door.ask(data)[0])  # nor in the log
     if sys.platform == "linux":
         for name in ("cmdline", "environ"):
-            assert SECRET.encode() not in Path(f"/proc/{proxy.pid}/{name}").read_bytes()
-    assert proxy.stop() == 0
-    assert len(request_lines(proxy.log())) == 31
-    assert SECRET not in proxy.log()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="any address can be bound on Linux only")
-def test_beyond_loopback_a_token_file_is_asked_for_unless_there_is_one(
-    short: Path, start_proxy: Callable[..., Proxy]
-) -> None:
-    path = private_file(short / "tokens", f"{TOKEN}\n")
-    foreign = "192.0.2.1:0"  # of no machine (RFC 5737)
-    proxy = start_proxy(addr=foreign, upstream=short / "none")
-    assert VARIABLE in proxy.wait_log("WARNING .*192.0.2.1.*").group(0)
-    proxy = start_proxy("--token-file", path, addr=foreign, upstream=short / "none")
-    proxy.wait_log("/sign can't work yet")
-    assert proxy.stop() == 0
-    assert not re.search("WARNING .*192.0.2.1", proxy.log())
+            assert SECRET.encode() not in Path(f"/proc/{door.proxy.pid}/{name}").read_bytes()
 
 
 # ================================================================ token NAME
@@ -860,23 +669,13 @@ def test_whatever_the_umask_nobody_else_can_read_what_is_made(mask: str, home: P
     ("lines of Windows", b"# mine\r\nabcdefghijklmnop jar\r\n", b""),
 ]))  # fmt: skip
 def test_what_stands_in_the_file_stays(before: bytes, between: bytes, home: Path) -> None:
-    file = home / "tokens"
+    file = private_file(home / "tokens", "")
     file.write_bytes(before)
-    file.chmod(0o600)
     inode = file.stat().st_ino
     token = added(home, file)
     assert file.read_bytes() == before + between + f"{token} box\n".encode()
     assert file.stat().st_ino == inode
     p.parse_tokens(file.read_text())
-
-
-def test_what_is_printed_signs_at_once(door: Door, home: Path) -> None:
-    token = added(home, door.path, "fresh")
-    answer, fields = door.ask(post(COMMIT, bearer(token)))
-    assert answer.status == 200
-    assert fields["token"] == "fresh"
-    assert door.status(TOKEN) == 200
-    assert token not in door.proxy.log()
 
 
 def test_the_option_names_the_file_too_and_its_path_is_expanded(home: Path) -> None:
@@ -896,42 +695,38 @@ def test_tokens_added_at_once_are_all_there(home: Path) -> None:
     assert [process.returncode for process in started] == 4 * [0]
     expected = {f"{token} box{n}" for n, token in enumerate(printed)}
     assert {line for line in file.read_text().splitlines() if line} == expected
-    assert len(set(printed)) == 4
 
 
-@pytest.mark.parametrize("words", [["a=b"], ["#a"], ["a\nb"], ["a\u202eb"], [], ["box", "jar"]])
-def test_a_bad_name_is_exit_2_and_nothing_is_made(words: List[str], home: Path) -> None:
+def test_what_is_printed_signs_at_once_on_the_leash_behind_its_name(door: Door, home: Path) -> None:
+    status, out, _ = add(home, "fresh", "payloads=commit,push", file=door.path)
+    token = out.strip()
+    assert status == 0
+    assert door.path.read_text() == f"{TOKEN} box\n{token} fresh payloads=commit,push\n"
+    answer, fields = door.ask(post(COMMIT, bearer(token)))
+    assert (answer.status, fields["token"]) == (200, "fresh")
+    assert door.status(token, post(b"x", bearer(token))) == 403
+    assert token not in door.proxy.log()
+
+
+@pytest.mark.parametrize("words", [
+    [], ["a=b"], ["#a"], ["a\nb"], ["a\u202eb"], ["box", "jar"], ["box", "key=SHA256:x"],
+    ["box", "key="], ["box", "payloads=commits"], ["box", "payloads=commit,", "tag"],
+    ["box", "payloads=commit, tag"], ["box", "payloads=commit\n"], ["box", "payloads=tag", "jar"],
+    ["box", "payloads=tag", "payloads=commit"], ["box", "colour=red"],
+])  # fmt: skip
+def test_a_name_or_leash_that_can_not_be_right_is_exit_2_and_nothing_is_made(
+    words: List[str], home: Path
+) -> None:
+    """Else a container has more leash than its user thinks, or the proxy starts no more."""
     status, out, err = add(home, *words, file=home / "tokens")
     assert (status, out) == (2, "")
     line = one_line(err.encode())
     assert line.isprintable()
-    assert "name" in line.lower()
     assert "no such command" not in line  # there is one
-    assert os.listdir(home) == ["tmp"]
-
-
-def test_a_leash_stands_behind_the_name_and_holds(door: Door, home: Path) -> None:
-    leash = ["payloads=commit,push", f"key={FINGERPRINT}"]
-    status, out, _ = add(home, "box", *leash, file=door.path)
-    assert status == 0
-    assert door.path.read_text().endswith(f"{out.strip()} box {' '.join(leash)}\n")
-    assert door.status(out.strip(), post(b"x", bearer(out.strip()))) == 403
-
-
-@pytest.mark.parametrize("leash", [
-    ["key=SHA256:x"], ["key="], ["payloads=commits"], ["payloads="], ["payloads=commit,", "tag"],
-    ["payloads=commit, tag"], ["payloads=commit\n"], ["payloads=tag", "payloads=commit"],
-    ["colour=red"], ["payloads=tag", "jar"],
-])  # fmt: skip
-def test_a_leash_that_can_not_be_right_is_exit_2_and_nothing_is_made(
-    leash: List[str], home: Path
-) -> None:
-    """Else a container has more leash than its user thinks, or the proxy starts no more."""
-    status, out, err = add(home, "box", *leash, file=home / "tokens")
-    assert (status, out) == (2, "")
-    line = one_line(err.encode())
-    assert line.isprintable()
-    assert repr(" ".join(leash))[1:-1].replace("\\", "\\\\") in line
+    if any("=" in word for word in words[1:]):
+        assert repr(" ".join(words[1:]))[1:-1].replace("\\", "\\\\") in line
+    else:
+        assert "name" in line.lower()
     assert os.listdir(home) == ["tmp"]
 
 
@@ -941,41 +736,29 @@ def test_without_a_file_it_is_exit_2_and_the_setting_is_named(home: Path) -> Non
     assert VARIABLE in one_line(done.stderr)
 
 
-# A FIFO has no reader, a device no mode of ours: whatever they are, it ends in one line.
-@pytest.mark.parametrize(("spoil", "why"), rows([row for row in FEW if row[0] != "empty"]))
+@pytest.mark.parametrize(("spoil", "why"), rows([
+    *[row for row in FEW if row[0] != "empty"],
+    ("as large as it may be", written(f"{TOKEN}\n" + 65500 * "#"), "larger than 64 KiB"),
+]))  # fmt: skip
 def test_nothing_is_added_to_a_file_that_can_not_be_used(
     spoil: Callable[[Path], None], why: str, home: Path
 ) -> None:
+    def state() -> Tuple[Any, ...]:
+        found = file.lstat()
+        text = file.read_bytes() if stat.S_ISREG(found.st_mode) else b""
+        return found.st_mode, found.st_ino, found.st_size, text
+
     file = home / "tokens"
     spoil(file)
-    before = file.lstat()
-    text = file.read_bytes() if stat.S_ISREG(before.st_mode) else b""
+    before = state()
     status, out, err = add(home, "box", file=file)
     assert status in (1, 2)
     assert out == ""
     line = one_line(err.encode())
     assert str(file) in line
     assert SECRET not in line
-    if stat.S_ISREG(before.st_mode):
-        assert status == 2
-        assert re.search(why, line), line
-        assert file.read_bytes() == text
-    after = file.lstat()
-    assert (after.st_mode, after.st_ino, after.st_size) == (
-        before.st_mode, before.st_ino, before.st_size
-    )  # fmt: skip
-
-
-def test_nothing_is_added_that_would_make_the_file_too_large(door: Door, home: Path) -> None:
-    start = f"{TOKEN}\n"
-    door.write(start + (65530 - len(start)) * "#" + "\n")
-    before = door.path.read_bytes()
-    status, out, err = add(home, "box", file=door.path)
-    assert status in (1, 2)
-    assert out == ""
-    assert str(door.path) in one_line(err.encode())
-    assert door.path.read_bytes() == before
-    assert door.status(TOKEN) == 200
+    assert stat.S_ISFIFO(before[0]) or re.search(why, line), line  # it has no reader: that is told
+    assert state() == before
 
 
 @pytest.mark.parametrize("room", [0, 12])
@@ -983,11 +766,9 @@ def test_a_token_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(
     room: int, home: Path
 ) -> None:
     # A part of a token would be a token too, and a short one: easy to guess.
-    file = home / "tokens"
     start = f"{TOKEN} jar\n"
     before = start + (1023 - room - len(start)) * "#" + "\n"
-    file.write_text(before)
-    file.chmod(0o600)
+    file = private_file(home / "tokens", before)
     # The limit for files stands in for the disk: it lets as much through as fits.
     limits = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)); "
     argv = [sys.executable, "-c", limits + "os.execv(sys.argv[1], sys.argv[1:])"]
