@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import socket
 from typing import Any, Callable
 
 import pytest
-from conftest import Agent, Keys, message, read_message, rows, run
+from conftest import Agent, Keys, connect, message, read_message, rows, run
 
 import ssh_agent_proxy as sap
 
@@ -16,24 +15,15 @@ Parse = Callable[[bytes], Any]
 
 REQUESTS = [
     ("the keys", sap.request_identities(), "0b"),
-    (
-        "a signature",
-        sap.sign_request(b"KEY", b"DATA", 0),
-        "0d 00000003 4b4559 00000004 44415441 00000000",
-    ),
-    (
-        "a signature with rsa-sha2-512",
-        sap.sign_request(b"KEY", b"DATA", sap.SSH_AGENT_RSA_SHA2_512),
-        "0d 00000003 4b4559 00000004 44415441 00000004",
-    ),
-]
+    ("a signature", sap.sign_request(b"KEY", b"DATA", 4),
+     "0d 00000003 4b4559 00000004 44415441 00000004"),
+]  # fmt: skip
 
 A = (b"A", b"a")
 B = (b"BB", b"")
 
 READ = [
     ("no keys", IDENTITIES, "0c 00000000", []),
-    ("one key", IDENTITIES, "0c 00000001 00000001 41 00000001 61", [A]),
     ("two keys in their order, one without a comment", IDENTITIES,
      "0c 00000002 00000002 4242 00000000 00000001 41 00000001 61", [B, A]),
     ("a comment that is no text", IDENTITIES, "0c 00000001 00000001 41 00000002 ff0a",
@@ -47,22 +37,14 @@ READ = [
 ]  # fmt: skip
 
 REFUSED = [
-    ("no list", IDENTITIES, "", "1 bytes expected, 0 there"),
     ("a refusal to list and more", IDENTITIES, "05 00", "message type 5"),
-    ("a success for a list", IDENTITIES, "06", "message type 6"),
     ("a signature for a list", IDENTITIES, "0e 00000000", "message type 14"),
-    ("the list of SSH 1", IDENTITIES, "02 00000000", "message type 2"),
     ("fewer keys than announced", IDENTITIES, "0c 00000002 00000001 41 00000001 61",
-     "4 bytes expected, 0 there"),
-    ("2^32-1 keys", IDENTITIES, "0c ffffffff 00000001 41 00000001 61",
      "4 bytes expected, 0 there"),
     ("a key blob of 2^32-1 bytes", IDENTITIES, "0c 00000001 ffffffff 41 00000000",
      "4294967295 bytes expected, 5 there"),
-    ("a comment of 2^32-1 bytes", IDENTITIES, "0c 00000001 00000001 41 ffffffff 61",
-     "4294967295 bytes expected, 1 there"),
     ("no signature", SIGNED, "", "1 bytes expected, 0 there"),
     ("a refusal to sign and more", SIGNED, "05 00", "message type 5"),
-    ("a success for a signature", SIGNED, "06", "message type 6"),
     ("a list for a signature", SIGNED, "0c 00000000", "message type 12"),
     ("a signature of 2^32-1 bytes", SIGNED, "0e ffffffff 73",
      "4294967295 bytes expected, 1 there"),
@@ -101,9 +83,7 @@ def test_an_answer_cut_or_extended_anywhere_is_refused(parse: Parse, data: str) 
 
 
 def ask(agent: Agent, request: bytes) -> bytes:
-    with socket.socket(socket.AF_UNIX) as s:
-        s.settimeout(10)
-        s.connect(str(agent.sock))
+    with connect(agent.sock) as s:
         s.sendall(message(request))
         return read_message(s)
 

@@ -14,15 +14,11 @@ import ssh_agent_proxy as sap
 
 SHOWN = [
     # name, text, as it is shown within 20 characters, special characters
-    ("plain text", "a plain: text", "a plain: text", ""),
     ("text beyond ASCII", "hüben ☃", "hüben ☃", ""),
-    ("nothing", "", "", ""),
     ("bytes", "hüben".encode(), "hüben", ""),
     ("bytes that are no UTF-8", b"a\xff\xe2\x80", r"a\xff\xe2\x80", ""),
     ("line breaks", "a\r\nb\x85c\u2028d", r"a\r\nb\x85c\u2028d", ""),
     ("an escape sequence", "\x1b[2J\x7f", r"\x1b[2J\x7f", ""),
-    ("text that turns around", "a\u202eb", r"a\u202eb", ""),
-    ("a character without width", "a\u200bb", r"a\u200bb", ""),
     ("a surrogate", "a\udcff", r"a\udcff", ""),
     ("special characters", 'a"b\\c', r"a\"b\\c", '"\\'),
     ("as much as fits", "x" * 20, "x" * 20, ""),
@@ -41,7 +37,6 @@ VALUES = [
     ("a quote and a backslash", 'a"\\', r'"a\"\\"'),
     ("text beyond ASCII", "hüben", '"hüben"'),
     ("a line break", "a\nb", r'"a\nb"'),
-    ("a long word", "x" * 1001, '"' + "x" * 999 + '…"'),
 ]
 
 
@@ -75,18 +70,14 @@ def test_a_value_in_the_log_is_one_that_can_be_read_back(text: str, value: str) 
 # Section 5's own examples first. A name-list is read as the string that it is in.
 READ = [
     ("the uint32 of the specification", "uint32", "29b7f4aa", 699921578),
-    ("the least uint32", "uint32", "00000000", 0),
     ("the greatest uint32", "uint32", "ffffffff", 2**32 - 1),
     ("the string of the specification", "string", "00000007 74657374696e67", b"testing"),
     ("the empty name-list of the specification", "string", "00000000", b""),
     ("the name-list of the specification", "string", "00000009 7a6c69622c6e6f6e65", b"zlib,none"),
     ("a string that looks like a length", "string", "00000004 00000004", b"\0\0\0\4"),
-    ("a string of bytes that are no text", "string", "00000002 fffe", b"\xff\xfe"),
     ("the mpint of the specification", "mpint", "00000008 09a378f9b2e332a7", 0x9A378F9B2E332A7),
     ("the specification's with its high bit set", "mpint", "00000002 0080", 0x80),
     ("the least mpint", "mpint", "00000001 01", 1),
-    ("the greatest mpint of one byte", "mpint", "00000001 7f", 0x7F),
-    ("the greatest with a needed zero", "mpint", "00000002 00ff", 0xFF),
     ("the least of two bytes without a zero", "mpint", "00000002 0100", 0x100),
 ]
 
@@ -96,20 +87,13 @@ REFUSED = [
     ("a uint32 of nothing", "uint32", "", "4 bytes expected, 0 there"),
     ("a uint32 of three bytes", "uint32", "000000", "4 bytes expected, 3 there"),
     ("a uint32 and a byte more", "uint32", "00000000 00", "1 bytes left over"),
-    ("a string with half a length", "string", "0000", "4 bytes expected, 2 there"),
     ("a string without its last byte", "string", "00000003 6162", "3 bytes expected, 2 there"),
     ("a string of 2^32-1 bytes", "string", "ffffffff 61", "4294967295 bytes expected, 1 there"),
     ("a string and two bytes more", "string", "00000001 01 0101", "2 bytes left over"),
-    ("an mpint that is cut", "mpint", "00000001", "1 bytes expected, 0 there"),
-    ("an mpint of 2^32-1 bytes", "mpint", "ffffffff 01", "4294967295 bytes expected, 1 there"),
-    ("an mpint and a byte more", "mpint", "00000001 01 01", "1 bytes left over"),
     ("the zero of the specification", "mpint", "00000000", WRONG),
     ("the -1234 of the specification", "mpint", "00000002 edcc", WRONG),
-    ("the -deadbeef of the specification", "mpint", "00000005 ff21524111", WRONG),
     ("minus one", "mpint", "00000001 ff", WRONG),
-    ("the least negative one of one byte", "mpint", "00000001 80", WRONG),
     ("zero as a byte", "mpint", "00000001 00", WRONG),
-    ("zero as two bytes", "mpint", "00000002 0000", WRONG),
     ("a zero before a byte that needs none", "mpint", "00000002 007f", WRONG),
     ("two zeros before a byte that needs one", "mpint", "00000003 000080", WRONG),
 ]
@@ -135,12 +119,10 @@ def test_what_is_no_such_value_is_refused(method: str, data: str, error: str) ->
 
 
 @pytest.mark.parametrize("write, value, data", [
-    (sap.byte, 0, "00"),
     (sap.byte, 255, "ff"),
     (sap.uint32, 699921578, "29b7f4aa"),
     (sap.uint32, 2**32 - 1, "ffffffff"),
     (sap.string, b"testing", "00000007 74657374696e67"),
-    (sap.string, b"", "00000000"),
 ])  # fmt: skip
 def test_a_value_is_written(write: Callable[[object], bytes], value: object, data: str) -> None:
     assert write(value) == bytes.fromhex(data)
