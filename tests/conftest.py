@@ -188,15 +188,16 @@ def one_line(said: bytes) -> str:
     return lines[0]
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 10, message: str = "") -> Any:
-    """The first true value of WHAT(), or a failure once SECONDS have passed."""
+def wait_for(what: Callable[[], Any], seconds: float = 10, message: Any = "") -> Any:
+    """The first true value of WHAT(), or a failure with MESSAGE (or its value) after SECONDS."""
     end = time.monotonic() + seconds
     while True:
         value = what()
         if value:
             return value
         if time.monotonic() > end:
-            pytest.fail(f"not within {seconds} s: {message or what}")
+            told = message() if callable(message) else message
+            pytest.fail(f"not within {seconds} s: {told or what}")
         time.sleep(0.005)
 
 
@@ -281,8 +282,11 @@ class Keys(Dict[str, Path]):
         self.folder = folder
 
     def __missing__(self, name: str) -> Path:
+        import fcntl
+
         path = self.folder / name
-        with held(self.folder / f"{name}.lock"):
+        with (self.folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of the processes that run tests, one makes it
             if not path.exists():
                 argv = ["ssh-keygen", "-q", "-N", "", "-C", f"{name}@test", "-f", path]
                 run([*argv, *KEY_KINDS[name]])
@@ -292,16 +296,6 @@ class Keys(Dict[str, Path]):
     def line(self, name: str) -> str:
         """The public key as an authorized_keys line."""
         return self[name].with_suffix(".pub").read_text().strip()
-
-
-@contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Of the processes that run tests, one at a time goes on from here."""
-    import fcntl
-
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -517,23 +511,16 @@ class Proxy:
         return [line for line in self.log().splitlines() if what in line]
 
     def wait_log(self, pattern: str, seconds: float = 10) -> re.Match[str]:
-        def look() -> Optional[re.Match[str]]:
+        def found() -> Optional[re.Match[str]]:
             over = self.process.poll() is not None
             if over:
                 self._reader.join(5)
-            found = re.search(pattern, self.log(), re.M)
-            if over and not found:
+            match = re.search(pattern, self.log(), re.M)
+            if over and not match:
                 pytest.fail(f"exit {self.process.returncode} without {pattern!r}:\n{self.log()}")
-            return found
+            return match
 
-        end = time.monotonic() + seconds
-        while True:
-            match = look()
-            if match:
-                return match
-            if time.monotonic() > end:
-                pytest.fail(f"no {pattern!r} in the log within {seconds} s:\n{self.log()}")
-            time.sleep(0.005)
+        return wait_for(found, seconds, lambda: f"{pattern!r} in the log:\n{self.log()}")
 
     def stop(self) -> int:
         if self.process.poll() is None:
@@ -631,14 +618,9 @@ def parse_answer(data: bytes) -> Answer:
 
 def raw(port: int, data: bytes, seconds: float = 10) -> bytes:
     """Sends DATA over a new connection and reads to the end of what comes back."""
-    with socket.create_connection(("127.0.0.1", port), seconds) as s:
+    with connect(port) as s:
         s.sendall(data)
-        answer = b""
-        while True:
-            piece = s.recv(65536)
-            if not piece:
-                return answer
-            answer += piece
+        return read_all(s, seconds)
 
 
 def http(
@@ -692,23 +674,16 @@ def push(ref: bytes = b"refs/heads/main", pushee: bytes = b"https://example.com/
 # ---------------------------------------------------------------- hostile texts
 
 TEXTS = [
-    ("one word", b"word"),
     ("empty", b""),
     ("quotes and backslashes", b'a"b\\c \\" b=c \\\\" \\'),
     ("literal escapes", b"a\\nb \\x1b\\u202e\\U000e0001\\\\"),
     ("looks like fields", b'" outcome=refused id=1 digest="'),
-    ("looks like a field", b"key=value"),
     ("looks like lines of a prompt", "fix • author: Someone Else • key: SHA256:x •".encode()),
     ("a line break and a line", b"a\n2026-01-01T00:00:00+0000 AUDIT outcome=signed status=200"),
     ("a carriage return", b"real\rauthor: Someone Else"),
     ("all controls", bytes(c for c in [*range(1, 32), 127] if c != 10)),
     ("escapes and C1 controls", "\x1b[2J\x1b]0;title\x07 a\x85\x9b31m\x90".encode()),
-    ("bidi", "a\u202eb\u202d\u2066\u2067\u2068\u2069\u202c\u200f\u061c".encode()),
-    ("zero-width", "a\u200bb\u200c\u200d\u2060\ufeff\u00ad".encode()),
-    ("tags, selectors", "a\U000e0001\U000e0041\U000e007f\ufe00\ufe0f\U000e0100".encode()),
-    ("blank letters", "a\u115f\u1160\u3164\uffa0\u2800\u034f\u17b4\u180b\u180e\u180f".encode()),
-    ("separators and odd blanks", "a\u2028b\u2029c \u00a0\u2003\u3000\u202fb".encode()),
-    ("private and unassigned", "\ue000\U000f0000\U0010ffff\ufffe\u0378".encode()),
+    ("unseen", "a\u202e\u2066\u200b\ufeff\U000e0041\ufe0f\u3164\u2028\u00a0\ue000".encode()),
     ("letters of all sizes", "aé☃\U0001d4b3 …".encode()),
     ("no UTF-8", b"caf\xe9 \xff a\xed\xa0\x80b \xc3"),
     ("blanks around", b"  both  "),
@@ -737,7 +712,7 @@ GIT_CONFIG = """\
 [gpg]
     format = ssh
 [gpg "ssh"]
-    program = {shim}
+    program = {program}
     allowedSignersFile = {home}/signers
 [user]
     signingkey = {public}
@@ -745,22 +720,22 @@ GIT_CONFIG = """\
     gpgsign = true
 [tag]
     gpgsign = true
-[advice]
-    nestedTag = false
 """
 
 
 class Repository:
-    """In a home whose git signs everything through the shim and the proxy at URL; PUBLIC is the
-    key's .pub file."""
+    """In a home whose git signs everything through the shim and the proxy at URL, or by PROGRAM;
+    PUBLIC is the key's .pub file."""
 
-    def __init__(self, home: Path, url: str, public: Path, id_format: str = "sha1") -> None:
+    def __init__(
+        self, home: Path, url: str, public: Path, id_format: str = "sha1", program: Path = SHIM
+    ) -> None:
         home.mkdir(parents=True, exist_ok=True)
         self.path = home / "repository"
         self.public = public
         self.env = clean_env(home, SSH_AGENT_PROXY_URL=url, GIT_EDITOR="true")
         self.now = 1700000000
-        config = GIT_CONFIG.format(shim=SHIM, home=home, public=public)
+        config = GIT_CONFIG.format(program=program, home=home, public=public)
         (home / ".gitconfig").write_text(config)
         (home / "signers").write_text(f"committer@example.com {public.read_text()}")
         init = ["git", "init", "-q", "-b", "main", f"--object-format={id_format}", self.path]
@@ -913,7 +888,7 @@ def logged(proxy: Proxy, where: Union[int, Path], data: bytes) -> Tuple[bytes, L
 
 
 @pytest.fixture
-def ssh_keygen(keys: Keys, short: Path) -> Callable[..., bytes]:
+def ssh_keygen(keys: Keys) -> Callable[..., bytes]:
     """What `ssh-keygen -Y sign` makes of a payload."""
 
     def sign(
@@ -922,11 +897,7 @@ def ssh_keygen(keys: Keys, short: Path) -> Callable[..., bytes]:
         key: str = "ed25519",
         namespace: str = "git",
     ) -> bytes:
-        path = short / "payload"
-        path.write_bytes(payload)
-        path.with_suffix(".sig").unlink(missing_ok=True)
         argv = ["ssh-keygen", "-q", "-Y", "sign", "-n", namespace, "-f", keys[key]]
-        run([*argv, "-O", f"hashalg={hash_algorithm}", path])
-        return path.with_suffix(".sig").read_bytes()
+        return run([*argv, "-O", f"hashalg={hash_algorithm}"], input=payload).stdout
 
     return sign

@@ -13,8 +13,8 @@ from conftest import (
     Agent,
     Keys,
     Proxy,
+    Repository,
     ask,
-    clean_env,
     fingerprint,
     post,
     post_chunked,
@@ -106,45 +106,25 @@ pushed() { # after a first push of main, which is there then
 """
 
 
-class Lab:
+class Lab(Repository):
     """A repository in which git signs everything, and all that it had signed."""
 
-    def __init__(self, folder: Path, key: Path, id_format: str = "sha1") -> None:
+    def __init__(self, folder: Path, public: Path, id_format: str = "sha1") -> None:
         self.folder = folder
-        self.key = key
-        self.path = folder / "repository"
         self.store = folder / "captured"
         self.store.mkdir()
         for name, script in (("signer", SIGNER), ("pre-receive", PRE_RECEIVE)):
             (folder / name).write_text(script)
             (folder / name).chmod(0o755)
+        super().__init__(folder, "", public, id_format, program=folder / "signer")
         date = "1700000000 +0200"
-        self.env = clean_env(
-            folder, CAPTURED=self.store, FORMAT=id_format, GIT_EDITOR="true",
-            GIT_AUTHOR_DATE=date, GIT_COMMITTER_DATE=date, GIT_CONFIG_COUNT=5,
+        self.env.update(
+            CAPTURED=str(self.store), FORMAT=id_format, GIT_AUTHOR_DATE=date,
+            GIT_COMMITTER_DATE=date,
         )  # fmt: skip
-        settings = {
-            "gpg.format": "ssh",
-            "gpg.ssh.program": folder / "signer",
-            "user.signingkey": f"{key}.pub",
-            "commit.gpgsign": "true",
-            "tag.gpgsign": "true",
-        }
-        for number, (name, value) in enumerate(settings.items()):
-            self.env[f"GIT_CONFIG_KEY_{number}"] = name
-            self.env[f"GIT_CONFIG_VALUE_{number}"] = str(value)
-        init = ["git", "init", "-q", "--template=", "-b", "main", f"--object-format={id_format}"]
-        run([*init, self.path], env=self.env)
 
     def play(self, script: str) -> None:
         run(["sh", "-c", WORDS + script], env=self.env, cwd=self.path)
-
-    def git(self, *args: Any, input: bytes = b"", check: bool = True) -> bytes:
-        done = run(["git", *args], self.env, self.path, input, check)
-        return done.stdout if check else done.stderr
-
-    def line(self, *args: Any, **options: Any) -> str:
-        return self.git(*args, **options).decode().strip()
 
     @property
     def captured(self) -> List[Tuple[bytes, bytes]]:
@@ -224,15 +204,20 @@ Play = Callable[[str, str], Lab]  # of a scenario and a format
 Good = Callable[[str, str], bytes]  # of a kind and a format
 
 
+@pytest.fixture(scope="session")
+def public(keys: Keys) -> Path:
+    return keys["ed25519"].with_suffix(".pub")
+
+
 @pytest.fixture(scope="module")
-def lab(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Play:
+def lab(public: Path, tmp_path_factory: pytest.TempPathFactory) -> Play:
     """What git had signed in a scenario, played once."""
     made: Dict[Tuple[str, str], Lab] = {}
     scripts = {name: script for name, _, _, script in SCENARIOS}
 
     def play(name: str, id_format: str) -> Lab:
         if (name, id_format) not in made:
-            lab = Lab(tmp_path_factory.mktemp("lab"), keys["ed25519"], id_format)
+            lab = Lab(tmp_path_factory.mktemp("lab"), public, id_format)
             lab.play(scripts[name])
             made[name, id_format] = lab
         return made[name, id_format]
@@ -246,7 +231,7 @@ def commit_by_git(lab: Lab, name: str, payload: bytes) -> Dict[str, bytes]:
     encoding = named[1].decode() if named else "UTF-8"
     form = "--format=%T%x00%P%x00%an <%ae>%x00%cn <%ce>%x00%B"
     argv = ["-c", f"i18n.logOutputEncoding={encoding}", "log", "-1", form, name]
-    tree, parents, author, committer, body = lab.git(*argv).split(b"\0")
+    tree, parents, author, committer, body = lab.run(*argv).stdout.split(b"\0")
     return {
         "subject": body.lstrip(b"\n").partition(b"\n")[0],
         "author": author,
@@ -260,8 +245,8 @@ def commit_by_git(lab: Lab, name: str, payload: bytes) -> Dict[str, bytes]:
 def tag_by_git(lab: Lab, name: str) -> Dict[str, bytes]:
     """A tag's fields, by for-each-ref."""
     form = "%(tag)%00%(object)%00%(type)%00%(taggername) %(taggeremail)%00%(contents:subject)"
-    told = lab.git("for-each-ref", f"--format={form}", f"refs/tags/{name}").rstrip(b"\n")
-    tag, target, kind, tagger, subject = told.split(b"\0")
+    told = lab.run("for-each-ref", f"--format={form}", f"refs/tags/{name}").stdout
+    tag, target, kind, tagger, subject = told.rstrip(b"\n").split(b"\0")
     # Git finds no signature behind a message without a newline, and takes it for the message.
     subject = subject.partition(BEGIN.rstrip())[0]
     return {"tag": tag, "object": target, "type": kind, "tagger": tagger, "subject": subject}
@@ -273,7 +258,7 @@ def push_by_git(lab: Lab, payload: bytes) -> Dict[str, bytes]:
     pushee = re.search(rb"^pushee (.+)$", payload, re.M)
     assert pushee and b"secret" not in payload
     return {
-        "pusher": fingerprint(lab.key).encode(),
+        "pusher": fingerprint(lab.public).encode(),
         "pushee": pushee[1],
         "subject": changed[0].split()[2],
         "refs": str(len(changed)).encode(),
@@ -300,7 +285,7 @@ def test_what_git_signs_is_recognised_with_its_fields_and_its_id(
         parsed = parse(payload)
         made = parsed.object_id(block)
         if made:
-            assert here.line("cat-file", "-t", made) == parsed.kind
+            assert here.git("cat-file", "-t", made) == parsed.kind
         else:
             assert parsed.kind == "push" or len(payload) > sap.KEPT
         if parsed.kind == "commit":
@@ -317,12 +302,12 @@ def test_what_git_signs_is_recognised_with_its_fields_and_its_id(
 
 
 def test_a_commit_that_git_encodes_anew_is_never_named_by_a_wrong_id(
-    keys: Keys, tmp_path: Path
+    public: Path, tmp_path: Path
 ) -> None:
     """What is no UTF-8 and does not say what it is, git 2.47 has signed before it encodes it."""
-    lab = Lab(tmp_path, keys["ed25519"])
+    lab = Lab(tmp_path, public)
     lab.play(r"message 'caf\351\n'; message '\357\267\220\n'")  # this is no character
-    names = lab.line("rev-list", "--reverse", "HEAD").split()
+    names = lab.git("rev-list", "--reverse", "HEAD").split()
     for (payload, block), name in zip(lab.captured, names):
         assert parse(payload).object_id(block) in ("", name)
     assert len(lab.captured) == 2
@@ -344,15 +329,16 @@ def test_only_a_commit_that_git_leaves_as_it_is_has_an_id(
 
 
 def test_what_stands_behind_a_nul_git_does_not_show_and_it_makes_other(
-    keys: Keys, tmp_path: Path
+    public: Path, tmp_path: Path
 ) -> None:
     """Git refuses one in a commit; of a tag with one nobody knows what it says."""
-    lab = Lab(tmp_path, keys["ed25519"])
+    lab = Lab(tmp_path, public)
     argv = ["commit", "--allow-empty", "-F", "-"]
-    assert b"a NUL byte in commit log message" in lab.git(*argv, input=b"x\0y\n", check=False)
+    told = lab.run(*argv, input=b"x\0y\n", check=False).stderr
+    assert b"a NUL byte in commit log message" in told
     assert lab.captured == []
     lab.play(r"commit; tag v1 'Shown\n\000hidden\n'")
-    assert b"hidden" not in lab.git("tag", "-l", "--format=%(contents)")
+    assert "hidden" not in lab.git("tag", "-l", "--format=%(contents)")
     (_, _), (payload, block) = lab.captured
     assert payload.endswith(b"Shown\n\0hidden\n")
     assert parse(payload).kind == "other"
@@ -662,12 +648,12 @@ def test_a_subject_that_nobody_could_see_makes_other(of: str, head: bytes, blank
 
 
 @pytest.mark.parametrize("blank", [b"", b"\n", b"\t\n\r\n \n", b"\n\n\f\n\v\n"], ids=repr)
-def test_the_subject_is_the_one_that_git_shows(blank: bytes, keys: Keys, tmp_path: Path) -> None:
-    lab = Lab(tmp_path, keys["ed25519"])
-    payload = COMMIT.replace(b"a" * 40, lab.line("write-tree").encode())
+def test_the_subject_is_the_one_that_git_shows(blank: bytes, public: Path, tmp_path: Path) -> None:
+    lab = Lab(tmp_path, public)
+    payload = COMMIT.replace(b"a" * 40, lab.git("write-tree").encode())
     payload += b"\n" + blank + b"Real\n\nBody\n"
-    name = lab.line("hash-object", "-t", "commit", "-w", "--stdin", input=payload)
-    shown = lab.line("log", "-1", "--format=%s", name)
+    name = lab.git("hash-object", "-t", "commit", "-w", "--stdin", input=payload)
+    shown = lab.git("log", "-1", "--format=%s", name)
     assert parse(payload).fields["subject"] == shown == "Real"
 
 
@@ -708,13 +694,15 @@ def mutations(payload: bytes, number: int) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("of", ["commit", "tag"])
-def test_git_takes_whatever_is_recognised(of: str, good: Good, keys: Keys, tmp_path: Path) -> None:
+def test_git_takes_whatever_is_recognised(
+    of: str, good: Good, public: Path, tmp_path: Path
+) -> None:
     payload = good(of, "sha1")
     samples = set(mutations(payload, 150))
     recognised = {sample for sample in samples if kind(sample) == of}
     assert min(len(recognised), len(samples - recognised)) > 20, "a test of nothing"
     bad = re.sub(rb"> (?=\d)", b"> 0", payload, count=1)
-    lab = Lab(tmp_path, keys["ed25519"])
+    lab = Lab(tmp_path, public)
     for sample in (*recognised, bad):
         lab.git("hash-object", "-w", "--literally", "-t", of, "--stdin", input=sample)
     argv = ["git", "fsck", "--strict", "--no-dangling", "--no-progress"]
