@@ -303,6 +303,7 @@ def test_it_tells_the_version_of_the_source(
 def test_an_old_python_is_told_so(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 8, 18))
     monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(sys, "argv", [str(program), "--version"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(program), run_name="__main__")
     assert ended.value.code == "ssh-agent-proxy needs Python 3.9 or newer, this is 3.8"
