@@ -261,7 +261,6 @@ class Command:
 
     def gone(self, pid: int) -> bool:
         try:
-            os.kill(pid, 0)
             # A grandchild that has ended is for PID 1 to wait for, which in containers waits for
             # nobody.
             state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
