@@ -27,12 +27,9 @@ from conftest import (
     RELAY,
     ROOT,
     Agent,
-    Keys,
     Proxy,
-    ask,
     cannot_run,
     clean_env,
-    get,
     http,
     run,
 )
@@ -59,10 +56,9 @@ def landlock() -> None:
 class Place(NamedTuple):
     """Where something is attempted, and what outside of the process stands ready for it."""
 
-    folder: str  # holds a file "old", an empty folder "empty", a program "program"
+    folder: str  # holds a file "old", an empty folder "empty"
     pid: int  # of a process outside
-    tcp4: int  # the ports of listening sockets
-    tcp6: int
+    tcp: int  # the port of a listening socket
     abstract: str  # the names of a stream socket and a datagram socket, without their NUL
     sockets: str  # the same for such sockets in the file system
 
@@ -88,16 +84,6 @@ def open_again(path: str) -> None:
         opened(f"/proc/self/fd/{f.fileno()}", WRITE)
 
 
-def shared_memory(at: Place) -> None:
-    name = f"/dev/shm/{os.path.basename(os.path.dirname(at.folder))}.{os.getpid()}"
-    opened(name, WRITE | CREATE | os.O_EXCL)
-    os.unlink(name)
-
-
-def device(path: str, kind: int, number: Tuple[int, int]) -> None:
-    os.mknod(path, 0o600 | kind, os.makedev(*number))
-
-
 def unix_socket(path: str) -> None:
     with socket.socket(socket.AF_UNIX) as s:
         s.bind(path)
@@ -121,11 +107,6 @@ def become(program: Any) -> None:
     number = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if number:
         raise OSError(number, "in the child")
-
-
-def become_what_is_open() -> None:
-    with open("/bin/true", "rb") as f:
-        become(f.fileno())
 
 
 def become_what_is_in_memory(content: bytes) -> None:
@@ -157,26 +138,9 @@ STATIC = struct.pack(
 ) + b"/dev/null\0"  # fmt: skip
 
 
-def by_the_loader() -> None:
-    """The program that runs programs which can only be read."""
-    loader = re.search(rb"/lib[^\0]*/ld[^\0]*", dynamic_program())
-    assert loader
-    run([loader[0].decode(), "/bin/true"])
-
-
-def spawn() -> None:
-    os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0)
-
-
-def shell() -> None:
-    status = os.system("exit 7")
-    if os.WEXITSTATUS(status) != 7:
-        raise PermissionError(errno.EACCES, f"status {status}")
-
-
-def bind(family: int, host: str) -> None:
-    with socket.socket(family) as s:
-        s.bind((host, 0))
+def bind(address: Any) -> None:
+    with socket.socket() as s:
+        s.bind(address)
 
 
 def connect(family: int, address: Any) -> None:
@@ -190,66 +154,31 @@ def send_to(name: str) -> None:
         s.sendto(b"x", name)
 
 
-def signal_by_descriptor(pid: int) -> None:
-    pidfd_send_signal, pidfd_open = 424, 434
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.argtypes = [ctypes.c_long] * 5
-    fd = libc.syscall(pidfd_open, pid, 0, 0, 0)
-    if libc.syscall(pidfd_send_signal, fd, signal.SIGURG, 0, 0):
-        raise OSError(ctypes.get_errno(), "")
-    os.close(fd)
-
-
 # (SIGURG does nothing, unless it is waited for.)
 REFUSED: Dict[str, Attempt] = {
     "writing": lambda at: opened(at.old, WRITE),
     "writing what is open": lambda at: open_again(at.old),
-    "writing to /dev/null": lambda at: opened(os.devnull, WRITE),
-    "writing to /proc": lambda at: opened("/proc/self/comm", WRITE),
     "truncating": lambda at: os.truncate(at.old, 0),
     "truncating while reading": lambda at: opened(at.old, READ | os.O_TRUNC),
     "creating": lambda at: opened(at.path("new"), WRITE | CREATE),
-    "creating while reading": lambda at: opened(at.path("to-read"), READ | CREATE),
     "creating without a name": lambda at: opened(at.folder, WRITE | os.O_TMPFILE),
-    "creating at home": lambda at: opened(os.path.expanduser("~/.profile"), WRITE | CREATE),
-    "creating here": lambda at: opened("sitecustomize.py", WRITE | CREATE),
-    "creating a temporary file": lambda at: tempfile.mkstemp(dir=os.environ["TMPDIR"]),
-    "creating in shared memory": shared_memory,
     "removing": lambda at: os.unlink(at.old),
     "removing a folder": lambda at: os.rmdir(at.path("empty")),
-    "renaming": lambda at: os.rename(at.old, at.path("renamed")),
-    "replacing": lambda at: os.replace(at.old, at.path("program")),
     "moving": lambda at: os.rename(at.old, at.path("empty/old")),
     "a link": lambda at: os.link(at.old, at.path("linked")),
-    "a link elsewhere": lambda at: os.link(at.old, at.path("empty/linked")),
     "a symbolic link": lambda at: os.symlink("old", at.path("symbolic")),
     "a folder": lambda at: os.mkdir(at.path("folder")),
     "a FIFO": lambda at: os.mkfifo(at.path("fifo")),
-    "a file, by mknod": lambda at: os.mknod(at.path("made")),
-    "a character device": lambda at: device(at.path("null"), 0o020000, (1, 3)),
-    "a block device": lambda at: device(at.path("disk"), 0o060000, (1, 0)),
     "a socket": lambda at: unix_socket(at.path("socket")),
     "a command to a device": lambda at: command_to_a_device(),
     "a program": lambda at: become("/bin/true"),
-    "a program at home": lambda at: become(at.path("program")),
-    "a program that is open": lambda at: become_what_is_open(),
     "a program in memory": lambda at: become_what_is_in_memory(dynamic_program()),
-    "a program, by the loader": lambda at: by_the_loader(),
-    "a program, by posix_spawn": lambda at: spawn(),
     "a program, by subprocess": lambda at: run([sys.executable, "-c", ""]),
-    "a shell": lambda at: shell(),
-    "a port on IPv4": lambda at: bind(socket.AF_INET, "127.0.0.1"),
-    "a port on IPv6": lambda at: bind(socket.AF_INET6, "::1"),
-    "a connection on IPv4": lambda at: connect(socket.AF_INET, ("127.0.0.1", at.tcp4)),
-    "a connection on IPv6": lambda at: connect(socket.AF_INET6, ("::1", at.tcp6)),
-    "IPv4 from IPv6": lambda at: connect(socket.AF_INET6, ("::ffff:127.0.0.1", at.tcp4)),
+    "a port": lambda at: bind(("127.0.0.1", 0)),
+    "a connection": lambda at: connect(socket.AF_INET, ("127.0.0.1", at.tcp)),
     "an abstract socket": lambda at: connect(socket.AF_UNIX, f"\0{at.abstract}.stream"),
     "an abstract datagram": lambda at: send_to(f"\0{at.abstract}.datagram"),
-    "whether a process is there": lambda at: os.kill(at.pid, 0),
     "a signal": lambda at: os.kill(at.pid, signal.SIGURG),
-    "a signal to a group": lambda at: os.killpg(at.pid, signal.SIGURG),
-    "a signal by a descriptor": lambda at: signal_by_descriptor(at.pid),
-    "a signal to the parent": lambda at: os.kill(os.getppid(), signal.SIGURG),
 }
 LATE = ("wave", "mailbox", "plistlib", "netrc")
 GOES_ON: Dict[str, Attempt] = {
@@ -264,8 +193,6 @@ GOES_ON: Dict[str, Attempt] = {
 }
 ALL = {**REFUSED, **GOES_ON}
 ALL["a static program in memory"] = lambda at: become_what_is_in_memory(STATIC)
-# (What /proc shows of a process without PR_SET_DUMPABLE is root's.)
-NEED_ROOT = ["a character device", "a block device", "writing to /proc"]
 
 
 def perform(plan: str) -> bytes:
@@ -304,7 +231,6 @@ def inside(mode: str, folder: str, argv: List[str]) -> int:
     GET /shim reads shim.sh in a worker thread. Instead it does what the file "plan" says, and
     answers what came of it.
     """
-    os.chdir(f"{folder}/cwd")
     own_plan = f"{folder}/plan.threads"
     confine, stop, findings = p.confine, p.Server.stop, p.agent_findings
 
@@ -341,26 +267,19 @@ class World:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="sap.", dir="/tmp"))
-        for name in ("home", "cwd"):
-            (self.folder / name).mkdir()
+        (self.folder / "home").mkdir()
         stream, datagram = socket.SOCK_STREAM, socket.SOCK_DGRAM
         abstract, where = self.folder.name, str(self.folder / "outside")
-        tcp4 = listener(stream, socket.AF_INET, ("127.0.0.1", 0))
+        tcp = listener(stream, socket.AF_INET, ("127.0.0.1", 0))
         self.sockets = [
-            tcp4,
+            tcp,
             listener(stream, socket.AF_UNIX, f"\0{abstract}.stream"),
             listener(datagram, socket.AF_UNIX, f"\0{abstract}.datagram"),
             listener(stream, socket.AF_UNIX, f"{where}.stream"),
             listener(datagram, socket.AF_UNIX, f"{where}.datagram"),
         ]
-        self.tcp6 = 0
-        try:
-            self.sockets.append(listener(stream, socket.AF_INET6, ("::1", 0)))
-            self.tcp6 = self.sockets[-1].getsockname()[1]
-        except OSError:
-            pass
         self.process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True)
-        self.rest = (self.process.pid, tcp4.getsockname()[1], self.tcp6, abstract, where)
+        self.rest = (self.process.pid, tcp.getsockname()[1], abstract, where)
         self.plan()
         self.plan(name="plan.threads")
 
@@ -370,8 +289,6 @@ class World:
         if not (path / "old").exists():
             (path / "empty").mkdir(parents=True, exist_ok=True)
             (path / "old").write_text("old\n")
-            (path / "program").write_text("#!/bin/sh\nexit 0\n")
-            (path / "program").chmod(0o755)
         return [str(path), *self.rest]
 
     def plan(self, *steps: Tuple[str, str], name: str = "plan") -> None:
@@ -442,13 +359,7 @@ def results(outside: World) -> Dict[str, Dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_code_inside_is_refused(
-    name: str, results: Dict[str, Dict[str, str]], outside: World
-) -> None:
-    if name in NEED_ROOT and os.geteuid():
-        cannot_run("only root makes devices, or writes to /proc there: run this as root")
-    if "on IPv6" in name and not outside.tcp6:
-        cannot_run("this machine has no [::1]: switch IPv6 on for lo")
+def test_code_inside_is_refused(name: str, results: Dict[str, Dict[str, str]]) -> None:
     assert results["without"][name] == "", "not even without Landlock: this shows nothing"
     assert results["with"][name] in ("EACCES", "EPERM", "EXDEV")
     assert results["powerless"][name] in ("EACCES", "EPERM", "EXDEV")
@@ -500,35 +411,7 @@ def test_each_thread_is_refused(
     assert f'in the main thread: ["{expected}"]' in proxy.log()
 
 
-def test_confined_it_reads_its_files_again_and_finds_an_agent_that_starts_later(
-    start_inside: Callable[..., Proxy], start_agent: Callable[..., Agent], keys: Keys, short: Path
-) -> None:
-    tokens = short / "tokens"
-    tokens.touch(0o600)
-    tokens.write_text("the-first-of-them\n")
-    proxy = start_inside("--token-file", tokens, upstream=short / "later")
-    proxy.wait_log("Landlock: in force")
-    bearer = {"Authorization": "Bearer the-second-of-them"}
-    assert http(proxy.port, "POST", "/sign", b"x", bearer).status == 401
-    tokens.write_text("the-second-of-them\n")
-    assert http(proxy.port, "POST", "/sign", b"x", bearer).status == 503
-    start_agent(short / "later").add(keys["ed25519"])
-    assert http(proxy.port, "POST", "/sign", b"x", bearer).status == 200
-
-
 # ---------------------------------------------------------------- addresses that are Unix sockets
-
-
-def test_without_tcp_the_socket_is_removed_at_the_end(
-    world: World, start_inside: Callable[..., Proxy]
-) -> None:
-    path = world.folder / "own/s"
-    world.plan(("creating", "own"))
-    proxy = start_inside(addr=f"unix:{path}", wait=False)
-    proxy.wait_log("listening on unix:")
-    assert json.loads(ask(path, get("/shim")).body) == ["EACCES"]
-    assert proxy.stop() == 0
-    assert not path.exists()
 
 
 def test_sockets_in_several_folders_one_by_a_link_are_removed_at_the_end(
@@ -547,33 +430,12 @@ def test_sockets_in_several_folders_one_by_a_link_are_removed_at_the_end(
     assert [path.exists() for path in paths] == [False, False]
 
 
-def test_another_socket_in_its_place_stays(
-    world: World, start_inside: Callable[..., Proxy]
-) -> None:
-    world.place("own")
-    path = world.folder / "own/s"
-    proxy = start_inside(addr=f"unix:{path},127.0.0.1:0")
-    path.unlink()
-    with listener(socket.SOCK_STREAM, socket.AF_UNIX, str(path)):
-        assert proxy.stop() == 0
-        assert path.is_socket()
-
-
 BESIDE_A_SOCKET = [
-    ("a program at home", "own", "EACCES"),
+    ("a program", "own", "EACCES"),
     ("removing a folder", "own", "EACCES"),
     ("a socket", "own", "EACCES"),
-    ("a folder", "own", "EACCES"),
-    ("a link", "own", "EACCES"),
-    ("moving", "own", "EACCES"),
-    ("replacing", "own", "EACCES"),
-    ("renaming", "own", "EACCES"),
-    ("truncating", "own", "EACCES"),
     ("writing", "own", "EACCES"),
-    ("creating", "own/below", "EACCES"),
     ("creating", "own", "EACCES"),
-    ("removing", "other", "EACCES"),
-    ("removing", ".", "EACCES"),
     ("removing", "own/below", ""),
     ("removing", "own", ""),
 ]
@@ -585,8 +447,6 @@ def test_in_a_sockets_folder_files_can_be_removed_and_no_more(
     world.place("own")
     proxy = start_inside(addr=f"unix:{world.folder / 'own/s'},127.0.0.1:0")
     came = world.attempt(proxy, *((name, folder) for name, folder, _ in BESIDE_A_SOCKET))
-    # (A link to another folder may be EXDEV, as on another file system.)
-    came = ["EACCES" if result == "EXDEV" else result for result in came]
     assert came == [expected for _, _, expected in BESIDE_A_SOCKET]
 
 
@@ -653,7 +513,7 @@ def under(abi: int, plan: str, folders: List[str]) -> None:
 
 BY_ABI = {
     "writing": 1, "creating": 1, "removing": 1, "moving": 1, "a socket": 1, "a program": 1,
-    "truncating": 3, "a port on IPv4": 4, "a connection on IPv4": 4, "a command to a device": 5,
+    "truncating": 3, "a port": 4, "a connection": 4, "a command to a device": 5,
     "an abstract socket": 6, "a signal": 6,
 }  # fmt: skip
 SIZE_OF_ATTRIBUTES = {1: 8, 2: 8, 3: 8, 4: 16, 5: 16}  # later ones: 24
