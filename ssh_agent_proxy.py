@@ -1331,7 +1331,7 @@ def confine(folders: Sequence[str]) -> Step:
         # struct landlock_ruleset_attr: an older kernel takes a longer one that ends in zeros.
         ruleset = call(CREATE_RULESET, struct.pack("=QQQ", rights, net, scoped), 24, 0)
         for folder in folders:
-            beneath = os.open(folder, os.O_PATH)
+            beneath = os.open(folder, getattr(os, "O_PATH", 0))  # (0: only Linux has it)
             # struct landlock_path_beneath_attr
             call(ADD_RULE, ruleset, RULE_PATH_BENEATH, struct.pack("=Qi", REMOVE_FILE, beneath))
             os.close(beneath)
