@@ -618,9 +618,9 @@ def parse_answer(data: bytes) -> Answer:
 
 def raw(port: int, data: bytes, seconds: float = 10) -> bytes:
     """Sends DATA over a new connection and reads to the end of what comes back."""
-    with connect(port) as s:
+    with socket.create_connection(("127.0.0.1", port), seconds) as s, s.makefile("rb") as answer:
         s.sendall(data)
-        return read_all(s, seconds)
+        return answer.read()
 
 
 def http(

@@ -217,7 +217,7 @@ def gpg_agent(short: Path) -> Iterator[Path]:
         agent.wait(10)
 
 
-@pytest.mark.parametrize("name", ["ed25519", "rsa3072", "ecdsa256"])
+@pytest.mark.parametrize("name", ["ed25519", "rsa2048", "ecdsa256"])
 def test_gpg_agent_signs(gpg_agent: Path, keys: Keys, tmp_path: Path, name: str) -> None:
     assert refusal(sap.AgentError, gpg_agent) == LISTS_NONE
     env = {"PATH": os.environ["PATH"], "SSH_AUTH_SOCK": str(gpg_agent)}
