@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
@@ -23,7 +24,6 @@ import pytest
 from conftest import (
     FINGERPRINT,
     ID,
-    PROXY,
     TEXTS,
     Agent,
     Answer,
@@ -47,7 +47,6 @@ from conftest import (
     read_message,
     rows,
     run,
-    short_folder,
     tag,
     the_one_answer,
     wait_for,
@@ -134,16 +133,8 @@ class Askpass:
     def end(self) -> None:
         """What a proxy at fault has left."""
         for pid in self.started():
-            if runs(pid):
-                os.kill(pid, signal.SIGKILL)
-
-
-def runs(pid: int) -> bool:
-    """Does it run? (An orphan that has ended may wait for a PID 1 that waits for nobody.)"""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
 
 
 def group(leader: int) -> List[int]:
@@ -219,132 +210,94 @@ def not_confirmed(request: Request) -> str:
     return answer.text
 
 
-class Shared(NamedTuple):
-    """One proxy for a whole table."""
-
-    proxy: Proxy
-    askpass: Askpass
-
-    def asks(self, payload: bytes) -> Asked:
-        """What is asked about PAYLOAD, which the person agrees to."""
-        before = len(self.askpass.asked())
-        self.askpass.does("exit 0")
-        signed(Request(self.proxy, payload))
-        return self.askpass.wait(before + 1)
+def asks(program: Path, hold: float = 0, timeout: float = 10) -> sap.Consent:
+    """What asks the person, in this process."""
+    return sap.Consent(sap.Upstream("", (str(program),)), hold, sap.Agents(None, (), timeout))
 
 
-@contextlib.contextmanager
-def sharing(agent: Agent, *args: Any) -> Iterator[Shared]:
-    with short_folder() as folder:
-        askpass = Askpass(folder / "askpass")
-        argv = [sys.executable, PROXY, "--addr", "127.0.0.1:0", "--upstream", agent.sock]
-        argv += ["--confirm", askpass.program, *args]
-        proxy = Proxy([str(a) for a in argv], clean_env(folder))
-        yield Shared(proxy, askpass)
-        proxy.stop()
-        askpass.end()
-        assert "Traceback" not in proxy.log(), proxy.log()
-
-
-@pytest.fixture(scope="module")
-def patient(agent_with_key: Agent) -> Iterator[Shared]:
-    with sharing(agent_with_key) as shared:
-        yield shared
-
-
-@pytest.fixture(scope="module")
-def hasty(agent_with_key: Agent) -> Iterator[Shared]:
-    """It waits half a second, then it is a no."""
-    with sharing(agent_with_key, "--timeout", "0.5") as shared:
-        yield shared
+@pytest.fixture
+def client() -> Iterator[socket.socket]:
+    """The connection of somebody who waits for the answer."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours
 
 
 # ---------------------------------------------------------------- what is a yes, and what is a no
 
-YES = [
-    ("exit 0", "exit 0"),
-    ("an empty line", "echo"),
-    ("yes", "echo yes"),
-    ("yes without a newline", "printf yes"),
-    ("yes in both cases", "echo Yes"),
-    ("yes and a carriage return", "printf 'yes\\r\\n'"),
-    ("an empty line with carriage return", "printf '\\r\\n'"),
-    ("yes and further lines without an end", "echo yes; head -c 5000 /dev/zero | tr '\\0' x"),
-    ("yes and complaints on stderr", "echo no >&2; echo yes"),
-]
-
-NO = [
-    ("exit 1", "exit 1"),
-    ("yes and exit 1", "echo yes; exit 1"),
-    ("no", "echo no"),
-    ("y", "echo y"),
-    ("yess", "echo yess"),
-    ("yes and a word", "echo yes please"),
-    ("yes behind a blank", "echo ' yes'"),
-    ("a blank", "echo ' '"),
-    ("no behind 2000 blanks", "printf '%2000s\\n' no"),
-    ("yes in the second line", "printf 'no\\nyes\\n'"),
-    ("binary", "printf '\\377\\376'"),
-    ("a long line", "head -c 5000 /dev/zero | tr '\\0' y"),
-    ("SIGKILL", "kill -KILL $$"),
-    ("SIGTERM after yes", "echo yes; kill -TERM $$"),
+ANSWERS = [
+    ("exit 0", "exit 0", True),
+    ("yes in both cases", "echo Yes", True),
+    ("yes and a carriage return", "printf 'yes\\r\\n'", True),
+    ("an empty line with carriage return", "printf '\\r\\n'", True),
+    ("yes and further lines", "echo yes; head -c 5000 /dev/zero | tr '\\0' x", True),
+    ("yes and complaints on stderr", "echo no >&2; echo yes", True),
+    ("exit 1", "exit 1", False),
+    ("yes and exit 1", "echo yes; exit 1", False),
+    ("no", "echo no", False),
+    ("yess", "echo yess", False),
+    ("yes behind a blank", "echo ' yes'", False),
+    ("no behind 2000 blanks", "printf '%2000s\\n' no", False),
+    ("yes in the second line", "printf 'no\\nyes\\n'", False),
+    ("binary", "printf '\\377\\376'", False),
+    ("SIGKILL", "kill -KILL $$", False),
+    ("SIGTERM after yes", "echo yes; kill -TERM $$", False),
 ]
 
 NO_IN_TIME = [
-    ("no answer", "exec sleep 600"),
     ("no answer after yes", "echo yes; exec sleep 600"),
-    ("output without end", "exec yes"),
+    ("output without end", "exec cat /dev/zero"),
     ("stdout closed and running on", "exec >&-; exec sleep 600"),
     ("a child left behind with stdout", "sleep 600 & exit 0"),
     ("ignoring SIGTERM", "trap '' TERM; while :; do read -r x <\"$here/answers\"; done"),
 ]
 
 
-@pytest.mark.parametrize("does", rows(YES))
-def test_a_yes(patient: Shared, does: str) -> None:
-    patient.askpass.does(does)
-    signed(Request(patient.proxy))
+def obtain(
+    consent: sap.Consent, client: socket.socket, what: str = "kind", seconds: float = 0
+) -> bool:
+    """Does the person agree?"""
+    try:
+        consent.obtain("a prompt", (what,), seconds, client)
+    except sap.RequestError as e:
+        assert e.status == 403
+        assert str(e).startswith("not confirmed: ")
+        return False
+    return True
 
 
-@pytest.mark.parametrize("does", rows(NO))
-def test_everything_else_is_a_no(patient: Shared, does: str) -> None:
-    patient.askpass.does(does)
-    not_confirmed(Request(patient.proxy))
+@pytest.mark.parametrize(("does", "yes"), rows(ANSWERS))
+def test_what_is_a_yes_and_everything_else_is_a_no(
+    does: str, yes: bool, askpass: Askpass, client: socket.socket
+) -> None:
+    askpass.does(does)
+    assert obtain(asks(askpass.program), client) == yes
+    assert len(askpass.asked()) == 1
 
 
 @pytest.mark.parametrize("does", rows(NO_IN_TIME))
-def test_no_answer_in_time_is_a_no_and_nothing_runs_on(hasty: Shared, does: str) -> None:
-    hasty.askpass.does(does)
-    before = len(hasty.askpass.asked())
-    not_confirmed(Request(hasty.proxy))
-    is_over(hasty.askpass.wait(before + 1))
-
-
-def test_output_without_end_takes_no_memory(hasty: Shared) -> None:
-    hasty.askpass.does("exit 1")
-    not_confirmed(Request(hasty.proxy))  # what every askpass takes
-    hasty.askpass.does("exec cat /dev/zero")
-
-    def peak() -> int:
-        status = Path(f"/proc/{hasty.proxy.pid}/status").read_text()
-        return int(re.findall(r"VmHWM:\s+([0-9]+) kB", status)[0])
-
-    before = peak()
-    not_confirmed(Request(hasty.proxy))
-    assert peak() - before < 4096
-
-
-@pytest.mark.parametrize("how", ["removed", "not executable", "a folder", "not a program"])
-def test_a_program_that_is_gone_later_is_a_no(
-    askpass: Askpass, confirming: Confirming, how: str
+def test_no_answer_in_time_is_a_no_and_nothing_runs_on_nor_takes_memory(
+    does: str, askpass: Askpass, client: socket.socket
 ) -> None:
+    askpass.does(does)
+    tracemalloc.start()
+    assert not obtain(asks(askpass.program, timeout=0.5), client)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    is_over(askpass.wait())
+
+
+@pytest.mark.parametrize("mode", [None, 0o644, 0o755])
+def test_a_program_that_is_gone_later_is_a_no(
+    askpass: Askpass, confirming: Confirming, mode: Optional[int]
+) -> None:
+    """Or can't be run, or is none."""
     proxy = confirming()
     askpass.program.unlink()
-    if how == "a folder":
-        askpass.program.mkdir()
-    elif how != "removed":
+    if mode:
         askpass.program.write_bytes(b"\x7fELF\0")
-        askpass.program.chmod(0o644 if how == "not executable" else 0o755)
+        askpass.program.chmod(mode)
     assert "askpass program" in not_confirmed(Request(proxy))
     proxy.wait_log(re.escape(str(askpass.program)))
 
@@ -399,33 +352,31 @@ def test_a_client_that_goes_away_takes_its_prompt_along_and_the_next_is_asked(
 
 @pytest.mark.parametrize(("shown", "expected"), [(True, [1]), (False, [])])
 def test_a_click_on_its_way_to_a_prompt_that_goes_hits_no_other(
-    shown: bool, expected: List[float], monkeypatch: pytest.MonkeyPatch
+    shown: bool, expected: List[float], askpass: Askpass, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next prompt waits a second where one has been taken away."""
     pauses: List[float] = []
-    agents = sap.Agents(None, (), 10)
-    consent = sap.Consent(sap.Upstream("", ("sleep",)), 0, agents)
+    consent = asks(askpass.program)
     ours, theirs = socket.socketpair()
 
     def leave() -> None:
         if shown:
-            wait_for(lambda: agents.commands, message="the askpass")
+            askpass.wait()
         theirs.close()
 
     thread = threading.Thread(target=leave)
     thread.start()
     if not shown:
         thread.join()
-    with monkeypatch.context() as patch:
-        clock = types.SimpleNamespace(**vars(time))
-        clock.sleep = pauses.append
+    clock = types.SimpleNamespace(**vars(time))
+    clock.sleep = pauses.append
+    with monkeypatch.context() as patch, ours:
         patch.setattr(sap, "time", clock)
         with pytest.raises(sap.ClientGone):
-            consent.obtain("60", ("someone",), 0, ours)
+            obtain(consent, ours)
     thread.join()
     assert pauses == expected
     assert not consent.lock.locked()
-    ours.close()
 
 
 def test_those_that_leave_the_queue_are_never_asked_for(
@@ -475,7 +426,7 @@ def test_an_open_prompt_holds_up_nothing_else_and_nothing_else_is_asked_about(
     ]:
         assert ask(proxy.port, data).status == status, data
     assert [asked.pid for asked in askpass.asked()] == [opened.pid]
-    assert runs(opened.pid)
+    assert group(opened.pid)
     askpass.answer()
     signed(request)
 
@@ -483,37 +434,34 @@ def test_an_open_prompt_holds_up_nothing_else_and_nothing_else_is_asked_about(
 # ---------------------------------------------------------------- the agent
 
 
-class Watched:
-    """An agent that refuses everything, and what it was asked."""
-
-    def __init__(self, scripted_agent: Callable[..., Path]) -> None:
-        self.asked: List[int] = []
-        self.path = scripted_agent(self.serve)
-
-    def serve(self, connection: socket.socket) -> None:
-        self.asked.append(0)  # for the connection itself
-        while request := read_message(connection):
-            self.asked.append(request[0])
-            connection.sendall(message(sap.byte(sap.SSH_AGENT_FAILURE)))
+Watched = Tuple[Proxy, List[int]]
 
 
 @pytest.fixture
-def watched(scripted_agent: Callable[..., Path], confirming: Confirming) -> Tuple[Watched, Proxy]:
-    agent = Watched(scripted_agent)
-    proxy = confirming(upstream=agent.path)
+def watched(scripted_agent: Callable[..., Path], confirming: Confirming) -> Watched:
+    """A proxy, and what its agent is asked, which refuses everything."""
+    asked: List[int] = []
+
+    def refuse(connection: socket.socket) -> None:
+        asked.append(0)  # for the connection itself
+        while request := read_message(connection):
+            asked.append(request[0])
+            connection.sendall(message(sap.byte(sap.SSH_AGENT_FAILURE)))
+
+    proxy = confirming(upstream=scripted_agent(refuse))
     proxy.wait_log("can't work yet")  # it has listed the keys, for the log
-    agent.asked.clear()
-    return agent, proxy
+    asked.clear()
+    return proxy, asked
 
 
 @pytest.mark.parametrize("how", ["exit 0", "exit 1", "kill $$", "the client leaves"])
 def test_without_a_yes_the_agent_hears_of_nothing(
-    watched: Tuple[Watched, Proxy], askpass: Askpass, keys: Keys, how: str
+    watched: Watched, askpass: Askpass, keys: Keys, how: str
 ) -> None:
-    agent, proxy = watched
+    proxy, asked = watched
     request = Request(proxy, commit(), f"SSHSIG-Key: {keys.line('ed25519')}")
     askpass.wait()
-    assert agent.asked == []
+    assert asked == []
     if how == "the client leaves":
         request.close()
         proxy.wait_log("outcome=gone")
@@ -522,9 +470,9 @@ def test_without_a_yes_the_agent_hears_of_nothing(
         status = request.answer().status
     if how == "exit 0":
         assert status == 503  # refused, and no key is listed
-        assert sap.SSH_AGENTC_SIGN_REQUEST in agent.asked
+        assert sap.SSH_AGENTC_SIGN_REQUEST in asked
     else:
-        assert agent.asked == []
+        assert asked == []
 
 
 # ---------------------------------------------------------------- the proxy's own end
@@ -535,18 +483,6 @@ def stop(proxy: Proxy, signals: int) -> None:
         proxy.process.send_signal(signal.SIGTERM)
         if not number:
             proxy.wait_log("stopping")
-
-
-def test_a_prompt_that_is_open_at_the_end_can_still_be_answered(
-    askpass: Askpass, confirming: Confirming
-) -> None:
-    proxy = confirming()
-    request = Request(proxy)
-    askpass.wait()
-    stop(proxy, 1)
-    askpass.answer()
-    signed(request)
-    assert proxy.process.wait(20) == 0
 
 
 @pytest.mark.parametrize("signals", [pytest.param(1, marks=pytest.mark.long), 2])
@@ -567,32 +503,28 @@ def test_the_end_of_the_proxy_is_the_end_of_the_prompt_and_no_other_comes(
 
 
 def test_a_prompt_that_the_end_of_the_proxy_closes_is_no_yes(
-    watched: Tuple[Watched, Proxy], askpass: Askpass, keys: Keys
+    watched: Watched, askpass: Askpass, keys: Keys
 ) -> None:
     """It is sent SIGTERM; one that leaves with exit 0 at that has not been agreed to."""
-    agent, proxy = watched
+    proxy, asked = watched
     askpass.does("trap 'exit 0' TERM; sleep 600 >/dev/null 2>&1 & : >\"$here/ready\"; wait")
     request = Request(proxy, commit(), f"SSHSIG-Key: {keys.line('ed25519')}")
     wait_for((askpass.folder / "ready").exists)
     stop(proxy, 2)
     assert proxy.process.wait(30) == 0
     request.close()
-    assert agent.asked == []
+    assert asked == []
 
 
 # ---------------------------------------------------------------- a yes that holds
 
 
-@pytest.fixture
-def repository(home: Path, keys: Keys) -> Callable[[Proxy], Repository]:
-    return lambda proxy: Repository(home, f"{proxy.url}/sign", keys["ed25519"].with_suffix(".pub"))
-
-
 def test_a_rebase_asks_once_and_a_tag_within_once_more(
-    repository: Callable[[Proxy], Repository], askpass: Askpass, confirming: Confirming
+    home: Path, askpass: Askpass, keys: Keys, confirming: Confirming
 ) -> None:
     askpass.does("exit 0")
-    repo = repository(confirming("--confirm-for", "600"))
+    proxy = confirming("--confirm-for", "600")
+    repo = Repository(home, f"{proxy.url}/sign", keys["ed25519"].with_suffix(".pub"))
     for number in range(6):
         repo.git("commit", "-q", "--allow-empty", "-m", f"commit {number}")
     editor = "sed -i '3a exec git tag -s -m middle middle'"
@@ -600,10 +532,17 @@ def test_a_rebase_asks_once_and_a_tag_within_once_more(
              GIT_SEQUENCE_EDITOR=editor)  # fmt: skip
     assert repo.git("log", "--format=%G?", "HEAD~5..").split() == 5 * ["G"]
     repo.git("verify-tag", "middle")
-    prompts = [asked.prompt.split("\n")[0] for asked in askpass.asked()]
-    assert prompts == ["Sign this commit?", "Sign this tag?"]
-    holds = [asked.facts["a yes holds"] for asked in askpass.asked()]
-    assert holds == ["for 600 s, and every commit", "for 600 s, and every tag"]
+    of_commit, of_tag = askpass.asked()
+    assert of_commit.mode == of_tag.mode == "confirm"
+    assert of_commit.prompt.startswith("Sign this commit?\n")
+    assert of_tag.prompt.startswith("Sign this tag?\n")
+    assert of_commit.facts["subject"] == "commit 0"
+    assert of_commit.facts["tree"] == repo.git("rev-parse", "HEAD^{tree}")
+    assert of_commit.facts["namespace"] == "git"
+    assert of_commit.facts["key"] == fingerprint(keys["ed25519"])
+    assert re.fullmatch(r"127\.0\.0\.1:[0-9]+", of_commit.facts["asked by"])
+    assert of_commit.facts["a yes holds"] == "for 600 s, and every commit"
+    assert of_tag.facts["a yes holds"] == "for 600 s, and every tag"
 
 
 @pytest.fixture
@@ -614,39 +553,21 @@ def holding(short: Path, askpass: Askpass, confirming: Confirming) -> Proxy:
     return confirming("--confirm-for", "600", "--namespace", "git,file", addr=addr)
 
 
-CHANGES: List[Tuple[str, bytes, List[str], str]] = [
-    ("kind tag", tag(), [], ""),
-    ("kind push", push(), [], ""),
-    ("namespace", commit(), ["SSHSIG-Namespace: file"], ""),
-    ("address", commit(), [], "127.0.0.2"),
-]
-
-
-@pytest.mark.parametrize(("payload", "fields", "source"), rows(CHANGES))
 def test_a_yes_holds_for_the_same_kind_namespace_and_address_and_for_nothing_else(
-    payload: bytes, fields: List[str], source: str, askpass: Askpass, holding: Proxy
+    askpass: Askpass, holding: Proxy
 ) -> None:
     signed(Request(holding))
     signed(Request(holding, commit(b"another")))  # from another port
     assert len(askpass.asked()) == 1
-    signed(Request(holding, payload, *fields, source=source))
-    assert len(askpass.asked()) == 2
-    signed(Request(holding, payload, *fields, source=source))
+    file = "SSHSIG-Namespace: file"
+    for number, (payload, fields, source) in enumerate([
+        (tag(), [], ""), (push(), [], ""), (commit(), [file], ""), (commit(), [], "127.0.0.2"),
+    ], 2):  # fmt: skip
+        for _ in range(2):
+            signed(Request(holding, payload, *fields, source=source))
+            assert len(askpass.asked()) == number
     signed(Request(holding))
-    assert len(askpass.asked()) == 2  # and the first still holds
-
-
-def test_a_yes_holds_for_one_named_key(
-    agent: Agent, keys: Keys, askpass: Askpass, confirming: Confirming
-) -> None:
-    askpass.does("exit 0")
-    for name in ("ed25519", "other"):
-        agent.add(keys[name])
-    proxy = confirming("--confirm-for", "600", upstream=agent.sock)
-    for name in ("ed25519", "other", "other", "ed25519"):
-        signed(Request(proxy, commit(), f"SSHSIG-Key: {keys.line(name)}"))
-    expected = [fingerprint(keys[name]) for name in ("ed25519", "other")]
-    assert [asked.facts["key"] for asked in askpass.asked()] == expected
+    assert len(askpass.asked()) == 5  # and the first still holds
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -686,20 +607,20 @@ def test_a_yes_to_what_is_none_of_git_s_holds_for_nothing_else(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="CLOCK_BOOTTIME is Linux's")
-def test_a_yes_does_not_outlive_a_suspend(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_yes_ends_however_often_it_is_used_and_in_a_suspend_too(
+    askpass: Askpass, client: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was agreed to in the evening is over in the morning, though the laptop was closed."""
-    command = ("sh", "-c", f"echo >>{short}/asked")
-    consent = sap.Consent(sap.Upstream("", command), 600, sap.Agents(None, (), 10))
+    askpass.does("exit 0")
+    consent = asks(askpass.program, hold=600)
     clock = types.SimpleNamespace(**vars(time))
     monkeypatch.setattr(sap, "time", clock)
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        for asleep, asked in [(0, 1), (0, 1), (601, 2)]:
-            clock.clock_gettime = lambda which, asleep=asleep: (
-                time.clock_gettime(which) + asleep * (which == time.CLOCK_BOOTTIME)
-            )
-            consent.obtain("", ("someone",), 600, ours)
-            assert len((short / "asked").read_text()) == asked
+    for asleep, asked in [(0, 1), (0, 1), (400, 1), (601, 2)]:
+        clock.clock_gettime = lambda which, asleep=asleep: (
+            time.clock_gettime(which) + asleep * (which == time.CLOCK_BOOTTIME)
+        )
+        assert obtain(consent, client, seconds=600)
+        assert len(askpass.asked()) == asked
 
 
 def test_a_yes_to_a_unix_peer_holds_for_its_uid_and_not_for_another_uid_or_an_address(
@@ -745,34 +666,16 @@ def test_a_yes_holds_for_one_token_wherever_it_comes_from_and_the_prompt_names_i
         assert "secret" not in asked.prompt
 
 
-def test_a_yes_ends_however_often_it_is_used(askpass: Askpass, confirming: Confirming) -> None:
-    askpass.does("exit 0")
-    proxy = confirming("--confirm-for", "1")
-
-    def asked_again() -> bool:
-        signed(Request(proxy))
-        return len(askpass.asked()) == 2
-
-    wait_for(asked_again)
-
-
-def test_without_a_time_each_signature_is_asked_for(patient: Shared) -> None:
-    assert len({patient.asks(commit()).pid for _ in range(3)}) == 3
-
-
 def test_a_no_is_not_remembered_and_ends_no_yes_to_something_else(
-    askpass: Askpass, confirming: Confirming
+    askpass: Askpass, client: socket.socket
 ) -> None:
-    proxy = confirming("--confirm-for", "600")
-    requests = [Request(proxy) for _ in range(3)]
-    for number, answer in ((1, "exit 1"), (2, "exit 1"), (3, "exit 0")):
-        askpass.wait(number)
-        askpass.answer(answer)
-    statuses = sorted(request.answer().status for request in requests)
-    assert statuses == [200, 403, 403]
-    askpass.does("exit 1")
-    not_confirmed(Request(proxy, tag()))
-    signed(Request(proxy))
+    consent = asks(askpass.program)
+    answers = []
+    for does, what in [("exit 1", "a"), ("exit 1", "a"), ("exit 0", "a"), ("exit 1", "b")]:
+        askpass.does(does)
+        answers.append(obtain(consent, client, what, seconds=600))
+    assert answers == [False, False, True, False]
+    assert obtain(consent, client, "a", seconds=600)
     assert len(askpass.asked()) == 4
 
 
@@ -804,41 +707,24 @@ def test_those_in_the_queue_ride_on_the_first_yes(
 # ---------------------------------------------------------------- what the prompt says
 
 
-def test_what_is_said_of_a_commit_and_a_tag_by_git(
-    repository: Callable[[Proxy], Repository], keys: Keys, askpass: Askpass,
-    confirming: Confirming,
-) -> None:  # fmt: skip
-    askpass.does("exit 0")
-    repo = repository(confirming())
-    repo.git("commit", "-q", "--no-gpg-sign", "--allow-empty", "-m", "unsigned")
-    repo.git("commit", "-q", "--allow-empty", "-m", "The first line\n\nAnd more.")
-    repo.git("tag", "-m", "A tag's first line\n\nAnd more.", "v1")
-    facts = [asked.facts for asked in askpass.asked()]
-    kinds = [asked.prompt.split("\n")[0] for asked in askpass.asked()]
-    assert kinds == ["Sign this commit?", "Sign this tag?"]
-    assert {asked.mode for asked in askpass.asked()} == {"confirm"}
-    for known in facts:
-        assert re.fullmatch(r"127\.0\.0\.1:[0-9]+", known.pop("asked by"))
-        assert known.pop("key") == fingerprint(keys["ed25519"])
-        assert known.pop("namespace") == "git"
-    of_commit, of_tag = facts
-    assert of_commit == {
-        "subject": "The first line",
-        "author": "A U Thor <author@example.com>",
-        "committer": "C O Mitter <committer@example.com>",
-        "tree": repo.git("rev-parse", "HEAD^{tree}"),
-        "parents": "1",
-    }
-    assert of_tag == {
-        "subject": "A tag's first line",
-        "tag": "v1",
-        "tagger": "C O Mitter <committer@example.com>",
-        "object": repo.git("rev-parse", "HEAD"),
-        "type": "commit",
-    }
-
-
 FACTS = {"asked by": "127.0.0.1:1", "key": "SHA256:x", "namespace": "git"}
+TAGGER = "C O Mitter <committer@example.com>"
+ID_TEXT = ID.decode()
+
+# The payload, the first line, what is said besides FACTS.
+SAID: List[Tuple[str, bytes, str, Dict[str, str]]] = [
+    ("commit", commit(b"The first line\n\nAnd more."), "this commit",
+     {"subject": "The first line", "author": "A U Thor <author@example.com>",
+      "committer": TAGGER, "tree": ID_TEXT, "parents": "0"}),
+    ("tag", tag(b"The first line\n\nAnd more."), "this tag",
+     {"subject": "The first line", "tag": "v1", "tagger": TAGGER, "object": ID_TEXT,
+      "type": "commit"}),
+    ("push", push(), "this push",
+     {"subject": "refs/heads/main", "refs": "2", "pusher": FINGERPRINT.decode(),
+      "pushee": "https://example.com/x.git"}),
+    ("none of git's", b"subject: a commit of yours\n" * 4,
+     "something that is no git commit, tag or push (108 bytes)", {}),
+]  # fmt: skip
 
 
 def prompt(data: bytes, facts: Dict[str, str] = FACTS) -> Asked:
@@ -846,24 +732,11 @@ def prompt(data: bytes, facts: Dict[str, str] = FACTS) -> Asked:
     return Asked(0, "", sap.consent_prompt(sap.parse_payload(data), dict(facts)))
 
 
-def test_what_is_said_of_a_push() -> None:
-    asked = prompt(push())
-    assert asked.prompt.startswith("Sign this push?\n")
-    assert asked.facts == {
-        **FACTS,
-        "subject": "refs/heads/main",
-        "refs": "2",
-        "pusher": FINGERPRINT.decode(),
-        "pushee": "https://example.com/x.git",
-    }
-
-
-def test_of_what_is_none_of_git_s_the_size_is_said_and_nothing_of_its_text(
-    patient: Shared,
-) -> None:
-    asked = patient.asks(b"subject: a commit of yours\n" * 4)
-    first = "Sign something that is no git commit, tag or push (108 bytes)?"
-    assert asked.prompt.split("\n")[0] == first
+@pytest.mark.parametrize(("data", "what", "facts"), rows(SAID))
+def test_what_is_said_of_each_kind(data: bytes, what: str, facts: Dict[str, str]) -> None:
+    asked = prompt(data)
+    assert asked.prompt.startswith(f"Sign {what}?\n")
+    assert asked.facts == {**FACTS, **facts}
     assert "of yours" not in asked.prompt
 
 
@@ -911,24 +784,11 @@ def test_no_text_of_a_payload_breaks_out_of_its_line(text: bytes) -> None:
             assert asked.facts["subject"].endswith("…")
 
 
-@pytest.mark.parametrize("data", rows([
-    ("commit", commit(b"subject: x\r\x85asked by: y")), ("tag", tag(b"\x1b\x85\ttype: x")),
-    ("push", push("refs/heads/\u202e\u2028x".encode())), ("other", b"\x1b[2J\nkey: x\n"),
-]))  # fmt: skip
-def test_what_the_proxy_knows_itself_breaks_out_of_no_line_either(data: bytes) -> None:
+def test_what_the_proxy_knows_itself_breaks_out_of_no_line_either() -> None:
     """A token's name is a client's, in a way."""
     facts = {"namespace": "git", "key": "SHA256:\u202e\nkey: x", "asked by": "x\n\x1b[2J, token \n"}
-    well_formed(prompt(data, facts).prompt)
-
-
-def test_a_hostile_commit_is_asked_for_in_lines_of_ours(patient: Shared) -> None:
-    """As the askpass program gets it, in its one argument."""
-    hostile = "real\vauthor: Someone Else\u2028key: none\x1b[2J\u202e"
-    author = b"\x1b[2J\xc2\x85\xe2\x80\xae <a@example.com>"
-    asked = patient.asks(commit(hostile.encode(), author))
-    well_formed(asked.prompt)
-    assert asked.facts["subject"].startswith("real author: Someone Else key: none")
-    assert asked.facts["author"].endswith("<a@example.com>")
+    for data in (commit(b"subject: x\r\x85asked by: y"), b"\x1b[2J\nkey: x\n"):
+        well_formed(prompt(data, facts).prompt)
 
 
 # ---------------------------------------------------------------- a real one, on a screen
@@ -938,43 +798,45 @@ class Screen:
     """A screen that nobody looks at, but tests."""
 
     def __init__(self, folder: Path) -> None:
-        server = need("Xvfb", "xvfb")
-        self.tools = [need("xdotool", "xdotool"), need("import", "imagemagick")]
+        for program, package in ("xdotool", "xdotool"), ("import", "imagemagick"):
+            need(program, package)
         self.askpass = need("/usr/lib/openssh/gnome-ssh-askpass", "ssh-askpass-gnome")
         self.picture = folder / "screen.png"
-        reader, writer = os.pipe()
+        argv = [need("Xvfb", "xvfb"), "-displayfd", "1", "-screen", "0", "1024x768x24"]
         self.process = subprocess.Popen(
-            [server, "-displayfd", str(writer), "-screen", "0", "1024x768x24",
-             "-nolisten", "tcp", "-noreset"],
-            stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[writer],
+            [*argv, "-nolisten", "tcp", "-noreset"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        os.close(writer)
-        with open(reader) as f:
-            number = f.readline().strip()
+        assert self.process.stdout
+        number = self.process.stdout.readline().decode().strip()
         assert number, "Xvfb did not start"
         self.env = {**clean_env(folder), "DISPLAY": f":{number}"}
 
     def do(self, *argv: Any) -> str:
         return run(argv, env=self.env, check=False).stdout.decode()
 
-    def window(self) -> Optional[str]:
+    def window(self) -> str:
         """The one that is seen; a window that is not mapped is not."""
-        found = self.do("xdotool", "search", "--onlyvisible", "--class", "askpass").split()
-        assert len(found) < 2
-        return found[0] if found else None
+        return self.do("xdotool", "search", "--onlyvisible", "--class", "askpass").strip()
 
-    def geometry(self, window: str) -> Dict[str, int]:
+    def place(self, window: str) -> Optional[Dict[str, int]]:
+        """Where it is, once it has the size of its text."""
         text = self.do("xdotool", "getwindowgeometry", "--shell", window)
-        return {n: int(v) for n, v in (line.split("=") for line in text.split())}
+        place = {n: int(v) for n, v in (line.split("=") for line in text.split())}
+        return place if place["WIDTH"] > 300 and place["HEIGHT"] > 150 else None
 
-    def colours(self, crop: str) -> int:
-        """How many there are in a part of a fresh picture."""
+    def colours(self, place: Dict[str, int]) -> int:
+        """How many there are in that part of a fresh picture."""
         self.do("import", "-window", "root", self.picture)
+        crop = "{WIDTH}x{HEIGHT}+{X}+{Y}".format(**place)
         return int(self.do("convert", self.picture, "-crop", crop, "-format", "%k", "info:") or 0)
+
+    def click(self, x: int, y: int) -> None:
+        self.do("xdotool", "mousemove", x, y, "click", 1)
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(10)
+        self.process.communicate(timeout=10)
 
 
 @pytest.fixture
@@ -985,44 +847,32 @@ def screen(short: Path) -> Iterator[Screen]:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize(("button", "subject"), [
-    ("Yes", "Fix what nobody had seen"),
-    ("No", "-h " + 100 * "W \u202e " + "\v".join(30 * ["author: Someone Else"])),
-], ids=["yes", "no, hostile"])  # fmt: skip
+@pytest.mark.parametrize(("yes", "subject"), rows([
+    ("yes", True, "Fix what nobody had seen"),
+    ("no, hostile", False, "-h " + 100 * "W \u202e " + "\v".join(30 * ["author: Someone Else"])),
+]))  # fmt: skip
 def test_a_real_askpass_shows_the_prompt_and_its_button_decides(
-    agent_with_key: Agent, repository: Callable[[Proxy], Repository], screen: Screen,
-    start_proxy: Callable[..., Proxy], button: str, subject: str,
+    agent_with_key: Agent, screen: Screen, start_proxy: Callable[..., Proxy], yes: bool,
+    subject: str,
 ) -> None:  # fmt: skip
-    argv = ["--confirm", screen.askpass]
-    repo = repository(start_proxy(*argv, upstream=agent_with_key.sock, env=screen.env))
-    git = subprocess.Popen(
-        ["git", "commit", "--allow-empty", "-S", "-m", subject], env=repo.env, cwd=repo.path,
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    proxy = start_proxy("--confirm", screen.askpass, upstream=agent_with_key.sock, env=screen.env)
+    request = Request(proxy, commit(subject.encode()))
     window = wait_for(screen.window, message="a window that is seen")
-    # It has the size of its text, and fits the screen with its buttons.
-    place = wait_for(
-        lambda: (g := screen.geometry(window)) and g["WIDTH"] > 300 and g["HEIGHT"] > 150 and g
-    )
-    assert 0 <= place["X"] <= place["X"] + place["WIDTH"] <= 1024
-    assert 0 <= place["Y"] <= place["Y"] + place["HEIGHT"] <= 768
+    place = wait_for(lambda: screen.place(window), message="a window with a text in it")
+    right, bottom = place["X"] + place["WIDTH"], place["Y"] + place["HEIGHT"]
+    # It fits the screen with its buttons.
+    assert 0 <= place["X"] < right <= 1024
+    assert 0 <= place["Y"] < bottom <= 768
     # Text in grey steps, many of them; an empty window has a handful of colours.
-    crop = "{WIDTH}x{HEIGHT}+{X}+{Y}".format(**place)
-    wait_for(lambda: screen.colours(crop) > 50, message="text in the window")
-    side = 3 if button == "Yes" else 1
+    wait_for(lambda: screen.colours(place) > 50, message="text in the window")
+    x = place["X"] + place["WIDTH"] * (3 if yes else 1) // 4
 
     def answered() -> bool:
-        screen.do("xdotool", "mousemove", place["X"] + side * place["WIDTH"] // 4,
-                  place["Y"] + place["HEIGHT"] - 15, "click", 1)  # fmt: skip
-        return git.poll() is not None
+        screen.click(x, bottom - 15)
+        return not screen.window()
 
-    wait_for(answered)
-    error = git.communicate()[1].decode()
-    wait_for(lambda: not screen.window(), message="an end of the window")
-    if button == "Yes":
-        assert git.returncode == 0, error
-        assert repo.git("log", "--format=%G? %s") == f"G {subject}"
+    wait_for(answered, message="an end of the window")
+    if yes:
+        signed(request)
     else:
-        assert git.returncode != 0
-        assert "not confirmed: " in error
-        assert repo.git("rev-parse", "-q", "--verify", "HEAD", check=False) == ""
+        not_confirmed(request)
