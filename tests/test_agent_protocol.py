@@ -15,7 +15,7 @@ Parse = Callable[[bytes], Any]
 
 REQUESTS = [
     ("the keys", sap.request_identities(), "0b"),
-    ("a signature", sap.sign_request(b"KEY", b"DATA", 4),
+    ("a signature", sap.sign_request(b"KEY", b"DATA", sap.SSH_AGENT_RSA_SHA2_512),
      "0d 00000003 4b4559 00000004 44415441 00000004"),
 ]  # fmt: skip
 
