@@ -31,29 +31,27 @@ from conftest import (
     ask,
     cannot_run,
     clean_env,
-    connect,
     get,
     http,
-    message,
-    parse_answer,
+    listens,
     post,
     raw,
     read_all,
-    read_message,
     rows,
+    the_one_answer,
     tuned,
     wait_for,
 )
+from test_http import Clients, Scripted, clients, gate, gated
 
 import ssh_agent_proxy
-from ssh_agent_proxy import AUDIT, LOG, SSH_AGENTC_SIGN_REQUEST, ServiceManager, StderrHandler
+from ssh_agent_proxy import AUDIT, LOG, ServiceManager, StderrHandler
+
+__all__ = ["clients", "gate", "gated"]  # fixtures
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 
 LINE = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (DEBUG|INFO|AUDIT|WARNING|ERROR) \S.*"
-
-LONG_SIGINT = pytest.param(signal.SIGINT, marks=pytest.mark.long)
-END = [signal.SIGTERM, signal.SIGINT]
 
 
 def end(proxy: Proxy, seconds: float = 10) -> int:
@@ -70,108 +68,33 @@ def with_hook(code: str) -> List[str]:
 # ---------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("number", END)
-def test_a_signal_ends_it_with_exit_status_0(number: int, proxy: Proxy) -> None:
-    proxy.process.send_signal(number)
-    assert end(proxy) == 0
-    proxy.wait_log(" INFO stopping")
+def begin(proxy: Proxy, gate: Scripted, clients: Clients) -> socket.socket:
+    """A request that waits for the agent."""
+    (client,) = clients.open(proxy.port, post(b"x"))
+    wait_for(lambda: gate.signing == 1, message="the request is at the agent")
+    return client
 
 
-class Waiting:
-    """A request that waits for an agent, which answers once it is released."""
-
-    def __init__(self, agent: Agent, scripted_agent: Callable[..., Path]) -> None:
-        self.agent = agent
-        self.arrived, self.released = threading.Event(), threading.Event()
-        self.sock = scripted_agent(self.relay)
-
-    def relay(self, connection: socket.socket) -> None:
-        while True:
-            request = read_message(connection)
-            if not request:
-                return
-            if request[0] == SSH_AGENTC_SIGN_REQUEST:
-                self.arrived.set()
-                self.released.wait(30)
-            with socket.socket(socket.AF_UNIX) as s:
-                s.connect(str(self.agent.sock))
-                s.sendall(message(request))
-                connection.sendall(message(read_message(s)))
-
-    def begin(self, proxy: Proxy) -> None:
-        self.client = connect(proxy.port)
-        self.client.sendall(post(b"x"))
-        assert self.arrived.wait(10)
-
-    def answer(self) -> int:
-        return parse_answer(read_all(self.client)).status
-
-
-@pytest.fixture
-def waiting(agent_with_key: Agent, scripted_agent: Callable[..., Path]) -> Iterator[Waiting]:
-    waiting = Waiting(agent_with_key, scripted_agent)
-    yield waiting
-    waiting.client.close()
-    waiting.released.set()
-
-
-def connect_refused(port: int) -> bool:
-    try:
-        with socket.create_connection(("127.0.0.1", port), 1) as s:
-            s.settimeout(1)
-            return s.recv(1) == b""
-    except ConnectionError:
-        return True
-
-
-@pytest.mark.parametrize("number", END)
-def test_what_is_in_flight_is_finished(
-    number: int, waiting: Waiting, start_proxy: Callable[..., Proxy]
-) -> None:
-    proxy = start_proxy(upstream=waiting.sock)
-    waiting.begin(proxy)
-    proxy.process.send_signal(number)
-    proxy.wait_log(" INFO stopping")
-    wait_for(lambda: connect_refused(proxy.port), message="no further connections")
-    assert proxy.process.poll() is None
-    waiting.released.set()
-    assert waiting.answer() == 200
-    assert end(proxy) == 0
-    proxy.wait_log("AUDIT outcome=signed status=200")
-
-
-@pytest.mark.parametrize("second", [signal.SIGTERM, LONG_SIGINT])
-def test_a_second_signal_ends_it_at_once(
-    second: int, waiting: Waiting, start_proxy: Callable[..., Proxy]
-) -> None:
-    proxy = start_proxy(upstream=waiting.sock)
-    waiting.begin(proxy)
-    proxy.process.send_signal(signal.SIGTERM)
-    proxy.wait_log(" INFO stopping")
-    assert proxy.process.poll() is None
-    proxy.process.send_signal(second)
-    assert end(proxy, 5) == 0  # of the ten seconds that it would wait
+def test_a_second_signal_ends_it_at_once(gate: Scripted, gated: Proxy, clients: Clients) -> None:
+    begin(gated, gate, clients)
+    gated.process.send_signal(signal.SIGTERM)
+    gated.wait_log(" INFO stopping")
+    assert gated.process.poll() is None
+    gated.process.send_signal(signal.SIGINT)
+    assert end(gated, 5) == 0  # of the ten seconds that it would wait
 
 
 def test_what_does_not_end_is_waited_for_with_a_bound(
-    waiting: Waiting, start_proxy: Callable[..., Proxy]
-) -> None:
+    gate: Scripted, scripted_agent: Callable[..., Path], start_proxy: Callable[..., Proxy],
+    clients: Clients,
+) -> None:  # fmt: skip
     assert ssh_agent_proxy.DRAIN_SECONDS == 10
-    proxy = start_proxy(upstream=waiting.sock, python=tuned(DRAIN_SECONDS=0.5))
-    waiting.begin(proxy)
+    proxy = start_proxy(upstream=scripted_agent(gate), python=tuned(DRAIN_SECONDS=0.5))
+    begin(proxy, gate, clients)
     started = time.monotonic()
     proxy.process.send_signal(signal.SIGTERM)
     assert end(proxy) == 0
     assert time.monotonic() - started >= 0.5
-
-
-def test_a_connection_without_a_request_holds_up_no_end(proxy: Proxy) -> None:
-    with connect(proxy.port) as idle:
-        # A request after it shows that it was accepted.
-        assert http(proxy.port, "GET", "/healthz").status == 200
-        proxy.process.send_signal(signal.SIGTERM)
-        assert end(proxy, 5) == 0
-        assert idle.recv(1) == b""
 
 
 def test_a_signal_during_the_start_is_no_traceback(
@@ -198,10 +121,6 @@ def wakeups(pid: int) -> int:
     return number
 
 
-def threads(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/task"))
-
-
 @linux
 def test_idle_it_wakes_for_nothing(proxy: Proxy) -> None:
     assert http(proxy.port, "POST", "/sign", b"x").status == 200
@@ -221,12 +140,8 @@ def test_idle_it_wakes_for_nothing(proxy: Proxy) -> None:
 def test_threads_are_used_again(proxy: Proxy) -> None:
     for _ in range(50):
         assert http(proxy.port, "POST", "/sign", b"x").status == 200
-    assert threads(proxy.pid) <= 5
-    with ThreadPoolExecutor(16) as pool:
-        for _ in range(2):
-            list(pool.map(lambda _: http(proxy.port, "POST", "/sign", b"x"), range(32)))
     # One may be about to finish while its client comes again already.
-    assert threads(proxy.pid) <= 2 * 16 + 3
+    assert len(os.listdir(f"/proc/{proxy.pid}/task")) <= 5
 
 
 # ---------------------------------------------------------------- the log
@@ -241,16 +156,14 @@ def test_every_line_has_time_and_level(
     for request in (
         b"GET /healthz HTTP/1.0\r\n\r\n",
         b"GET /" + hostile + b" HTTP/1.0\r\n\r\n",
-        b"GET /%0aforged HTTP/1.0\r\n\r\n",
         b"POST /sign HTTP/1.0\r\nContent-Length: 1\r\nSSHSIG-Key: " + hostile + b"\r\n\r\nx",
-        b"POST /sign HTTP/1.0\r\nContent-Length: 1\r\nSSHSIG-Namespace: \xe2\x80\xa8\r\n\r\nx",
         b"\x00\x1b[2J\r\r\n\n",
     ):
         raw(proxy.port, request)
     agent.stop()
     assert http(proxy.port, "POST", "/sign", b"x").status == 503
     assert proxy.stop() == 0
-    assert len(proxy.lines()) > 8
+    assert len(proxy.lines()) > 6
     for line in proxy.lines():
         assert re.fullmatch(LINE, line), line
         assert line.isprintable()
@@ -274,14 +187,7 @@ class Running:
             stdout=subprocess.DEVNULL,
             stderr=stderr,
         )
-        wait_for(self.answers, message="the proxy's first answer")
-
-    def answers(self) -> bool:
-        assert self.process.poll() is None, "it ended"
-        try:
-            return ask(self.sock, get("/healthz")).status == 200
-        except OSError:
-            return False
+        wait_for(lambda: listens(self.sock), message="the proxy's socket")
 
     def sign(self, times: int) -> None:
         """Each signature takes far less than the time it is given, unless the log holds it up."""
@@ -315,14 +221,10 @@ def written(fd: int) -> bytes:
     """What stands in a pipe or terminal now."""
     os.set_blocking(fd, False)
     data = b""
-    while True:
-        try:
-            piece = os.read(fd, 65536)
-        except OSError:
-            return data
-        if not piece:
-            return data
-        data += piece
+    with contextlib.suppress(OSError):
+        while piece := os.read(fd, 65536):
+            data += piece
+    return data
 
 
 def pipe() -> Tuple[int, int]:
@@ -382,11 +284,8 @@ def test_a_terminal_that_nobody_reads_holds_up_no_signature(run_with: Start) -> 
     os.close(master)
 
 
-@pytest.mark.parametrize("make", [pipe, small_journal])
-def test_a_reader_that_has_gone_holds_up_no_signature(
-    make: Callable[[], Tuple[int, int]], run_with: Start
-) -> None:
-    reader, writer = make()
+def test_a_reader_that_has_gone_holds_up_no_signature(run_with: Start) -> None:
+    reader, writer = pipe()
     running = run_with(writer)
     os.close(writer)
     os.close(reader)
@@ -394,7 +293,7 @@ def test_a_reader_that_has_gone_holds_up_no_signature(
     assert running.stop() == 0
 
 
-@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", "<&- >&- 2>&-", ">&-", "<&-"])
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_and_a_full_disk_hold_up_no_signature(
     redirection: str, run_with: Start
 ) -> None:
@@ -405,18 +304,6 @@ def test_closed_streams_and_a_full_disk_hold_up_no_signature(
         answers = list(pool.map(lambda _: ask(running.sock, get("/healthz")), range(16)))
     assert {answer.body for answer in answers} == {b"ok\n"}
     assert running.stop() == 0
-
-
-def test_a_file_gets_whole_lines(run_with: Start, short: Path) -> None:
-    file = short / "log"
-    with file.open("wb") as f:
-        running = run_with(f.fileno())
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(running.sign, [5] * 8))
-    assert running.stop() == 0
-    lines = file.read_text().splitlines()
-    assert all(re.fullmatch(LINE, line) for line in lines)
-    assert sum("outcome=signed" in line for line in lines) == 40
 
 
 # ---------------------------------------------------------------- one line, and the next
@@ -484,7 +371,6 @@ def test_a_line_that_a_terminal_took_in_part_is_counted_and_ended() -> None:
     master, slave = pty.openpty()
     try:
         os.set_blocking(slave, False)
-        os.set_blocking(master, False)
         handler = StderrHandler("")
         handler.fd = slave
         for _ in range(1000):
@@ -493,9 +379,7 @@ def test_a_line_that_a_terminal_took_in_part_is_counted_and_ended() -> None:
                 break
         assert handler.cut, "no line was cut: this terminal takes all or nothing"
         say(handler, "lost as well", logging.INFO)
-        taken = b""
-        while select.select([master], [], [], 0)[0]:
-            taken += os.read(master, 65536)
+        taken = written(master)
         say(handler, "the next", logging.INFO)
         assert select.select([master], [], [], 10)[0]
         last = os.read(master, 65536).decode().replace("\r\n", "\n")
@@ -550,8 +434,6 @@ def test_in_the_journal_lines_have_priorities_and_no_time(run_with: Start) -> No
 NOT_THE_JOURNAL = rows([
     ("another socket's", "{device}:1{inode}"),
     ("another device's", "1{device}:{inode}"),
-    ("the other way round", "{inode}:{device}"),
-    ("no inode", "{device}:"),
     ("a line after it", "{device}:{inode}\n"),
     ("empty", ""),
 ])  # fmt: skip
@@ -621,18 +503,13 @@ def test_a_fault_that_ends_a_thread_is_a_line_with_its_level(
 def test_of_a_long_traceback_the_end_is_kept(piped: Piped) -> None:
     handler, reader = piped
 
-    def fall(depth: int) -> None:
-        if not depth:
-            raise ValueError("at the\nbottom")
-        (fall, list)[depth % 2](fall(depth - 1))
-
     try:
-        fall(200)
+        raise ValueError("x" * 5000 + "at the\nbottom")
     except ValueError:
         info = sys.exc_info()
     handler.emit(logging.LogRecord("x", logging.ERROR, "", 0, "internal error", None, info))
     line = os.read(reader, 65536).decode()
-    assert re.fullmatch(r"\S+ ERROR internal error.*ValueError: at the\\nbottom\n", line)
+    assert re.fullmatch(r"\S+ ERROR internal error.*at the\\nbottom\n", line)
 
 
 # ---------------------------------------------------------------- the service manager
@@ -665,14 +542,14 @@ class Manager:
         )
         return found
 
-    @property
-    def status(self) -> str:
-        """The last one that it was told."""
-        found = re.findall(r"^STATUS=(.*)$", "\n".join(self.listen()), re.M)
-        return str(found[-1]) if found else ""
-
     def wait_status(self, pattern: str) -> None:
-        wait_for(lambda: re.fullmatch(pattern, self.status), message=f"STATUS={pattern}")
+        """The last one that it was told matches."""
+
+        def last() -> Any:
+            found = re.findall(r"^STATUS=(.*)$", "\n".join(self.listen()), re.M)
+            return found and re.fullmatch(pattern, found[-1])
+
+        wait_for(last, message=f"STATUS={pattern}")
 
 
 FORMS = ["{folder}/notify", "@{folder}/notify"]
@@ -705,13 +582,15 @@ def start_notifying(start_proxy: Callable[..., Proxy], manager: Manager) -> Call
 
 @linux
 @either
-def test_ready_is_told_once_it_answers(
-    manager: Manager, start_notifying: Callable[..., Proxy], agent: Agent
+def test_ready_is_told_once_it_answers_at_all_addresses(
+    manager: Manager, start_notifying: Callable[..., Proxy], agent: Agent, short: Path
 ) -> None:
-    proxy = start_notifying(upstream=agent.sock)
+    proxy = start_notifying(upstream=agent.sock, addr=f"127.0.0.1:0,unix:{short}/s")
     assert http(proxy.port, "GET", "/healthz").status == 200
+    assert ask(short / "s", get("/healthz")).status == 200
     assert proxy.stop() == 0
-    assert manager.listen()[0] == f"STATUS=listening on 127.0.0.1:{proxy.port}"
+    where = f"STATUS=listening on 127.0.0.1:{proxy.port}, unix:{short}/s"
+    assert manager.listen()[0] == where
     assert manager.listen().count("READY=1") == 1
 
 
@@ -724,31 +603,6 @@ def test_what_cannot_listen_is_not_ready(
                             env={"NOTIFY_SOCKET": manager.variable})  # fmt: skip
         assert end(proxy) == 1
     assert manager.listen() == []
-
-
-# The first request is served as soon as there is a thread for it.
-EARLY = """\
-import socket
-def start_thread(server, listener, real=p.Server.start_thread):
-    p.Server.start_thread = real
-    real(server, listener)
-    with socket.socket(socket.AF_UNIX) as s:
-        s.connect(listener.socket.getsockname())
-        s.sendall(b"GET /publickey HTTP/1.0\\r\\n\\r\\n")
-        while s.recv(65536):
-            pass
-p.Server.start_thread = start_thread
-"""
-
-
-def test_the_status_names_all_addresses_and_the_agent_of_an_early_request_too(
-    manager: Manager, start_notifying: Callable[..., Proxy], agent_with_key: Agent, short: Path
-) -> None:
-    addr = f"unix:{short}/s,unix:{short}/t"
-    start_notifying(upstream=agent_with_key.sock, addr=addr, python=with_hook(EARLY))
-    where = f"listening on unix:{short}/s, unix:{short}/t"
-    assert manager.listen()[0] == f"STATUS={where}"
-    manager.wait_status(re.escape(f"{where}, using the agent at '{agent_with_key.sock}'"))
 
 
 @linux
@@ -798,24 +652,23 @@ def test_a_line_break_in_a_path_tells_nothing_of_its_own(
                 if not line.startswith(("READY=1", "STATUS="))]  # fmt: skip
 
 
-@linux
-@either
 def test_the_end_is_told_while_requests_are_finished(
-    manager: Manager, start_notifying: Callable[..., Proxy], waiting: Waiting
-) -> None:
-    proxy = start_notifying(upstream=waiting.sock)
-    waiting.begin(proxy)
+    manager: Manager, start_notifying: Callable[..., Proxy], gate: Scripted,
+    scripted_agent: Callable[..., Path], clients: Clients,
+) -> None:  # fmt: skip
+    proxy = start_notifying(upstream=scripted_agent(gate))
+    client = begin(proxy, gate, clients)
     assert "STOPPING=1" not in "".join(manager.listen())
     proxy.process.send_signal(signal.SIGTERM)
     manager.wait("^STOPPING=1$")
     assert proxy.process.poll() is None
-    waiting.released.set()
-    assert waiting.answer() == 200
+    gate.gate.set()
+    assert the_one_answer(read_all(client)).status == 200
+    client.close()
     assert end(proxy) == 0
 
 
 @linux
-@either
 def test_a_manager_that_does_not_read_holds_up_nothing_and_hears_of_ready_at_last(
     manager: Manager, start_proxy: Callable[..., Proxy], agent_with_key: Agent
 ) -> None:
@@ -859,13 +712,9 @@ def test_a_manager_that_never_reads_is_waited_for_with_a_bound(manager: Manager)
 
 NOBODY = rows([
     ("a socket that is missing", "{folder}/missing"),
-    ("an abstract one that is missing", "@{folder}/missing"),
-    ("a socket whose owner has gone", "{folder}/gone"),
     ("a stream socket", "{folder}/stream"),
-    ("a file", "{folder}/file"),
     ("a path that is too long", "{folder}/" + 200 * "x"),
     ("an @ alone", "@"),
-    ("a machine's socket", "vsock:2:1234"),
     ("a line break", "{folder}/x\nERROR forged"),
     ("bytes that are no text", "{folder}/\udcff"),
 ])  # fmt: skip
@@ -877,8 +726,6 @@ def test_where_nobody_can_be_told_one_warning_says_so(
     value: str, short: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LOG, "propagate", True)
-    Manager(f"{short}/gone").socket.close()
-    (short / "file").touch()
     with socket.socket(socket.AF_UNIX) as stream:
         stream.bind(f"{short}/stream")
         stream.listen()
