@@ -10,7 +10,6 @@ import re
 import shlex
 import signal
 import socket
-import struct
 import subprocess
 import sys
 from collections import Counter
@@ -33,6 +32,7 @@ from conftest import (
     connect,
     fingerprint,
     get,
+    listens,
     message,
     need,
     parse_answer,
@@ -117,18 +117,10 @@ def test_a_line_of_the_form_promised_is_undone() -> None:
     assert line.fields["path"] == 'a" b=c\\n\x1b\u202e\U000e0001\n'
 
 
-@pytest.mark.parametrize("bad", rows([
-    ("a blank in a bare word", "path=a b"),
-    ("= in a bare word", "path=a=b"),
-    ("a backslash in a bare word", r"path=a\nb"),
-    ("a quote that the text ends", 'path="a" b"'),
-    ("an unknown escape", r'path="\q"'),
-    ("a name twice", "kind=tag kind=tag"),
-    ("a blank at the end", "kind=tag "),
-    ("a bidi override", 'path="\u202e"'),
-    ("a zero-width blank", 'path="\u200b"'),
-    ("4096 bytes", "path=" + "a" * 4009),
-]))  # fmt: skip
+@pytest.mark.parametrize("bad", [
+    "path=a b", r"path=a\nb", 'path="a" b"', r'path="\q"', "kind=tag kind=tag",
+    'path="\u202e"', "path=" + "a" * 4009,
+])  # fmt: skip
 def test_a_line_of_another_form_is_noticed(bad: str) -> None:
     with pytest.raises(AssertionError):
         parse_line(f"{START} {bad}".encode())
@@ -140,15 +132,13 @@ def test_a_line_of_another_form_is_noticed(bad: str) -> None:
 class Logged:
     """The proxy as a process of its own; what it has logged can be read without delay."""
 
-    def __init__(
-        self, folder: Path, *args: Any, unix: bool = False, python: Tuple[Any, ...] = ()
-    ) -> None:
+    def __init__(self, folder: Path, *args: Any, unix: bool = False) -> None:
         folder.mkdir()
         self.file = folder / "log"
         self.asked = 0
         self.where: Any = folder / "s" if unix else 0
         addr = f"unix:{folder}/s" if unix else "127.0.0.1:0"
-        argv = [*(python or (sys.executable, PROXY)), "--addr", addr, *args]
+        argv = [sys.executable, PROXY, "--addr", addr, *args]
         with self.file.open("wb") as log:
             self.process = subprocess.Popen(
                 [str(a) for a in argv],
@@ -157,20 +147,12 @@ class Logged:
                 stderr=log,
             )
         wait_for(self.listens, message="the proxy listens")
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.where}/sign" if self.port else f"unix:{self.where}"
-
-    @property
-    def port(self) -> int:
-        return self.where if isinstance(self.where, int) else 0
+        self.url = f"unix:{folder}/s" if unix else f"http://127.0.0.1:{self.where}/sign"
 
     def listens(self) -> bool:
         assert self.process.poll() is None, self.file.read_text()
         if isinstance(self.where, Path):  # with -q the log does not tell
-            with socket.socket(socket.AF_UNIX) as s:
-                return s.connect_ex(str(self.where)) == 0
+            return listens(self.where)
         found = re.search(r"listening on 127\.0\.0\.1:(\d+) ", self.file.read_text())
         self.where = int(found[1]) if found else 0
         return bool(found)
@@ -200,7 +182,7 @@ class Logged:
                 s.shutdown(socket.SHUT_WR)
             received = s.recv(1)
             lines = self.lines(before)
-            peer = name_of(s) if self.port else "unix"
+            peer = name_of(s)
             while piece := s.recv(65536):
                 received += piece
         return parse_answer(received), [line for line in lines if line.fields["peer"] == peer]
@@ -209,14 +191,6 @@ class Logged:
         answer, (line,) = self.ask_all(data, end)
         assert line.fields["status"] == str(answer.status)
         return answer, line
-
-    def one_of(self, peer: str) -> Line:
-        """The line of a client that has left, once it is there."""
-        (line,) = wait_for(
-            lambda: [line for line in self.lines() if line.fields["peer"] == peer],
-            message="a line",
-        )
-        return line
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -229,7 +203,8 @@ class Logged:
 
 
 def name_of(s: socket.socket) -> str:
-    return "{}:{}".format(*s.getsockname()[:2])
+    """As the log has it."""
+    return "unix" if s.family == socket.AF_UNIX else "{}:{}".format(*s.getsockname())
 
 
 Start = Callable[..., Logged]
@@ -408,6 +383,10 @@ NO_LENGTH = b"POST /sign HTTP/1.1\r\nHost: localhost\r\n"
 # name, what is sent, outcome, status, the line's fields
 OUTCOMES: List[Tuple[str, bytes, str, int, str]] = [
     ("a commit", post(commit()), "signed", 200, f"{SIGNED} id subject author committer"),
+    ("a long commit", post(commit(b"x\n\n" + b"line\n" * 60_000)), "signed", 200,
+     f"{SIGNED} subject author committer"),
+    ("a commit in UTF-7", post(commit(b"+AGE-").replace(b"\n\n", b"\nencoding UTF-7\n\n")),
+     "signed", 200, f"{SIGNED} id subject author committer encoding"),
     ("a tag", post(tag()), "signed", 200, f"{SIGNED} id subject tagger"),
     ("a push", post(push()), "signed", 200, f"{SIGNED} subject pusher"),
     ("something else", post(b"x"), "signed", 200, SIGNED),
@@ -485,10 +464,10 @@ fourth-secret-of-20- pinned key={FINGERPRINT.decode()}
 
 
 @pytest.fixture(scope="module")
-def guarded(agent_with_key: Agent) -> Iterator[Tuple[Logged, Path]]:
+def guarded(agent_with_key: Agent) -> Iterator[Logged]:
     with starting() as start, short_folder() as folder:
         file = private_file(folder / "tokens", TOKENS)
-        yield start("--upstream", agent_with_key.sock, "--token-file", file), file
+        yield start("--upstream", agent_with_key.sock, "--token-file", file)
 
 
 # the token, its name in the log, outcome, status, the fields after path
@@ -505,41 +484,19 @@ TOKEN_OUTCOMES: List[Tuple[str, str, str, int, str]] = [
 
 @pytest.mark.parametrize("token, name, outcome, status, names", TOKEN_OUTCOMES)
 def test_the_line_names_the_token_and_does_not_tell_it(
-    token: str, name: str, outcome: str, status: int, names: str, guarded: Tuple[Logged, Path]
+    token: str, name: str, outcome: str, status: int, names: str, guarded: Logged
 ) -> None:
-    proxy, _ = guarded
-    answer, line = proxy.ask(post(commit(), *([f"Authorization: Bearer {token}"] * bool(token))))
+    answer, line = guarded.ask(post(commit(), *([f"Authorization: Bearer {token}"] * bool(token))))
     is_right(answer, line, outcome, status, names)
     assert line.fields.get("token", "") == name
-    assert "secret" not in proxy.file.read_text()
+    assert "secret" not in guarded.file.read_text()
 
 
-def test_a_broken_token_file_is_a_failure_whose_line_alone_says_why(
-    guarded: Tuple[Logged, Path]
-) -> None:
-    proxy, file = guarded
-    file.write_text("a b c d\n")
-    try:
-        answer, line = proxy.ask(post(b"x"))
-    finally:
-        file.write_text(TOKENS)
-    assert (answer.status, line.fields["outcome"]) == (503, "failed")
-    line.has_just(f"{ASKED} reason")
-    assert str(file) in line.fields["reason"] and "line 1" in line.fields["reason"]
-    assert str(file) not in answer.text
-
-
-@pytest.mark.parametrize("program, outcome, status, names", [
-    ("true", "signed", 200, f"{SIGNED} id subject author committer"),
-    ("false", "refused", 403, NOT_SIGNED),
-])  # fmt: skip
-def test_what_the_person_said_is_one_line(
-    program: str, outcome: str, status: int, names: str, start: Start, agent_with_key: Agent
-) -> None:
-    proxy = start("--upstream", agent_with_key.sock, "--confirm", need(program, "coreutils"))
+def test_a_no_of_the_person_is_a_refusal(start: Start, agent_with_key: Agent) -> None:
+    proxy = start("--upstream", agent_with_key.sock, "--confirm", need("false", "coreutils"))
     answer, line = proxy.ask(post(commit()))
-    is_right(answer, line, outcome, status, names)
-    assert line.fields.get("reason", "not confirmed: ").startswith("not confirmed: ")
+    is_right(answer, line, "refused", 403, NOT_SIGNED)
+    assert line.fields["reason"].startswith("not confirmed: ")
 
 
 # ---- when the agent is at fault, or the client
@@ -577,32 +534,17 @@ def test_an_agent_that_refuses_is_a_refusal(start: Start, agent: Agent, keys: Ke
     is_right(answer, line, "refused", 403, NOT_SIGNED)
 
 
-def test_a_client_that_leaves_is_one_line(start: Start, scripted_agent: Any, keys: Keys) -> None:
-    proxy = start("--upstream", scripted_agent(stalling), "-v")
-    with proxy.connect() as s:
-        s.sendall(post(commit(), f"SSHSIG-Key: {keys.line('ed25519')}"))
-        peer = name_of(s)
-    line = proxy.one_of(peer)
-    assert line.fields["outcome"] == "gone"
-    line.has_just(NOT_SIGNED)
-    with proxy.connect() as s:
-        s.sendall(post(b"abc", length=5))
-        peer = name_of(s)
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    line = proxy.one_of(peer)
-    assert line.fields["outcome"] in ("gone", "refused")  # where the end came first, and no reset
-    line.has_just(f"{ASKED} namespace reason")
-
-
-def test_one_that_finds_no_place_is_busy(start: Start, scripted_agent: Any, keys: Keys) -> None:
+def test_clients_that_leave_are_gone_and_one_that_finds_no_place_is_busy(
+    start: Start, scripted_agent: Any, keys: Keys
+) -> None:
     waiting: List[socket.socket] = []
 
-    def count(connection: socket.socket) -> None:
+    def stall(connection: socket.socket) -> None:
         while asked := read_message(connection):
             if asked[0] == 13:  # SSH_AGENTC_SIGN_REQUEST
                 waiting.append(connection)
 
-    proxy = start("--upstream", scripted_agent(count))
+    proxy = start("--upstream", scripted_agent(stall))
     sent = post(commit(), f"SSHSIG-Key: {keys.line('ed25519')}")
     with contextlib.ExitStack() as stack:
         for _ in range(128):
@@ -611,30 +553,10 @@ def test_one_that_finds_no_place_is_busy(start: Start, scripted_agent: Any, keys
         answer, line = proxy.ask(get("/healthz"))
         is_right(answer, line, "busy", 503, NO_HEAD)
     wait_for(lambda: len(proxy.lines()) == 129, message="the others' lines")
-    outcomes = Counter(line.fields["outcome"] for line in proxy.lines())
-    assert outcomes == {"busy": 1, "gone": 128}
-
-
-DRIVER = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import ssh_agent_proxy
-ssh_agent_proxy.HEAD_SECONDS = 0.3
-sys.exit(ssh_agent_proxy.main(sys.argv[1:]))
-"""
-
-
-def test_a_request_that_is_too_slow_is_one_line_and_none_begun_is_none(
-    start: Start, agent_with_key: Agent
-) -> None:
-    # Nobody waits ten seconds here.
-    proxy = start("--upstream", agent_with_key.sock, python=(sys.executable, "-c", DRIVER))
-    with connect(proxy.port) as silent:
-        answer, line = proxy.ask(b"GET /healthz HT")
-        is_right(answer, line, "refused", 408, NO_HEAD)
-        assert silent.recv(1) == b""
-    proxy.ask(get("/healthz"))
-    assert len(proxy.lines()) == 2
+    gone = [line for line in proxy.lines() if line.fields["outcome"] == "gone"]
+    assert len(gone) == 128
+    for line in gone:
+        line.has_just(NOT_SIGNED)
 
 
 # ---------------------------------------------------------------- what real git makes of it
@@ -655,8 +577,8 @@ def signed_in(repository: Repository) -> Dict[str, Tuple[str, str]]:
     return found
 
 
-def everyday(repository: Repository) -> None:
-    """What people do."""
+def work(repository: Repository) -> None:
+    """What people do every day, and what few ever do."""
     git = repository.git
     repository.commit("first")
     repository.commit("second")
@@ -665,117 +587,45 @@ def everyday(repository: Repository) -> None:
     git("tag", "-m", "A tag of it", "nested", "v1")
     git("checkout", "-q", "-b", "topic", "HEAD~1")
     repository.commit("topic")
+    git("tag", "-m", "The topic's release", "topic-1")
     git("checkout", "-q", "main")
-    git("merge", "-q", "--no-ff", "-m", "Merge the topic", "topic")
-
-
-def everything(repository: Repository) -> None:
-    """All the ways in which git makes commits and tags."""
-    everyday(repository)
-    git = repository.git
-    git("tag", "-m", "Of a tree", "tree", "HEAD^{tree}")
     # A signed tag of another line becomes the merge's mergetag.
-    git("checkout", "-q", "-b", "side", "v1^{}")
-    repository.commit("side")
-    git("tag", "-m", "The side's release", "side-1")
-    git("checkout", "-q", "main")
-    git("merge", "-q", "--no-ff", "--no-edit", "side-1")
+    git("merge", "-q", "--no-ff", "--no-edit", "topic-1")
     assert "\nmergetag object " in git("cat-file", "commit", "HEAD")
-    git("checkout", "-q", "-b", "picked", "v1^{}")
-    git("cherry-pick", "-x", "topic")
-    repository.commit("more")
-    git("rebase", "-q", "main")
-    git("revert", "--no-edit", "HEAD")
-    git("-c", "i18n.commitEncoding=ISO-8859-1", "commit", "-q", "--allow-empty", "-F", "-",
-        input=b"caf\xe9 in Latin-1\n")  # fmt: skip
-    assert "\nencoding ISO-8859-1\n" in git("cat-file", "commit", "HEAD")
-    git("commit", "-q", "--allow-empty", "--allow-empty-message", "-m", "")
-    for text in (b"no line end", b'\tA "tab" \\n\n', b"\n\nTwo empty lines above\n"):
-        git("commit", "-q", "--allow-empty", "--cleanup=verbatim", "-F", "-", input=text)
+    git("revert", "--no-edit", "HEAD~1")
+    latin = ["-c", "i18n.commitEncoding=ISO-8859-1"]
+    git(*latin, "commit", "-q", "--allow-empty", "-F", "-", input=b"caf\xe9 in Latin-1\n")
+    for text in (b"", b"no line end", b'\tA "tab" \\n\n', b"\n\nTwo empty lines above\n"):
+        git("commit", "-q", "--allow-empty", "--allow-empty-message", "--cleanup=verbatim",
+            "-F", "-", input=text)  # fmt: skip
     git("commit-tree", "-S", "HEAD^{tree}", "-p", "HEAD", input=b"Plumbed\n")
     # Git puts the signature right behind that, and does not find it there again.
     git("tag", "--cleanup=verbatim", "-F", "-", "unended", input=b"no line end")
 
 
-@pytest.fixture(scope="module")
-def certified(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A key of its own with a certificate beside it."""
-    folder = tmp_path_factory.mktemp("certified")
-    for name in ("key", "authority"):
-        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name])
-    run(["ssh-keygen", "-q", "-s", folder / "authority", "-I", "me", "-n", "me",
-         folder / "key.pub"])  # fmt: skip
-    return folder / "key"
-
-
-# The key, the ids, over a Unix socket, what is done.
-GIT_RUNS = [
-    ("ed25519", "sha1", False, everything),
-    ("certificate", "sha256", True, everyday),
-    pytest.param("ed25519", "sha256", True, everything, marks=pytest.mark.long),
-    pytest.param("rsa3072", "sha256", False, everyday, marks=pytest.mark.long),
-    pytest.param("ecdsa521", "sha1", True, everyday, marks=pytest.mark.long),
-]
-
-
-@pytest.mark.parametrize("kind, id_format, unix, work", GIT_RUNS)
+@pytest.mark.parametrize("kind, id_format, unix", [
+    ("ed25519", "sha1", False), ("ecdsa521", "sha256", True),
+])  # fmt: skip
 def test_each_signed_object_is_on_record_once_with_its_id(
-    kind: str, id_format: str, unix: bool, work: Callable[[Repository], None], start: Start,
-    agent: Agent, keys: Keys, certified: Path, home: Path,
-) -> None:  # fmt: skip
-    key = certified if kind == "certificate" else keys[kind]
-    public = Path(f"{key}-cert.pub" if kind == "certificate" else f"{key}.pub")
-    agent.add(key)
+    kind: str, id_format: str, unix: bool, start: Start, agent: Agent, keys: Keys, home: Path
+) -> None:
+    agent.add(keys[kind])
     proxy = start("--upstream", agent.sock, unix=unix)
-    repository = Repository(home, proxy.url, public, id_format)
+    repository = Repository(home, proxy.url, keys[kind].with_suffix(".pub"), id_format)
     work(repository)
-    logged = [(line.fields["id"], line.fields["kind"], line.fields.get("subject", ""))
-              for line in proxy.signed()]  # fmt: skip
+    names = ("id", "kind", "subject")
+    logged = [tuple(line.fields.get(name, "") for name in names) for line in proxy.signed()]
     found = signed_in(repository)
     assert len(found) > 5
     assert {len(name) for name in found} == {40 if id_format == "sha1" else 64}
     assert sorted(logged) == sorted((name, *what) for name, what in found.items())
-    assert {line.fields["key"] for line in proxy.signed()} == {fingerprint(public)}
+    assert {line.fields["key"] for line in proxy.signed()} == {fingerprint(keys[kind])}
     assert bypassing(repository, proxy) == []
 
 
 @pytest.fixture
 def repository(for_git: Logged, keys: Keys, home: Path) -> Repository:
     return Repository(home, for_git.url, Path(f"{keys['ed25519']}.pub"))
-
-
-def test_a_commit_of_more_than_256_kib_is_signed_and_has_no_id(
-    for_git: Logged, repository: Repository
-) -> None:
-    text = b"Long\n\n" + 4000 * (b"x" * 71 + b"\n")
-    repository.git("commit", "-q", "--allow-empty", "-F", "-", input=text)
-    line = for_git.signed()[-1]
-    line.has_just(f"{SIGNED} subject author committer")
-    assert (line.fields["kind"], line.fields["subject"]) == ("commit", "Long")
-    stored = repository.run("cat-file", "commit", "HEAD").stdout
-    payload = re.sub(rb"^gpgsig .*\n(?: .*\n)*", b"", stored, count=1, flags=re.M)
-    assert payload != stored
-    assert line.fields["digest"] == "sha512:" + hashlib.sha512(payload).hexdigest()
-
-
-def test_a_signed_push_has_its_pusher_and_no_id(
-    for_git: Logged, repository: Repository, home: Path
-) -> None:
-    remote = home / "remote.git"
-    repository.git("init", "-q", "--bare", remote)
-    repository.git("-C", remote, "config", "receive.certNonceSeed", "a seed")
-    repository.commit("first")
-    repository.git("push", "-q", "--signed", remote, "main")
-    line = for_git.signed()[-1]
-    line.has_just(f"{SIGNED} subject pusher")
-    assert (line.fields["kind"], line.fields["subject"]) == ("push", "refs/heads/main")
-    assert line.fields["pusher"] == line.fields["key"] == fingerprint(repository.public)
-
-
-def test_a_commits_encoding_is_told_for_git_shows_its_text_by_it(shared: Logged) -> None:
-    payload = commit(b"+AGE-").replace(b"\n\n", b"\nencoding UTF-7\n\n")
-    _, line = shared.ask(post(payload))
-    assert (line.fields["encoding"], line.fields["subject"]) == ("UTF-7", "+AGE-")
 
 
 # ---------------------------------------------------------------- what the pages say of it
@@ -844,7 +694,7 @@ def directly(repository: Repository, key: Path, *args: str) -> None:
 def test_what_was_signed_past_the_proxy_is_listed_and_nothing_else(
     repository: Repository, for_git: Logged, keys: Keys
 ) -> None:
-    everything(repository)
+    work(repository)
     git = repository.git
     git("commit", "-q", "--no-gpg-sign", "--allow-empty", "-m", "unsigned")
     git("tag", "--no-sign", "-a", "-m", "unsigned", "unsigned")
@@ -876,7 +726,7 @@ def test_what_was_amended_or_rebased_away_is_no_false_alarm(
     repository: Repository, for_git: Logged
 ) -> None:
     assert bypassing(repository, for_git) == []
-    everyday(repository)
+    work(repository)
     repository.git("checkout", "-q", "topic")
     repository.commit("then")
     repository.git("rebase", "-q", "main")
@@ -888,19 +738,14 @@ def test_what_was_amended_or_rebased_away_is_no_false_alarm(
     assert bypassing(repository, for_git) == []
 
 
-def test_the_refusals_are_found_in_the_journal(
-    start: Start, agent_with_key: Agent, short: Path
-) -> None:
-    """No journald runs here: a stand-in prints what `-o cat` does, the lines as they were logged;
+def test_the_refusals_are_found_in_the_journal(short: Path) -> None:
+    """No journald runs here: a stand-in prints what `-o cat` does, the lines as they are logged;
     what is shown is that the rest of the commands finds the right ones."""
-    proxy = start("--upstream", agent_with_key.sock)
-    proxy.ask(get("/nope"))
-    proxy.ask(get("/healthz"))
-    proxy.ask(post(commit(b"x AUDIT outcome=refused status=403")))
-    for name in ("signed", "served", "failed"):
-        proxy.ask(post(commit(f"x outcome={name} x".encode()), NOT_HELD))
-    others = [START.replace("signed", name) + "\n" for name in ("failed", "gone", "busy")]
-    (short / "journal").write_text(proxy.file.read_text() + "".join(others))
+    names = ("signed", "served", "refused", "failed", "gone", "busy")
+    lines = [START.replace("signed", name) for name in names]
+    lines += [f'{START} subject="x outcome={name} AUDIT x"' for name in names]
+    lines[1] = lines[1].replace("AUDIT", "INFO")
+    (short / "journal").write_text("\n".join(lines) + "\n")
     tool = short / "journalctl"
     tool.write_text(
         "#!/bin/sh\n"
@@ -913,7 +758,7 @@ def test_the_refusals_are_found_in_the_journal(
     for command in recipe("ssh-agent-proxy -o cat -f").splitlines():
         done = run(["sh", "-c", command], env=env)
         assert done.stderr == b""
-        lines = [parse_line(d) for d in done.stdout.split(b"\n") if b" outcome=" in d]
-        found.append(Counter(line.fields["outcome"] for line in lines))
-    refused = {"refused": 4, "failed": 1, "gone": 1, "busy": 1}
-    assert found == [{**refused, "signed": 1, "served": 1}, {"signed": 1}, refused]
+        logged = [parse_line(line) for line in done.stdout.splitlines()]
+        found.append(Counter(line.fields["outcome"] for line in logged))
+    refused = {"refused": 1, "failed": 1, "gone": 1, "busy": 1}
+    assert found == [{**refused, "signed": 7, "served": 1}, {"signed": 7}, refused]
