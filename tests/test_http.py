@@ -8,7 +8,6 @@ import os
 import random
 import re
 import select
-import shutil
 import signal
 import socket
 import struct
@@ -16,32 +15,17 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-    Union,
-)
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple, Union
 
 import pytest
 from conftest import (
     HOST,
     PROXY,
-    SHIM,
     Agent,
     Answer,
     Keys,
     Proxy,
     ScriptedAgent,
-    answers_in,
     ask,
     clean_env,
     connect,
@@ -79,7 +63,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
 
 
-def chunks(body: bytes, sizes: Iterable[int]) -> bytes:
+def chunks(body: bytes, sizes: Sequence[int]) -> bytes:
     """BODY in chunks of SIZES, the rest in one more."""
     out, at = [], 0
     for size in [*sizes, len(body)]:
@@ -100,10 +84,8 @@ def clean(proxy: Proxy) -> None:
 
 
 class Scripted:
-    """A handler for scripted agents: holds one key, signs with zeros, remembers what it was asked.
-
-    While the gate is shut, requests to sign wait.
-    """
+    """A handler for scripted agents: holds one key, signs with zeros (once the gate is open),
+    remembers what it was asked."""
 
     def __init__(self, line: str) -> None:
         self.key = p.parse_key_line(line)[0]
@@ -177,8 +159,7 @@ def quick(keys: Keys) -> Iterator[Shared]:
 @pytest.fixture(scope="module")
 def hurried(keys: Keys) -> Iterator[Shared]:
     """A proxy that gives a whole request little time."""
-    patience = {"REQUEST_SECONDS": 0.6}
-    with shared_proxy(keys, **patience, LINGER_SECONDS=0.4, LINGER_GAP=0.4) as shared:
+    with shared_proxy(keys, REQUEST_SECONDS=0.6, LINGER_SECONDS=0.4, LINGER_GAP=0.4) as shared:
         yield shared
 
 
@@ -204,13 +185,6 @@ def gated(
     clean(proxy)
 
 
-# ---------------------------------------------------------------- looking at a process
-
-
-def tasks(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/task"))
-
-
 def peak_memory(pid: int) -> int:
     """In bytes."""
     match = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)
@@ -234,31 +208,21 @@ def all_read(port: int) -> None:
 
 
 def readable(sockets: Sequence[socket.socket]) -> Set[socket.socket]:
-    poll = select.poll()
-    for s in sockets:
-        poll.register(s, select.POLLIN)
-    found = {fd for fd, _ in poll.poll(0)}
-    return {s for s in sockets if s.fileno() in found}
+    return set(select.select(sockets, [], [], 0)[0])
 
 
 # ================================================================ pure: a head
 
 
-class Pieces(io.RawIOBase):
-    """DATA in pieces of at most SIZE bytes, and then the end."""
+class Pieces(io.BytesIO):
+    """Bytes that come in pieces of at most SIZE."""
 
     def __init__(self, data: bytes, size: int) -> None:
-        self.data = data
+        super().__init__(data)
         self.size = size
 
-    def readable(self) -> bool:
-        return True
-
     def readinto(self, buffer: Any) -> int:
-        piece = self.data[: min(self.size, len(buffer))]
-        self.data = self.data[len(piece) :]
-        buffer[: len(piece)] = piece
-        return len(piece)
+        return super().readinto(memoryview(buffer)[: self.size])
 
 
 def head_of(data: bytes, size: int = 1 << 16) -> Tuple[p.Head, bytes]:
@@ -275,36 +239,26 @@ def refuses_head(data: bytes, status: int = 400) -> None:
 
 
 HEADS: List[Tuple[str, bytes, Dict[str, Any]]] = [
-    ("shortest", b"GET / HTTP/1.0\r\n\r\n", {"method": "GET", "path": "/", "minor": 0}),
-    ("no host in 1.0", b"GET / HTTP/1.0\r\n\r\n", {"hosts": (), "fields": {}}),
+    ("shortest", b"GET / HTTP/1.0\r\n\r\n",
+     {"method": "GET", "path": "/", "minor": 0, "hosts": (), "fields": {}, "length": None}),
     ("host", b"GET / HTTP/1.1\r\nHost: a:1\r\n\r\n", {"minor": 1, "hosts": ("a",)}),
-    ("empty host", b"GET / HTTP/1.1\r\nHost:\r\n\r\n", {"hosts": ("",)}),
     ("any method", b"get!#$%&'*+-.^_`|~9 / HTTP/1.0\r\n\r\n", {"method": "get!#$%&'*+-.^_`|~9"}),
-    ("query", b"GET /a?b=c HTTP/1.0\r\n\r\n", {"path": "/a?b=c"}),
-    ("every sort of path", b"GET /-._~!$&'()*+,;=:@%2fA9?/ HTTP/1.0\r\n\r\n",
-     {"path": "/-._~!$&'()*+,;=:@%2fA9?/"}),
+    ("every sort of path", b"GET /-._~!$&'()*+,;=:@%2fA9?/?b=c HTTP/1.0\r\n\r\n",
+     {"path": "/-._~!$&'()*+,;=:@%2fA9?/?b=c"}),
     ("absolute", b"GET http://A:1/b HTTP/1.1\r\nHost: c\r\n\r\n",
      {"path": "/b", "hosts": ("c", "a")}),
-    ("absolute, 1.0", b"GET http://a/b HTTP/1.0\r\n\r\n", {"path": "/b", "hosts": ("a",)}),
-    ("absolute, no path", b"GET http://a HTTP/1.0\r\n\r\n", {"path": "/", "hosts": ("a",)}),
-    ("absolute, in capitals", b"GET HTTP://a/ HTTP/1.0\r\n\r\n", {"path": "/", "hosts": ("a",)}),
+    ("absolute, no path", b"GET HTTP://a HTTP/1.0\r\n\r\n", {"path": "/", "hosts": ("a",)}),
     ("field names", b"GET / HTTP/1.0\r\nX-Y: z\r\nx!#$%&'*+-.^_`|~9: 1\r\n\r\n",
      {"fields": {"x-y": "z", "x!#$%&'*+-.^_`|~9": "1"}}),
     ("blanks around values", b"GET / HTTP/1.0\r\nA: \t b \t c\t \r\nD:e\r\nF:\r\nG: \t \r\n\r\n",
      {"fields": {"a": "b \t c", "d": "e", "f": "", "g": ""}}),
-    ("colons in values", b"GET / HTTP/1.0\r\nA::b: c:\r\n\r\n", {"fields": {"a": ":b: c:"}}),
-    ("bytes beyond ASCII", b"GET / HTTP/1.0\r\nA: \x80\xff\r\n\r\n", {"fields": {"a": "\x80\xff"}}),
+    ("values", b"GET / HTTP/1.0\r\nA::b: c:\r\nD: \x80\xff\r\n\r\n",
+     {"fields": {"a": ":b: c:", "d": "\x80\xff"}}),
     ("a harmless field twice", b"GET / HTTP/1.0\r\nA: 1\r\na: 2\r\n\r\n", {"fields": {"a": "2"}}),
-    ("length", b"PUT / HTTP/1.0\r\nContent-Length: 5\r\n\r\n", {"length": 5, "chunked": False}),
-    ("length 0", b"PUT / HTTP/1.0\r\nContent-Length: 0\r\n\r\n", {"length": 0}),
-    ("length with zeros", b"PUT / HTTP/1.0\r\nContent-Length: 007\r\n\r\n", {"length": 7}),
-    ("length of 1 GiB", b"PUT / HTTP/1.0\r\nContent-Length: 1073741824\r\n\r\n",
-     {"length": 1 << 30}),
-    ("no length", b"PUT / HTTP/1.0\r\n\r\n", {"length": None, "chunked": False}),
-    ("chunked", b"PUT / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ("length", b"PUT / HTTP/1.0\r\nContent-Length: " + 30 * b"0" + b"7\r\n\r\n",
+     {"length": 7, "chunked": False}),
+    ("chunked", b"PUT / HTTP/1.1\r\nHost: a\r\nTRANSFER-ENCODING:Chunked\r\n\r\n",
      {"length": None, "chunked": True}),
-    ("chunked in capitals", b"PUT / HTTP/1.1\r\nHost: a\r\nTRANSFER-ENCODING:CHUNKED\r\n\r\n",
-     {"chunked": True}),
     ("expect", b"PUT / HTTP/1.1\r\nHost: a\r\nExpect: 100-Continue\r\n\r\n",
      {"fields": {"host": "a", "expect": "100-Continue"}}),
 ]  # fmt: skip
@@ -325,13 +279,6 @@ def test_a_head_that_ends_early_is_malformed(data: bytes) -> None:
         refuses_head(data[:end])
 
 
-@pytest.mark.parametrize("digits", [10, 19, 20, 5000])
-def test_a_length_of_many_digits_is_more_than_can_be_signed(digits: int) -> None:
-    start = b"PUT / HTTP/1.0\r\nContent-Length: "
-    assert (head_of(start + b"9" * digits + b"\r\n\r\n")[0].length or 0) > p.MAX_BODY
-    assert head_of(start + b"0" * digits + b"7\r\n\r\n")[0].length == 7
-
-
 def test_a_head_may_have_16_kib_and_100_fields_and_no_more() -> None:
     def of_size(size: int) -> bytes:
         start = b"GET / HTTP/1.0\r\nA: "
@@ -343,6 +290,7 @@ def test_a_head_may_have_16_kib_and_100_fields_and_no_more() -> None:
     assert head_of(of_size(16384) + b"\n\r\n")[1] == b"\n\r\n"
     for rest in (b"", b"rest", b"\n", b"\r"):
         refuses_head(of_size(16385) + rest, 431)
+    refuses_head(line_of(b"GET /" + b"a" * 17408 + b" HTTP/1.1"), 431)
     assert len(head_of(of_fields(100))[0].fields) == 100
     refuses_head(of_fields(101), 431)
 
@@ -372,41 +320,33 @@ def signing(fields: bytes) -> bytes:
 
 
 BAD_REQUEST_LINES = [
-    b"", b"\nGET /healthz HTTP/1.1", b"\r\nGET /healthz HTTP/1.1", b"\rGET /healthz HTTP/1.1",
+    b"", b"\r\nGET /healthz HTTP/1.1", b"\rGET /healthz HTTP/1.1", b"GET /healthz HTTP/1.1\r",
     # Its three words.
-    b"GET /healthz", b"GET HTTP/1.1", b"GET  HTTP/1.1", b"/healthz HTTP/1.1", b" /healthz HTTP/1.1",
-    b"GET  /healthz HTTP/1.1", b"GET /healthz  HTTP/1.1", b"GET\t/healthz\tHTTP/1.1",
-    b"GET /healthz HTTP/1.1 ", b"GET /healthz a HTTP/1.1", b"GET\x0c/healthz HTTP/1.1",
-    b"G(T /healthz HTTP/1.1", b"GET: /healthz HTTP/1.1", b"G\xc3\x89T /healthz HTTP/1.1",
-    b"GET\x00 /healthz HTTP/1.1",
+    b"GET /healthz", b"GET HTTP/1.1", b"/healthz HTTP/1.1", b" /healthz HTTP/1.1",
+    b"GET  /healthz HTTP/1.1", b"GET\t/healthz\tHTTP/1.1", b"GET /healthz HTTP/1.1 ",
+    b"GET /healthz a HTTP/1.1", b"G(T /healthz HTTP/1.1", b"G\xc3\x89T /healthz HTTP/1.1",
     # Versions, and other protocols.
     b"GET /healthz http/1.1", b"GET /healthz HTTP/0.9", b"GET /healthz HTTP/1.2",
-    b"GET /healthz HTTP/1.10", b"GET /healthz HTTP/1", b"GET /healthz HTTP/01.1",
-    b"GET /healthz HTTP/1,1", b"GET /healthz HTTP/+1.1", b"GET /healthz HTTP/2.0",
-    b"PRI * HTTP/2.0\r\n\r\nSM", b"GET /healthz RTSP/1.1", b"SSH-2.0-OpenSSH_9.2",
-    b"\x00\x00\x00\x01\x0b", b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03",
+    b"GET /healthz HTTP/1.10", b"GET /healthz HTTP/1,1", b"PRI * HTTP/2.0\r\n\r\nSM",
+    b"SSH-2.0-OpenSSH_9.2", b"\x00\x00\x00\x01\x0b",
     # Targets.
     b"GET healthz HTTP/1.1", b"GET ?a HTTP/1.1", b"OPTIONS * HTTP/1.1",
     b"CONNECT localhost:80 HTTP/1.1", b"GET https://localhost/healthz HTTP/1.1",
-    b"GET file:///healthz HTTP/1.1", b"GET http://a@localhost/ HTTP/1.1",
-    b"GET http://localhost:a/ HTTP/1.1", b"GET http://[::z]/ HTTP/1.1", b"GET /healthz#a HTTP/1.1",
-    b'GET /healthz"outcome="signed HTTP/1.1', b"GET \\healthz HTTP/1.1", b"GET /<h> HTTP/1.1",
-    b"GET /{healthz} HTTP/1.1", b"GET /healthz|a HTTP/1.1", b"GET /healthz\x00 HTTP/1.1",
-    b"GET /healthz\x1b[31m HTTP/1.1", b"GET /h\xc3\xa9 HTTP/1.1", b"GET /\xe2\x80\xae HTTP/1.1",
-    b"GET /healthz% HTTP/1.1", b"GET /healthz%4 HTTP/1.1", b"GET /healthz%zz HTTP/1.1",
-    # Line ends.
-    b"GET /healthz\rHTTP/1.1", b"GET /healthz HTTP/1.1\r",
+    b"GET http://a@localhost/ HTTP/1.1", b"GET http://[::z]/ HTTP/1.1",
+    b"GET /healthz#a HTTP/1.1", b'GET /healthz"outcome="signed HTTP/1.1', b"GET /<h> HTTP/1.1",
+    b"GET \\healthz HTTP/1.1", b"GET /healthz\x00 HTTP/1.1", b"GET /healthz\x1b[31m HTTP/1.1",
+    b"GET /h\xc3\xa9 HTTP/1.1", b"GET /healthz% HTTP/1.1", b"GET /healthz%zz HTTP/1.1",
 ]  # fmt: skip
 
 BAD_FIELDS = [
     # Line ends, and folds.
-    b"A: b\nC: d", b"A: b\rc", b"A\rB: c", b"\rA: b", b"A: b\r", b"A: b\rContent-Length: 5",
-    b"\nA: b", b"A: b\r\n c", b"A: b\r\n\tc", b"A: b\r\n ",
+    b"A: b\nC: d", b"A: b\rc", b"\rA: b", b"A: b\r", b"A: b\rContent-Length: 5", b"\nA: b",
+    b"A: b\r\n c", b"A: b\r\n\tc", b"A: b\r\n ",
     # Names.
-    b"A : b", b"A\t: b", b"Content-Length : 5", b"A", b": b", b":", b"A B: c", b"A(B): c",
-    b'"A": c', b"A\x00: b", b"\xc3\x84: b",
+    b"A : b", b"Content-Length : 5", b"A", b": b", b"A B: c", b"A(B): c", b"A\x00: b",
+    b"\xc3\x84: b",
     # Values.
-    b"A: \x00", b"Content-Length: 5\x00", b"A: \x01", b"A: b\x0bc", b"A: \x1b[31m", b"A: \x7f",
+    b"A: \x00", b"Content-Length: 5\x00", b"A: b\x0bc", b"A: \x1b[31m", b"A: \x7f",
     # Fields that would count, and stand twice.
     HOST.rstrip(), b"Host: evil.example", b"Content-Length: 0\r\nContent-Length: 0",
     b"Content-Length: 5\r\nContent-Length: 6", b"SSHSIG-Key: a\r\nSSHSIG-Key: b",
@@ -415,7 +355,6 @@ BAD_FIELDS = [
     b"Authorization: Bearer a\r\nAuthorization: Bearer b",
     b"Sec-Fetch-Site: none\r\nSec-Fetch-Site: none",
     b"Expect: 100-continue\r\nExpect: 100-continue",
-    b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
     b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity",
     # Lengths and codings together.
     b"Content-Length: 5\r\nTransfer-Encoding: chunked",
@@ -423,35 +362,25 @@ BAD_FIELDS = [
     b"Expect: 200-ok", b"Expect:", b"Expect: \xc2\x9d",
 ]  # fmt: skip
 
-BAD_HOSTS = [
-    b"localhost/", b"a@localhost", b"local host", b"localhost,evil.example", b"::1",
-    b"localhost:a", b"localhost:-1", b"[::1", b"[::g]", b"http://localhost", b"localhost#",
-    b"localhost\\", b"\xe2\x80\xae", b"local%68ost", b"[::1%25lo]", b"a outcome=signed",
-]  # fmt: skip
-
 BAD_LENGTHS = [
-    b"", b"5, 5", b"5,5", b"5 5", b"+5", b"-5", b"0x5", b"5.0", b"1e1", b"5;", b"five",
-    b"\xb2", b"\xef\xbc\x95", b"5_0", b'"5"', b"0,5", b"-0",
+    b"", b"5, 5", b"+5", b"-5", b"0x5", b"5.0", b"1e1", b"five", b"\xb2", b"5_0", b'"5"',
 ]  # fmt: skip
 
 BAD_CODINGS = [
-    b"", b"identity", b"gzip", b"gzip, chunked", b"chunked, gzip", b"chunked, chunked",
-    b"chunked,", b",chunked", b"xchunked", b"chunked;a=b", b'"chunked"', b"chu nked",
-    b"chunked\xa0", b"\x85chunked",
+    b"", b"identity", b"gzip, chunked", b"chunked, gzip", b"chunked, chunked", b"xchunked",
+    b"chunked;a=b", b"chunked\xa0", b"\x85chunked",
 ]  # fmt: skip
 
 BAD_HEADS = [
     *map(line_of, BAD_REQUEST_LINES),
     *map(field_of, BAD_FIELDS),
-    *(b"GET / HTTP/1.1\r\nHost: " + host + b"\r\n\r\n" for host in BAD_HOSTS),
+    b"GET / HTTP/1.1\r\nHost: a@localhost\r\n\r\n",
     *(field_of(b"Content-Length: " + length, SIGN) for length in BAD_LENGTHS),
     *(field_of(b"Transfer-Encoding: " + coding, SIGN) for coding in BAD_CODINGS),
     START + b"\n",
-    b"GET /healthz HTTP/1.1\n" + HOST + b"\r\n",
     b"GET /healthz HTTP/1.1\nHost: localhost\n\n",
     b"GET /healthz HTTP/1.1\r\n\r\n",
     b"GET /healthz HTTP/1.1\r\n Host: localhost\r\n\r\n",
-    b"GET /healthz HTTP/1.1\r\nHost : localhost\r\n\r\n",
     b"GET http://localhost/healthz HTTP/1.1\r\n\r\n",
     b"GET /healthz HTTP/1.0\r\n" + HOST + HOST + b"\r\n",
     b"POST /sign HTTP/1.0\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\n",
@@ -462,16 +391,6 @@ BAD_HEADS = [
 @pytest.mark.parametrize("data", BAD_HEADS, ids=ascii)
 def test_a_malformed_head_is_refused(data: bytes) -> None:
     refuses_head(data)
-
-
-@pytest.mark.parametrize("data", rows([
-    ("many values", field_of(b"A: %s\r\n" % (b"b" * 900) * 19 + b"C: d")),
-    ("a name", field_of(b"A" * 17408 + b": b")),
-    ("the target", line_of(b"GET /" + b"a" * 17408 + b" HTTP/1.1")),
-    ("no line end", b"a" * 17408),
-]))  # fmt: skip
-def test_a_head_that_is_too_large_is_refused(data: bytes) -> None:
-    refuses_head(data + b"a\nb\rc", 431)
 
 
 # ================================================================ pure: a chunked body
@@ -491,16 +410,12 @@ def body_of(data: bytes, size: int = 1 << 16) -> Tuple[bytes, bytes]:
 
 CHUNKED: List[Tuple[str, bytes, bytes]] = [
     ("nothing", b"0\r\n\r\n", b""),
-    ("one chunk", b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
     ("three chunks", b"1\r\nh\r\n3\r\nell\r\n1\r\no\r\n0\r\n\r\n", b"hello"),
-    ("hexadecimal, small", b"b\r\nhello world\r\n0\r\n\r\n", b"hello world"),
-    ("hexadecimal, large", b"B\r\nhello world\r\n0\r\n\r\n", b"hello world"),
+    ("hexadecimal", b"b\r\nhello world\r\nB\r\nhello world\r\n0\r\n\r\n", 2 * b"hello world"),
     ("leading zeros", b"0005\r\nhello\r\n000\r\n\r\n", b"hello"),
-    ("extension", b"5;a=b\r\nhello\r\n0;c\r\n\r\n", b"hello"),
-    ("extension behind blanks", b"5 \t; a = \"b\"\r\nhello\r\n0 ;\r\n\r\n", b"hello"),
+    ("extensions", b"5;a=b\r\nhello\r\n0 \t; c = \"d\"\r\n\r\n", b"hello"),
     ("trailers", b"5\r\nhello\r\n0\r\nA: b\r\nC:\r\n\r\n", b"hello"),
     ("line ends as data", b"6\r\n\r\n0\r\n\r\r\n0\r\n\r\n", b"\r\n0\r\n\r"),
-    ("all bytes", b"100\r\n" + bytes(range(256)) + b"\r\n0\r\n\r\n", bytes(range(256))),
     ("100 trailers", b"1\r\nx\r\n0\r\n" + b"A: b\r\n" * 100 + b"\r\n", b"x"),
 ]
 
@@ -521,30 +436,24 @@ def test_a_chunked_body_that_ends_early_is_malformed(data: bytes) -> None:
 # Each is in the place of a body of five bytes, or ends it wrongly.
 BAD_CHUNKS = [
     # Sizes.
-    b"\r\nhello", b";a\r\nhello", b"g\r\nhello", b"+5\r\nhello", b"-5\r\nhello", b"0x5\r\nhello",
-    b"0_5\r\nhello", b" 5\r\nhello", b"5 \r\nhello", b"5\t\r\nhello", b"5 a\r\nhello",
-    b"5\x00\r\nhello", b"5;\x00\r\nhello", b"5;a\rb\r\nhello", b"5\r\r\nhello", b"5\nhello",
-    b"5;a\nhello", b"\xef\xbc\x95\r\nhello", b"10000000000000005\r\nhello",
+    b"\r\nhello", b";a\r\nhello", b"g\r\nhello", b"+5\r\nhello", b"0x5\r\nhello", b"0_5\r\nhello",
+    b" 5\r\nhello", b"5 \r\nhello", b"5 a\r\nhello", b"5;\x00\r\nhello", b"5;a\rb\r\nhello",
+    b"5\r\r\nhello", b"5\nhello", b"\xef\xbc\x95\r\nhello", b"10000000000000005\r\nhello",
     # More or less than announced.
     b"4\r\nhello", b"6\r\nhello",
 ]  # fmt: skip
 
 BAD_CHUNKED: List[Tuple[bytes, int]] = [
     *((chunk + b"\r\n0\r\n\r\n", 400) for chunk in BAD_CHUNKS),
-    *(
-        (b"5\r\nhello" + end + b"0\r\n\r\n", 400)
-        for end in (b"\n", b"\r", b"\n\r", b"ab", b"")
-    ),
+    *((b"5\r\nhello" + end + b"0\r\n\r\n", 400) for end in (b"\n", b"\r", b"ab", b"")),
     *(
         (b"5\r\nhello\r\n0" + end, status)
         for end, status in (
-            (b"\r\n\n", 400), (b"\n\r\n", 400), (b"\r\nA: b\n\r\n", 400), (b"\r\nA\r\n\r\n", 400),
-            (b"\r\nA: b\r\n c\r\n\r\n", 400), (b"\r\nA : b\r\n\r\n", 400),
+            (b"\r\n\n", 400), (b"\n\r\n", 400), (b"\r\nA: b\r\n c\r\n\r\n", 400),
             (b"\r\nA: \x00\r\n\r\n", 400), (b"\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
         )
     ),
     (b"40000001\r\n", 413),  # one byte over 1 GiB
-    (b"0000000040000001\r\n", 413),
     (b"5\r\nhello\r\n3ffffffc\r\n", 413),
     (b"ffffffffffffffff\r\n", 413),
 ]  # fmt: skip
@@ -582,39 +491,21 @@ def test_a_line_of_a_chunked_body_that_does_not_end_is_refused(start: bytes) -> 
 REFUSED: List[Tuple[str, bytes, int]] = [
     ("no length", SIGN + b"\r\n", 411),
     ("no length in HTTP/1.0", b"POST /sign HTTP/1.0\r\n\r\nhello", 411),
-    ("no length, but a type", SIGN + b"Content-Type: text/plain\r\n\r\nhello", 411),
+    ("a length of 5000 digits", SIGN + b"Content-Length: " + 5000 * b"9" + b"\r\n\r\n", 413),
     ("1 GiB and a byte", post(b"", length=(1 << 30) + 1), 413),
-    ("a length of 5000 digits", SIGN + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 413),
     ("a length of 0", post(b""), 400),
-    ("a length of many zeros", SIGN + b"Content-Length: 000\r\n\r\n", 400),
     ("no chunk", post_chunked(b"0\r\n\r\n"), 400),
     ("a malformed chunk", post_chunked(b"\x1b]0;a\x07\r\n"), 400),
-    ("less data than announced", post_chunked(b"6\r\nhello\r\n0\r\n\r\n"), 400),
-    ("a malformed trailer", post_chunked(b"5\r\nhello\r\n0\r\nA\r\n\r\n"), 400),
     ("a key that nobody holds", signing(b"SSHSIG-Key: SHA256:" + b"A" * 43), 404),
-    *(
-        (f"namespace {namespace!r}", signing(b"SSHSIG-Namespace: " + namespace), status)
-        for namespace, status in (
-            (b"", 400), (b"a b", 400), (b"git,git", 400), (b"g\xc3\xaft", 400), (b"a" * 256, 400),
-            (b'a"=\\"', 403), (b"a\x85outcome=signed", 400), (b"file", 403), (b"a" * 255, 403),
-        )
-    ),
-    *(
-        (f"hash {name!r}", signing(b"SSHSIG-Hash: " + name), 400)
-        for name in (b"", b"sha1", b"SHA512", b"sha-512", b"sha512,sha256", b"\xe2\x80\x8b", b"md5")
-    ),
-    *(
-        (f"key {key!r}", signing(b"SSHSIG-Key: " + key), 400)
-        for key in (
-            b"", b"a", b"SHA256:abc", b"ssh-ed25519 AAAA", b"ssh-ed25519 \x9b \x85a",
-            b"-----BEGIN OPENSSH PRIVATE KEY-----",
-        )
-    ),
+    ("a malformed namespace", signing(b"SSHSIG-Namespace: a\x85outcome=signed"), 400),
+    ("another namespace", signing(b'SSHSIG-Namespace: a"=\\"'), 403),
+    ("a hash in capitals", signing(b"SSHSIG-Hash: SHA512"), 400),
+    ("another hash", signing(b"SSHSIG-Hash: sha1\x85"), 400),
+    ("a malformed key", signing(b"SSHSIG-Key: ssh-ed25519 \x9b \x85a"), 400),
     *(
         (f"path {path}", get(path), 404)
         for path in (
-            "/", "/nope", "/healthz/", "/healthz?", "/healthz?a=b", "/HEALTHZ", "//healthz",
-            "/./healthz", "/a/../healthz", "/%68ealthz", "/healthz%00", "/healthz;a",
+            "/", "/healthz/", "/healthz?", "/HEALTHZ", "//healthz", "/./healthz", "/%68ealthz",
             "/sign?namespace=git", "/%0d%0a%1b[31m%e2%80%ae", "/'=a",
         )
     ),
@@ -622,15 +513,13 @@ REFUSED: List[Tuple[str, bytes, int]] = [
     *(
         (f"method {method} {path}", method.encode() + get(path)[3:], 405)
         for method, path in (
-            ("GET", "/sign"), ("PUT", "/sign"), ("post", "/sign"), ("OPTIONS", "/sign"),
-            ("POST", "/healthz"), ("get", "/healthz"), ("DELETE", "/publickey"), ("POST", "/shim"),
-            ("CONNECT", "/healthz"), ("GETGET", "/healthz"), ("A'|^`", "/healthz"),
+            ("GET", "/sign"), ("post", "/sign"), ("OPTIONS", "/sign"), ("POST", "/healthz"),
+            ("DELETE", "/publickey"), ("POST", "/shim"), ("A'|^`", "/healthz"),
         )
     ),
     ("another host", b"GET /healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421),
-    ("another host in the target", line_of(b"GET http://evil.example/healthz HTTP/1.1"), 421),
+    ("another host in HTTP/1.0", b"GET /healthz HTTP/1.0\r\nHost: evil.example\r\n\r\n", 421),
     ("a page", signing(b"Origin: http://evil.example"), 403),
-    ("a browser", signing(b"Sec-Fetch-Site: same-origin"), 403),
     # Of those whose head is malformed every eighth, for they go one way.
     *((ascii(data), data, 400) for data in BAD_HEADS[::8]),
     ("17 KiB", field_of(b"A: " + b"b" * 17408, SIGN) + b"a\nb\rc", 431),
@@ -662,14 +551,17 @@ def test_tls_is_told_what_would_be_right(shared: Shared) -> None:
     assert "use http://" in refused(ask(shared.port, hello), 400).text
 
 
-@pytest.mark.parametrize("data", rows([
-    ("inside the request line", b"GET /healthz HT"),
-    ("inside the empty line", START + b"\r"),
-    ("before the body", post(b"", length=5)),
-    ("inside the body", post(bytes(100000), length=1 << 30)),
-    ("inside a chunk", post_chunked(b"5\r\nhell")),
-    ("before the last empty line", post_chunked(b"5\r\nhello\r\n0\r\n")),
-]))  # fmt: skip
+PARTS = [
+    ("part of a request line", b"GET /hea"),
+    ("all but the empty line", START),
+    ("a head without its body", post(b"", length=5)),
+    ("part of a body", post(bytes(100000), length=1 << 30)),
+    ("part of a chunk", post_chunked(b"5\r\nhell")),
+    ("all but the last line", post_chunked(b"5\r\nhello\r\n0\r\n")),
+]
+
+
+@pytest.mark.parametrize("data", rows(PARTS))
 def test_a_request_that_ends_early_is_malformed(data: bytes, shared: Shared) -> None:
     shared.agent.asked.clear()
     with connect(shared.port) as s:
@@ -686,8 +578,6 @@ def test_allow_names_the_methods(shared: Shared) -> None:
     assert refused(http(shared.port, "GET", "/sign"), 405).headers["allow"] == "POST"
 
 
-# ---------------------------------------------------------------- which fault comes first
-
 EVIL = "Host: evil.example"
 LENGTH = "Content-Length: 5"
 HUGE = "Content-Length: 1073741825"
@@ -699,13 +589,9 @@ ORDER: List[Tuple[str, str, List[str], str, int]] = [
     ("host before browser", "POST /sign", [EVIL, PAGE, LENGTH], "hello", 421),
     ("host before path", "GET /nope", [EVIL], "", 421),
     ("browser before path", "GET /nope", [PAGE], "", 403),
-    ("browser before size", "POST /sign", [PAGE, HUGE], "", 403),
     ("path before method", "DELETE /nope", [], "", 404),
-    ("path before size", "POST /nope", [HUGE], "", 404),
     ("method before headers", "PUT /sign", ["SSHSIG-Hash: md5", LENGTH], "hello", 405),
-    ("method before length", "PUT /sign", [], "", 405),
     ("a bad header before length", "POST /sign", ["SSHSIG-Hash: md5"], "", 400),
-    ("a bad header before size", "POST /sign", ["SSHSIG-Key: a", HUGE], "", 400),
     ("a namespace before length", "POST /sign", ["SSHSIG-Namespace: file"], "", 403),
     ("length before agent", "POST /sign", [NOBODYS], "", 411),
     ("size before agent", "POST /sign", [NOBODYS, HUGE], "", 413),
@@ -728,40 +614,24 @@ def test_checks_come_in_order(
     assert shared.agent.asked == []
 
 
-@pytest.mark.parametrize("framing", [
-    ["Content-Length: 1073741824"],
-    ["Transfer-Encoding: chunked"],
-    ["Content-Length: 1073741824", "Expect: 100-continue"],
-    ["Transfer-Encoding: chunked", "Expect: 100-continue"],
-], ids="-".join)  # fmt: skip
-def test_what_needs_only_the_head_is_decided_before_the_body(
-    framing: List[str], shared: Shared
-) -> None:
+@pytest.mark.parametrize("framing", ["Content-Length: 1073741824", "Transfer-Encoding: chunked"])
+def test_what_needs_only_the_head_is_decided_before_the_body(framing: str, shared: Shared) -> None:
     """No byte of the body is ever sent; an interim answer would count as a second one."""
+    shared.agent.asked.clear()
     for first, field, status in (
         ("POST /sign", EVIL, 421),
         ("POST /sign", PAGE, 403),
-        ("POST /sign", "SSHSIG-Namespace: file", 403),
         ("POST /sign", "SSHSIG-Hash: md5", 400),
-        ("POST /nope", "A: b", 404),
         ("PUT /sign", "A: b", 405),
         ("GET /healthz", "A: b", 200),
-        ("GET /publickey", "A: b", 200),
     ):
-        assert ask(shared.port, request(first, [*framing, field])).status == status
-    large = [framing[0].replace("1073741824", "1073741825"), *framing[1:]]
-    if "Content-Length" in large[0]:
-        refused(ask(shared.port, request("POST /sign", large)), 413)
+        for expect in ([], ["Expect: 100-continue"]):
+            data = request(first, [framing, *expect, field])
+            assert ask(shared.port, data).status == status
+    assert shared.agent.asked == []
 
 
 # ================================================================ requests that are served
-
-
-def test_healthz_is_ok_and_asks_no_agent(shared: Shared) -> None:
-    shared.agent.asked.clear()
-    answer = ask(shared.port, get("/healthz"))
-    assert (answer.status, answer.body) == (200, b"ok\n")
-    assert shared.agent.asked == []
 
 
 def test_publickey_is_the_line_of_the_key_that_signs(proxy: Proxy, keys: Keys) -> None:
@@ -772,11 +642,7 @@ def test_publickey_is_the_line_of_the_key_that_signs(proxy: Proxy, keys: Keys) -
     assert answer.text == keys.line("ed25519") + "\n"
 
 
-@pytest.mark.parametrize(
-    "comment",
-    [b"a\nssh-ed25519 AAAA b", b"\x1b[31mred", "a\u202eb\u200bc".encode(), b"\xff\x00"],
-    ids=ascii,
-)
+@pytest.mark.parametrize("comment", [b"a\nssh-ed25519 AAAA b", b"\x1b[31mred\xff\x00"], ids=ascii)
 def test_a_hostile_key_comment_is_escaped(comment: bytes, shared: Shared) -> None:
     shared.agent.comment = comment
     answer = ask(shared.port, get("/publickey"))
@@ -786,28 +652,10 @@ def test_a_hostile_key_comment_is_escaped(comment: bytes, shared: Shared) -> Non
     assert answer.text.startswith(shared.agent.key.line + " ")
 
 
-def test_shim_is_the_script_beside_the_program(shared: Shared) -> None:
-    answer = ask(shared.port, get("/shim"))
-    assert answer.status == 200
-    assert answer.headers["content-type"] == "text/x-shellscript"
-    assert answer.body == SHIM.read_bytes()
-
-
-def test_where_only_the_program_was_copied_the_shim_is_not_found(short: Path, home: Path) -> None:
-    copy = Path(shutil.copy(PROXY, short))
-    argv = [sys.executable, str(copy), "--addr", "127.0.0.1:0", "--upstream", str(short / "none")]
-    proxy = Proxy(argv, clean_env(home))
-    try:
-        assert "shim.sh" in refused(ask(proxy.port, get("/shim")), 404).text
-    finally:
-        proxy.stop()
-
-
 @pytest.mark.parametrize("data", [
     post(b"hello", "Connection: keep-alive"),
     b"POST /sign HTTP/1.0\r\nContent-Length: 5\r\n\r\nhello",
     b"POST /sign HTTP/1.0\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\nhello",
-    b"POST http://localhost/sign HTTP/1.1\r\n" + HOST + b"Content-Length: 5\r\n\r\nhello",
     post_chunked(b"5;a=b\r\nhello\r\n0\r\nA: b\r\n\r\n"),
 ], ids=ascii)  # fmt: skip
 def test_sign_answers_with_the_block_that_ssh_keygen_writes(
@@ -828,24 +676,17 @@ def test_head_is_get_without_the_body(path: str, shared: Shared) -> None:
 
 
 def test_an_error_answer_to_head_has_no_body(shared: Shared) -> None:
-    for first, field in (("HEAD /nope", "A: b"), ("HEAD /sign", "A: b"), ("HEAD /healthz", EVIL),
-                         ("HEAD /healthz", "A : b")):  # fmt: skip
+    for first, field in (("HEAD /nope", "A: b"), ("HEAD /healthz", EVIL), ("HEAD /nope", "A : b")):
         assert parse_answer(raw(shared.port, request(first, [field]))).body == b""
 
 
 FIRST: List[Tuple[str, bytes, int, int]] = [
-    ("publickey", get("/publickey"), 200, 0),
-    ("keep-alive", get("/healthz", "Connection: keep-alive"), 200, 0),
     ("keep-alive in HTTP/1.0", b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", 200, 0),
     ("an upgrade", get("/healthz", "Connection: Upgrade, HTTP2-Settings"), 200, 0),
-    ("no such path", get("/nope"), 404, 0),
     ("no chunk", get("/healthz", "Transfer-Encoding: chunked") + b"0\r\n\r\n", 200, 0),
     ("a body that nobody needs", get("/healthz", "Content-Length: 5") + b"hello", 200, 0),
-    ("sign", post(b"x"), 200, 1),
     ("sign, keep-alive", post(b"x", "Connection: keep-alive"), 200, 1),
     ("sign, chunked", post_chunked(chunks(b"x", [])), 200, 1),
-    ("sign, an empty body", post(b""), 400, 0),
-    ("sign, from a page", post(b"x", PAGE), 403, 0),
     ("nonsense", b"a\r\n\r\n", 400, 0),
 ]
 
@@ -871,9 +712,6 @@ def test_a_peer_over_ipv6_is_shown_like_an_address(start_proxy: Callable[..., Pr
     assert log_fields(request_lines(proxy.log())[0])["peer"] == peer
 
 
-# ---------------------------------------------------------------- 100 (Continue)
-
-
 @pytest.mark.parametrize(("head", "body"), rows([
     ("length", post(b"", "Expect: 100-continue", length=5), b"hello"),
     ("chunked", post_chunked(b"", "Expect: 100-continue"), chunks(b"hello", [2])),
@@ -887,12 +725,6 @@ def test_a_client_that_waits_is_told_to_go_on(
         assert not readable([s])
         s.sendall(body)
         assert the_one_answer(read_all(s)).body == ssh_keygen(b"hello")
-    received = raw(proxy.port, head + body)  # one that does not wait
-    assert parse_answer(received).body == ssh_keygen(b"hello")
-    assert received.count(b"HTTP/1.1 200 ") == 1
-
-
-# ---------------------------------------------------------------- bodies of all sizes
 
 
 def payload_of(size: int) -> bytes:
@@ -916,40 +748,6 @@ def test_bodies_of_every_size_are_signed_as_ssh_keygen_does(
             assert ask(proxy.port, data).body == expected
 
 
-def test_a_request_byte_by_byte_is_the_same(
-    proxy: Proxy, ssh_keygen: Callable[..., bytes]
-) -> None:
-    with connect(proxy.port) as s:
-        s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for byte in post_chunked(chunks(b"hello", [2])):
-            s.sendall(bytes([byte]))
-        assert the_one_answer(read_all(s)).body == ssh_keygen(b"hello")
-
-
-def curl(where: Union[Proxy, Path], *args: Any, input: Optional[bytes] = None) -> bytes:
-    """What curl gets from /sign, on a port or a Unix socket."""
-    argv = [need("curl", "curl"), "-q", "-s", "-S", "--noproxy", "*", "--max-time", "30", *args]
-    if isinstance(where, Proxy):
-        return run([*argv, f"{where.url}/sign"], input=input).stdout
-    return run([*argv, "--unix-socket", where, "http://localhost/sign"], input=input).stdout
-
-
-def curls_ways(file: Path) -> List[List[str]]:
-    """All the ways that curl has to send FILE, which is on its standard input too."""
-    binary = ["--data-binary", f"@{file}"]
-    chunked = ["-H", "Transfer-Encoding: chunked"]
-    expect = ["-H", "Expect: 100-continue"]
-    return [
-        binary,
-        [*chunked, *binary],
-        ["-X", "POST", "-T", str(file)],
-        ["-X", "POST", "-T", "-"],  # chunked
-        [*expect, *binary],
-        [*expect, *chunked, *binary],
-        ["--http1.0", *binary],
-    ]
-
-
 def test_curl_is_served_in_all_its_ways(
     proxy: Proxy, short: Path, ssh_keygen: Callable[..., bytes]
 ) -> None:
@@ -957,8 +755,18 @@ def test_curl_is_served_in_all_its_ways(
     file = short / "file"
     file.write_bytes(payload)
     expected = ssh_keygen(payload)
-    for way in curls_ways(file):
-        assert curl(proxy, *way, input=payload) == expected, way
+    argv = [need("curl", "curl"), "-qsS", "--noproxy", "*", "--max-time", "30", f"{proxy.url}/sign"]
+    binary = ["--data-binary", f"@{file}"]
+    chunked = ["-H", "Transfer-Encoding: chunked"]
+    expect = ["-H", "Expect: 100-continue"]
+    for way in (
+        [*chunked, *binary],
+        ["-X", "POST", "-T", file],
+        ["-X", "POST", "-T", "-"],  # chunked
+        [*expect, *chunked, *binary],
+        ["--http1.0", *binary],
+    ):
+        assert run([*argv, *way], input=payload).stdout == expected, way
 
 
 @linux
@@ -975,16 +783,11 @@ def test_memory_stays_flat_under_a_large_body(shared: Shared) -> None:
     assert peak_memory(shared.proxy.pid) - before < 4 * MIB
 
 
-# ---------------------------------------------------------------- clients that are still sending
-
 # Each is sent 32 MiB, more than any buffer of the system's takes.
 UNWELCOME: List[Tuple[str, bytes, int]] = [
     ("from a page", post(b"", PAGE, length=32 * MIB), 403),
-    ("chunked, from a page", post_chunked(b"2000000\r\n", PAGE), 403),
-    ("without a length", SIGN + b"\r\n", 411),
     ("too large", post(b"", length=1 << 40), 413),
     ("nonsense", b"nonsense\r\n\r\n", 400),
-    ("chunked, nonsense", post_chunked(b"nonsense\r\n"), 400),
     ("a body that nobody needs", get("/healthz", "Content-Length: 33554432"), 200),
 ]
 
@@ -1048,14 +851,7 @@ def test_a_connection_that_goes_without_a_word_is_no_line_in_the_log(
     assert len(lines_until_now(shared.proxy, shared.port)) == before + 1
 
 
-@pytest.mark.parametrize("data", rows([
-    ("part of a request line", b"GET /hea"),
-    ("all but the empty line", START),
-    ("a head without its body", post(b"", length=5)),
-    ("part of a body", post(b"hell", length=5)),
-    ("part of a chunk's size", post_chunked(b"5")),
-    ("all but the last line", post_chunked(b"5\r\nhello\r\n0\r\n")),
-]))  # fmt: skip
+@pytest.mark.parametrize("data", rows(PARTS))
 def test_a_request_that_stalls_is_too_slow(data: bytes, quick: Shared) -> None:
     quick.agent.asked.clear()
     received, log = quick.ask(data)
@@ -1083,7 +879,6 @@ def test_a_head_that_drips_is_too_slow(pause: float, quick: Shared) -> None:
 
 
 @pytest.mark.parametrize(("start", "drop", "pause"), rows([
-    ("length", post(b"", length=1 << 30), b"a", 0.05),
     ("length, hardly a pause", post(b"", length=1 << 30), b"a", 0.0001),
     ("chunked", post_chunked(b""), b"1\r\na\r\n", 0.05),
     # Chunks of a byte, faster than anybody reads them.
@@ -1115,9 +910,7 @@ class Clients:
     def __init__(self) -> None:
         self.opened: List[socket.socket] = []
 
-    def open(
-        self, where: Union[int, Path], data: bytes, number: int = 1
-    ) -> List[socket.socket]:
+    def open(self, where: Union[int, Path], data: bytes, number: int = 1) -> List[socket.socket]:
         """NUMBER connections that have sent DATA, the first few one after the other."""
         counted = isinstance(where, int) and sys.platform == "linux"
         for n in range(number):
@@ -1158,45 +951,35 @@ def served(where: Union[int, Path]) -> bool:
 
 
 @linux
-def test_the_129th_takes_the_place_of_the_longest_idle_connection(
-    proxy: Proxy, clients: Clients
-) -> None:
-    sockets = clients.open(proxy.port, b"", 1)
-    # Threads may note the times of connections that come together in another order.
-    assert all(served(proxy.port) for _ in range(5))
-    sockets += clients.open(proxy.port, b"", 127)
-    assert readable(sockets) == set()
-    (newcomer,) = clients.open(proxy.port, START)
-    wait_for(lambda: readable(sockets))
-    assert readable(sockets) == {sockets[0]}
-    assert read_all(sockets[0]) == b""
-    for s in [newcomer, *sockets[1:]]:  # the others keep theirs
-        s.sendall(b"\r\n" if s is newcomer else get("/healthz"))
-        assert the_one_answer(read_all(s)).status == 200
-    wait_for(lambda: len(request_lines(proxy.log())) == 133)
-
-
-@linux
 @pytest.mark.parametrize(("start", "rest"), rows([
+    ("idle", b"", get("/healthz")),
     ("head", b"POST /sign HTTP/1.1\r\nHost: loc", b"alhost\r\nContent-Length: 1\r\n\r\nx"),
     ("body", post(b"hel", length=5), b"lo"),
     ("chunked body", post_chunked(b"5\r\nhel"), b"lo\r\n0\r\n\r\n"),
 ]))  # fmt: skip
-def test_the_129th_puts_off_the_request_that_has_been_waited_for_longest(
+def test_the_129th_takes_the_place_of_the_one_that_has_been_waited_for_longest(
     start: bytes, rest: bytes, proxy: Proxy, clients: Clients
 ) -> None:
-    sockets = clients.open(proxy.port, start, 128)
+    sockets = clients.open(proxy.port, start, 2)
+    # Threads may note the times of connections that come together in another order.
+    assert all(served(proxy.port) for _ in range(5))
+    sockets += clients.open(proxy.port, start, 126)
+    assert readable(sockets) == set()
     sockets[0].sendall(rest[:1])  # now the second has been silent for longest
     all_read(proxy.port)
     assert served(proxy.port)
     wait_for(lambda: readable(sockets))
     assert readable(sockets) == {sockets[1]}
-    is_busy(sockets[1])
-    sockets[0].sendall(rest[1:])
-    assert the_one_answer(read_all(sockets[0])).status == 200
-    wait_for(lambda: len(request_lines(proxy.log())) >= 3)
-    statuses = [log_fields(line)["status"] for line in request_lines(proxy.log())]
-    assert sorted(statuses) == ["200", "200", "503"]
+    if start:
+        is_busy(sockets[1])
+    else:
+        assert read_all(sockets[1]) == b""
+    for s in (sockets[0], sockets[-1]):
+        s.sendall(rest[1:] if s is sockets[0] else rest)
+        assert the_one_answer(read_all(s)).status == 200
+    log = lines_until_now(proxy, proxy.port)
+    statuses = [log_fields(line)["status"] for line in log]
+    assert sorted(statuses) == 8 * ["200"] + ["404"] + ["503"] * bool(start)
 
 
 @linux
@@ -1221,7 +1004,7 @@ def test_where_128_wait_for_the_agent_the_129th_is_busy_at_once(
     # Many that don't close: each has its answer, and they don't hold a thread each.
     waiting = clients.open(gated.port, b"", 200)
     wait_for(lambda: len(readable(waiting)) == 200)
-    assert tasks(gated.pid) < 170
+    assert len(os.listdir(f"/proc/{gated.pid}/task")) < 170
     for s in waiting:
         is_busy(s)
     assert gate.signing == 128
@@ -1232,20 +1015,14 @@ def test_where_128_wait_for_the_agent_the_129th_is_busy_at_once(
 
 
 @linux
-@pytest.mark.parametrize("data", rows([
-    ("idle", b""), ("head", START), ("body", post(b"hell", length=5)),
-]))  # fmt: skip
 def test_a_request_that_waits_for_the_agent_keeps_its_place(
-    data: bytes, gate: Scripted, gated: Proxy, clients: Clients
+    gate: Scripted, gated: Proxy, clients: Clients
 ) -> None:
     sockets = clients.open(gated.port, post(b"x"), 127)
     wait_for(lambda: gate.signing == 127)
-    (last,) = clients.open(gated.port, data)
+    (last,) = clients.open(gated.port, post(b"hell", length=5))
     (newcomer,) = clients.open(gated.port, START)
-    if data:
-        is_busy(last)
-    else:
-        assert read_all(last) == b""
+    is_busy(last)
     newcomer.sendall(b"\r\n")
     assert the_one_answer(read_all(newcomer)).status == 200
     gate.gate.set()
@@ -1278,37 +1055,9 @@ def test_the_client_of_one_token_holds_half_of_the_places_and_keeps_no_other_out
     assert ask(proxy.port, post(b"x", one)).status == 200
 
 
-@linux
-def test_a_flood_of_slow_connections_keeps_nobody_out_and_threads_stay_few(
-    proxy: Proxy, ssh_keygen: Callable[..., bytes], clients: Clients
-) -> None:
-    expected = ssh_keygen(b"hello")
-    most = 0
-    for n in range(400):
-        clients.opened.append(connect(proxy.port))
-        clients.opened[-1].sendall([b"", START, post(b"hell", length=5)][n % 3])
-        most = max(most, tasks(proxy.pid))
-        if n % 20 == 0:
-            assert ask(proxy.port, post(b"hello")).body == expected
-    # 128 places, 16 that are closed gently, 16 that are about to be free, and the main thread.
-    assert most < 170
-
-
 def stopped(pid: int) -> bool:
     stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
     return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
-
-
-def all_at_once(proxy: Proxy, number: int, data: bytes, clients: Clients) -> List[Answer]:
-    """The answers to NUMBER requests that are there, sent in full, before the proxy looks."""
-    os.kill(proxy.pid, signal.SIGSTOP)
-    wait_for(lambda: stopped(proxy.pid))
-    sockets = [connect(proxy.port) for _ in range(number)]
-    clients.opened += sockets
-    for s in sockets:
-        s.sendall(data)
-    os.kill(proxy.pid, signal.SIGCONT)
-    return [the_one_answer(read_all(s, 30)) for s in sockets]
 
 
 @linux
@@ -1321,54 +1070,20 @@ def test_a_client_that_has_sent_its_request_is_never_turned_away_in_silence(
     proxy = start_proxy(python=tuned(PLACES=2), upstream=agent.sock)
     left = 200
     while left:  # those that come again are all served in the end
-        answers = all_at_once(proxy, min(left, 50), post(bytes(size)), clients)
-        for answer in answers:
+        os.kill(proxy.pid, signal.SIGSTOP)
+        wait_for(lambda: stopped(proxy.pid))
+        sockets = [connect(proxy.port) for _ in range(min(left, 50))]
+        clients.opened += sockets
+        for s in sockets:
+            s.sendall(post(bytes(size)))  # it is there in full before the proxy looks
+        os.kill(proxy.pid, signal.SIGCONT)
+        for s in sockets:
+            answer = the_one_answer(read_all(s, 30))
             if answer.status == 200:
                 left -= 1
             else:
                 busy(answer)
     clean(proxy)
-
-
-# ================================================================ statuses that the agent causes
-
-
-def test_an_agent_that_lies_is_a_bad_gateway(
-    scripted_agent: Callable[..., Path], start_proxy: Callable[..., Proxy]
-) -> None:
-    def lie(connection: socket.socket) -> None:
-        while read_message(connection):
-            connection.sendall(message(b"\x63lie"))
-
-    proxy = start_proxy(upstream=scripted_agent(lie))
-    for data in (post(b"x"), get("/publickey")):
-        refused(ask(proxy.port, data), 502)
-
-
-def test_an_agent_that_is_not_there_is_unavailable(
-    short: Path, start_proxy: Callable[..., Proxy]
-) -> None:
-    proxy = start_proxy(upstream=short / "none")
-    for data in (post(b"x"), get("/publickey")):
-        assert str(short / "none") in refused(ask(proxy.port, data), 503).text
-
-
-def test_an_agent_that_hangs_is_a_gateway_timeout(
-    gate: Scripted, scripted_agent: Callable[..., Path], start_proxy: Callable[..., Proxy]
-) -> None:
-    proxy = start_proxy("--timeout", "0.3", upstream=scripted_agent(gate))
-    refused(ask(proxy.port, post(b"x")), 504)
-    assert ask(proxy.port, get("/publickey")).status == 200
-
-
-def test_an_agent_that_refuses_is_a_refusal(
-    agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]
-) -> None:
-    agent.add(keys["ed25519"], "-c")  # a key that must be confirmed, and nobody there to do it
-    proxy = start_proxy(upstream=agent.sock)
-    assert ask(proxy.port, get("/publickey")).status == 200
-    for fields in ((), (f"SSHSIG-Key: {keys.line('ed25519')}",)):
-        refused(ask(proxy.port, post(b"x", *fields)), 403)
 
 
 # ================================================================ the end
@@ -1407,39 +1122,27 @@ SEEDS = [
     get("/publickey", "SSHSIG-Hash: sha256"),
     post(b"hello", "Expect: 100-continue", "SSHSIG-Namespace: git"),
     post_chunked(b"5;a=b\r\nhello\r\n0\r\nA: b\r\n\r\n"),
-    b"POST /sign HTTP/1.0\r\nContent-Length: 5\r\n\r\nhello",
 ]
 
 SPLICES = [
-    b"\r\n", b"\n", b"\r", b" ", b":", b"\x00", b"\xff", b"\x1b", b"%", b"0", b"[::1]", b"http://",
-    b"\r\n\r\n", b"Host: a\r\n", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
-    b"A: " + b"b" * 5000 + b"\r\n", b"ffffffff", *SEEDS,
+    b"\r\n", b"\n", b"\r", b" ", b":", b"\x00", b"\xff", b"%", b"0", b"http://", b"\r\n\r\n",
+    b"Host: a\r\n", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", *SEEDS,
 ]  # fmt: skip
-
-
-def mutant(rng: random.Random) -> bytes:
-    data = bytearray(rng.choice(SEEDS))
-    for _ in range(rng.randrange(1, 4)):
-        at = rng.randrange(len(data) + 1)
-        end = at + rng.choice((0, 1, 2, 5, 20))
-        data[at:end] = rng.choice([b"", rng.choice(SPLICES)])
-    return bytes(data)
 
 
 def test_mutated_requests_get_one_answer_each_and_show_no_fault(shared: Shared) -> None:
     rng = random.Random(20)
     for _ in range(200):
-        data = mutant(rng) or b"\n"
+        data = bytearray(rng.choice(SEEDS))
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(data) + 1)
+            data[at : at + rng.choice((0, 1, 5, 20))] = rng.choice(SPLICES)
         with connect(shared.port) as s:
             s.sendall(data)
             s.shutdown(socket.SHUT_WR)
-            received = read_all(s)
-        if received.startswith(CONTINUE):
-            received = received[len(CONTINUE) :]
-        assert answers_in(received) == 1, data
+            answer = the_one_answer(read_all(s).removeprefix(CONTINUE))
         # 400 is also what a client gets that closes its side before it has its answer.
-        status = parse_answer(received).status
-        assert status in (200, 400, 403, 404, 405, 411, 413, 421, 431), data
+        assert answer.status in (200, 400, 403, 404, 405, 411, 413, 421, 431), data
     assert served(shared.port)
     clean(shared.proxy)
     assert all(line.isprintable() for line in shared.proxy.log().split("\n"))
