@@ -465,9 +465,10 @@ LAST_LINES = rows([
 
 
 @pytest.mark.parametrize(("env", "what", "status", "start"), LAST_LINES)
-def test_the_last_line_of_a_failed_start_has_its_level(
-    home: Path, env: Dict[str, str], what: str, status: int, start: str
+def test_the_last_line_of_a_failed_start_has_its_level_and_it_is_not_ready(
+    home: Path, manager: Manager, env: Dict[str, str], what: str, status: int, start: str
 ) -> None:
+    env = {**env, "NOTIFY_SOCKET": manager.variable}
     ours, theirs = map(socket.socket.detach, socket.socketpair())
     if "JOURNAL_STREAM" in env:
         env = {**env, "JOURNAL_STREAM": stream(theirs)}
@@ -478,6 +479,7 @@ def test_the_last_line_of_a_failed_start_has_its_level(
     os.close(ours)
     os.close(theirs)
     assert done.returncode == status
+    assert manager.listen() == []
     begins = re.escape(start).replace("TIME", r"[0-9T:+-]+")
     assert re.fullmatch(f"{begins}.*{what}.*", last), last
 
@@ -592,17 +594,6 @@ def test_ready_is_told_once_it_answers_at_all_addresses(
     where = f"STATUS=listening on 127.0.0.1:{proxy.port}, unix:{short}/s"
     assert manager.listen()[0] == where
     assert manager.listen().count("READY=1") == 1
-
-
-def test_what_cannot_listen_is_not_ready(
-    manager: Manager, start_proxy: Callable[..., Proxy], agent: Agent
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        addr = f"127.0.0.1:{s.getsockname()[1]}"
-        proxy = start_proxy(upstream=agent.sock, addr=addr, wait=False,
-                            env={"NOTIFY_SOCKET": manager.variable})  # fmt: skip
-        assert end(proxy) == 1
-    assert manager.listen() == []
 
 
 @linux
