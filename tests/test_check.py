@@ -8,7 +8,6 @@ import re
 import resource
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import pytest
 from conftest import (
     FINGERPRINT,
     PROXY,
+    RELAY,
     Agent,
     Keys,
     Proxy,
@@ -182,13 +182,6 @@ def test_an_agent_with_a_key_is_told_to_the_letter_and_exit_0(
     assert told.marked("warn") == []
 
 
-def test_it_changes_nothing(home: Path, short: Path, agent_with_key: Agent) -> None:
-    clean_env(home)  # makes its folder for what is temporary
-    before = files(short)
-    check(home, "--upstream", agent_with_key.sock).works()
-    assert files(short) == before
-
-
 def test_an_agent_that_comes_and_goes_is_told_as_the_running_proxy_sees_it(
     home: Path, short: Path, start_agent: StartAgent, keys: Keys, start_proxy: StartProxy
 ) -> None:
@@ -277,22 +270,6 @@ def test_the_pinned_key_signs_and_its_setting_is_named(
     assert setting in line
 
 
-def test_without_any_setting_a_well_known_agent_is_used(
-    short: Path, start_agent: StartAgent, keys: Keys
-) -> None:
-    agent = start_agent(short / "ssh-agent.socket")
-    agent.add(keys["ed25519"])
-    told = of_agent(XDG_RUNTIME_DIR=short)
-    assert told.one(" asking ") == f"ok   asking the agent at '{agent.sock}'"
-    told.works()
-
-
-def test_no_agent_at_all_is_told_with_all_the_places(home: Path, short: Path) -> None:
-    places = p.well_known_sockets(sys.platform, str(home), str(short))
-    told = of_agent(HOME=home, XDG_RUNTIME_DIR=short)
-    told.fails(NAME + "UPSTREAM", "SSH_AUTH_SOCK (unset)", *places)
-
-
 def nothing(path: Path) -> None:
     pass
 
@@ -302,28 +279,13 @@ def dead(path: Path) -> None:
         s.bind(str(path))
 
 
-UNREACHABLE = [
-    ("nothing there", nothing, "no such socket"),
-    ("a socket that nobody listens on", dead, "nobody listens on that socket"),
-    ("a file", Path.touch, "that is no socket"),
-]
-
-
-@pytest.mark.parametrize(("make", "cause"), rows(UNREACHABLE))
 @pytest.mark.parametrize("variable", ["SSH_AUTH_SOCK", NAME + "UPSTREAM"])
 def test_an_agent_that_is_not_there_is_named_with_the_cause_and_the_setting(
-    variable: str, make: Callable[[Path], None], cause: str, short: Path
+    variable: str, short: Path
 ) -> None:
-    make(short / "agent")
-    of_agent(**{variable: short / "agent"}).fails(f"'{short}/agent'", cause, variable)
-
-
-@linux
-def test_another_users_agent_is_permission_denied(
-    nobody: Callable[..., subprocess.CompletedProcess[bytes]], agent_with_key: Agent
-) -> None:
-    told = parse(nobody("--upstream", agent_with_key.sock))
-    told.fails(f"'{agent_with_key.sock}'", "permission denied", NAME + "UPSTREAM")
+    dead(short / "agent")
+    told = of_agent(**{variable: short / "agent"})
+    told.fails(f"'{short}/agent'", "nobody listens on that socket", variable)
 
 
 def empty(agent: Agent, keys: Keys) -> None:
@@ -412,8 +374,6 @@ def test_unusable_keys_are_passed_over(scripted_agent: Scripted, keys: Keys) -> 
 # What an agent may answer at all is for the tests of the protocol.
 LIES = [
     ("hangs up at once", lambda connection: None, "hung up without an answer"),
-    ("hangs up in its answer", answering(b"\0\0\0\x05\x0c\0"), "hung up in the middle"),
-    ("announces 4 GiB", answering(b"\xff\xff\xff\xff"), "announced a message of 4294967295 bytes"),
     ("refuses to list", answering(message(b"\x05")), "lists no keys (none added, or it is locked)"),
     ("another answer", answering(message(b"\x0e")), "message type 14"),
 ]
@@ -427,14 +387,6 @@ def test_an_agent_that_breaks_the_protocol_is_named_with_what_it_did(
     told = of_agent("--upstream", path)
     told.fails(cause)
     assert told.one("^ok .*agent") == f"ok   asking the agent at '{path}'"
-
-
-def test_an_agent_that_hangs_is_named_once_the_timeout_is_over(
-    home: Path, agent: Agent
-) -> None:
-    agent.process.send_signal(signal.SIGSTOP)
-    told = check(home, "--upstream", agent.sock, "--timeout", "0.3")
-    told.fails(f"'{agent.sock}'", "did not answer in time")
 
 
 HOSTILE = "a\x1b[31m\r\nFAIL b\u202e\u200bc\x9b\udcff"
@@ -453,30 +405,14 @@ def test_hostile_text_is_escaped_on_its_line_and_cut(
     assert ESCAPED in line.replace(2 * "\\", "\\")
 
 
-@pytest.fixture
-def bridge(short: Path, agent_with_key: Agent) -> str:
-    """A command that speaks to the agent for us."""
-    program = short / "bridge"
-    program.write_text(
-        f"#!{sys.executable}\n"
-        "import os, socket, sys, threading\n"
-        "s = socket.socket(socket.AF_UNIX)\n"
-        f"s.connect({str(agent_with_key.sock)!r})\n"
-        "def answers():\n"
-        "    while data := s.recv(65536): os.write(1, data)\n"
-        "threading.Thread(target=answers, daemon=True).start()\n"
-        "while data := os.read(0, 65536): s.sendall(data)\n"
-    )
-    program.chmod(0o755)
-    return str(program)
-
-
 @linux
 def test_an_agent_behind_a_command_is_told_and_signs_and_keeps_landlock_out(
-    home: Path, bridge: str, keys: Keys
+    home: Path, short: Path, agent_with_key: Agent, keys: Keys
 ) -> None:
-    told = check(home, "--upstream", f"exec:{bridge}", "--sign")
-    told.one(f"^ok   asking the agent command '{bridge}'$")
+    (short / "relay").write_text(RELAY)
+    argv = [sys.executable, str(short / "relay"), str(agent_with_key.sock)]
+    told = check(home, "--upstream", f"exec:{shlex.join(argv)}", "--sign")
+    told.one(f"^ok   asking the agent command '{sys.executable}'$")
     assert fingerprint(keys["ed25519"]) in told.one(" holds ")
     assert told.one("test signature").startswith("ok   ")
     line = told.one(" Landlock: ")
@@ -536,10 +472,8 @@ def trickle(connection: socket.socket) -> None:
 
 OTHERS = [
     ("another server", saying(b"HTTP/1.0 200 OK\r\nServer: other/1.0\r\n\r\nok\n")),
-    ("no Server header", saying(b"HTTP/1.0 200 OK\r\n\r\nok\n")),
     ("our name behind another", saying(b"HTTP/1.0 200 OK\r\nServer: x ssh-agent-proxy/1\r\n\r\n")),
     ("our name, longer", saying(b"HTTP/1.0 200 OK\r\nServer: ssh-agent-proxy2/1\r\n\r\n")),
-    ("escapes", saying(b"HTTP/1.0 200 OK\r\nServer: \x1b[31m\xe2\x80\xae\x00\xff\r\n\r\n")),
     ("garbage", saying(bytes(range(256)) * 64)),
     ("closes at once", lambda connection: None),
     ("mute", mute),
@@ -621,11 +555,13 @@ def test_the_same_port_twice_is_told_for_serve_would_not_start() -> None:
 
 @linux
 def test_what_the_user_may_not_have_is_told(
-    nobody: Callable[..., subprocess.CompletedProcess[bytes]], short: Path, keys: Keys
+    nobody: Callable[..., subprocess.CompletedProcess[bytes]], short: Path, agent_with_key: Agent
 ) -> None:
-    told = parse(nobody("--addr", f"127.0.0.1:11,unix:{short}/s"))
-    assert told.one(f"unix:{short}/s").startswith("FAIL ")
-    assert "Permission denied" in told.one(f"unix:{short}/s")
+    addr, sock = f"127.0.0.1:11,unix:{short}/s", agent_with_key.sock
+    told = parse(nobody("--addr", addr, "--upstream", sock))
+    assert told.status == 1
+    assert told.one("^FAIL .*permission denied.*UPSTREAM").count(f"'{sock}'")
+    assert told.one(f"^FAIL .*unix:{short}/s").count("Permission denied")
     # Where a container lets everybody have the low ports, that is what is to be told.
     first = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
     line = told.one("127.0.0.1:11")
@@ -667,26 +603,22 @@ def test_a_unix_address_is_told_and_left_as_it_was(
 # ---------------------------------------------------------------- settings
 
 
-BEYOND = [("127.0.0.1", False), ("127.0.0.2", False), ("localhost", False), ("[::1]", False),
-          ("0.0.0.0", True), ("[::]", True)]  # fmt: skip
-
-
-@pytest.mark.parametrize(("host", "beyond"), BEYOND)
+@pytest.mark.parametrize(("host", "beyond"), [
+    ("127.0.0.2", False), ("localhost", False), ("[::1]", False), ("0.0.0.0", True), ("[::]", True),
+])  # fmt: skip
 def test_listening_beyond_loopback_without_a_token_is_a_warning(
     host: str, beyond: bool, short: Path
 ) -> None:
     """Whoever reaches it can have anything signed."""
     if "::" in host:
         need_ipv6()
-    told = part(p.weak_settings(configured("--addr", f"{host}:0")))
+    argv = ["--addr", f"{host}:0"]
+    told = part(p.weak_settings(configured(*argv)))
+    assert len(told.lines) == beyond
     if beyond:
-        line = told.one("not a loopback address")
-        assert line.startswith(f"warn {host}:0 ")
-        assert NAME + "TOKEN_FILE" in line
-    else:
-        assert told.lines == []
-    path = private_file(short / "tokens", f"{SECRET}\n")
-    argv = ["--addr", f"{host}:0", "--token-file", path]
+        assert told.lines[0].startswith(f"warn {host}:0 is not a loopback address")
+        assert NAME + "TOKEN_FILE" in told.lines[0]
+    argv += ["--token-file", private_file(short / "tokens", f"{SECRET}\n")]
     assert part(p.weak_settings(configured(*argv))).lines == []
 
 
@@ -705,11 +637,8 @@ def test_a_yes_that_holds_for_everyone_on_this_machine_is_a_warning(
     assert all(line.startswith("warn ") and NAME + "TOKEN_FILE" in line for line in found)
 
 
-UNKNOWN = [NAME + "UPSTRAEM", NAME, NAME + "X\x1b\u202e", NAME + "TOKEN"]
-
-
-@pytest.mark.parametrize("name", UNKNOWN)
-def test_a_variable_that_is_no_setting_is_a_warning(name: str) -> None:
+def test_a_variable_that_is_no_setting_is_a_warning() -> None:
+    name = NAME + "X\x1b\u202e"
     told = part(p.weak_settings(configured(**{name: "value-of-it"})))
     assert told.one("no setting").startswith(f"warn {p.printable(name)} is set")
     assert told.found("value-of-it") == []
@@ -720,8 +649,6 @@ WRONG = [
     ("an option", ["--timeout", "soon"], {}, "--timeout: 'soon'"),
     ("a variable", [], {NAME + "TIMEOUT": "soon"}, NAME + "TIMEOUT: 'soon'"),
     ("no token file", ["--token-file", "/nowhere"], {}, "--token-file: can't use '/nowhere'"),
-    ("two that do not fit", ["--confirm-for", "60"], {}, NAME + "CONFIRM_FOR: '60' seconds"),
-    ("a word too many", ["twice"], {}, "'check twice'"),
 ]
 
 
@@ -808,25 +735,12 @@ def test_of_the_running_service_the_kernels_facts_are_told(
     assert line[:5] == ("warn " if weak else "ok   ")
 
 
-@linux
-def test_a_service_without_its_locks_is_a_warning(systemctl: Systemctl) -> None:
-    with subprocess.Popen(["sleep", "60"]) as process:
-        line = systemctl.says(f"echo {process.pid}").one("service")
-        process.kill()
-    assert line.startswith("warn ")
-    assert "NoNewPrivs 0, VmLck 0 kB" in line
-
-
 NO_SERVICE = [
     ("not running", "echo 0"),
     ("no manager", "echo 'Failed to connect to bus' >&2; exit 1"),
-    ("nonsense", "echo nonsense"),
     ("two numbers", "echo 1 1"),
     ("another folder of /proc", "echo self"),
-    ("a way out of /proc and back", "echo ../proc/self"),
     ("a process that has ended", "echo 4194305"),  # beyond what Linux gives out
-    ("escapes", r"printf '\033[31m1\n'"),
-    ("killed", "kill -9 $$"),
 ]
 HANGS = pytest.param("exec sleep 60", marks=pytest.mark.long, id="hangs")
 
@@ -861,8 +775,6 @@ def signing(algorithm: bytes, signature: bytes) -> bytes:
 WRONG_SIGNATURES = [
     ("refused", [message(b"\x05")], "refused to sign"),
     ("of something else", [signing(b"ssh-ed25519", 64 * b"\x01")], "not verify"),
-    ("of another algorithm", [signing(b"ssh-\x1b[1m", 64 * b"\x01")], "is of algorithm"),
-    ("too short", [signing(b"ssh-ed25519", 63 * b"\x01")], "63 bytes"),
     ("none", [], "did not answer in time"),
 ]
 
