@@ -60,7 +60,6 @@ def test_defaults() -> None:
 
 
 GOOD: List[Tuple[str, str, object]] = [
-    ("ADDR", "127.0.0.1:1", (("127.0.0.1", 1),)),
     ("ADDR", "[::1]:7221", (("::1", 7221),)),
     ("ADDR", "[fe80::1%eth0]:7221", (("fe80::1%eth0", 7221),)),
     ("ADDR", "0.0.0.0:0", (("0.0.0.0", 0),)),
@@ -72,7 +71,6 @@ GOOD: List[Tuple[str, str, object]] = [
     ("NAMESPACE", "git,file", ("git", "file")),
     ("NAMESPACE", "!\"#$%&'()*+-./~", ("!\"#$%&'()*+-./~",)),
     ("NAMESPACE", 255 * "n", (255 * "n",)),
-    ("UPSTREAM", "/run/agent", p.Upstream("/run/agent")),
     ("UPSTREAM", "unix:/run/agent", p.Upstream("/run/agent")),
     ("UPSTREAM", "exec:socat - UNIX:/a",
      p.Upstream(command=("socat", "-", "UNIX:/a"))),
@@ -83,7 +81,6 @@ GOOD: List[Tuple[str, str, object]] = [
     ("ALLOWED_HOSTS", "box.example,.Corp.Example, x_y",
      ("box.example", ".corp.example", "x_y")),
     ("PAYLOADS", "any", ("commit", "tag", "push", "other")),
-    ("PAYLOADS", "commit", ("commit",)),
     ("PAYLOADS", "push, commit", ("push", "commit")),
     ("CONFIRM_FOR", "0", 0),
     ("TIMEOUT", "0.25", 0.25),
@@ -139,21 +136,15 @@ def test_verbose_and_quiet_set_the_level() -> None:
     assert logging.INFO < p.AUDIT < logging.WARNING
 
 
-@pytest.mark.parametrize(
-    ("given", "meant"),
-    [
-        ("~/agent", f"{HOME}/agent"),
-        ("unix:~/agent", f"{HOME}/agent"),
-        ("%h/agent", f"{HOME}/agent"),
-        ("unix:%h/agent", f"{HOME}/agent"),
-        ("$HOME/agent", f"{HOME}/agent"),
-        ("${HOME}/agent", f"{HOME}/agent"),
-        ("/run/$WHO/a-${WHO}.sock", "/run/me/a-me.sock"),
-        ("/run/%h/agent", "/run/%h/agent"),
-        ("/run/~/agent", "/run/~/agent"),
-        ("$NESTED", "/run/$WHO"),
-    ],
-)
+@pytest.mark.parametrize(("given", "meant"), [
+    ("~/agent", f"{HOME}/agent"),
+    ("unix:%h/agent", f"{HOME}/agent"),
+    ("$HOME/agent", f"{HOME}/agent"),
+    ("/run/$WHO/a-${WHO}.sock", "/run/me/a-me.sock"),
+    ("/run/%h/agent", "/run/%h/agent"),
+    ("/run/~/agent", "/run/~/agent"),
+    ("$NESTED", "/run/$WHO"),
+])  # fmt: skip
 def test_paths_are_expanded(given: str, meant: str) -> None:
     c = from_env(SSH_AGENT_PROXY_UPSTREAM=given, WHO="me", NESTED="/run/$WHO")
     assert c.upstream == p.Upstream(meant)
@@ -197,21 +188,6 @@ def test_a_pins_file_is_ignored_beside_a_pin(keys: Keys, tmp_path: Path) -> None
     assert pin(c) == keys.line("ed25519")
 
 
-def test_a_pins_file_that_goes_or_breaks_pins_nothing_else(keys: Keys, tmp_path: Path) -> None:
-    """Else another key would sign meanwhile, or the old one for ever."""
-    file = tmp_path / "pin"
-    file.write_text(keys.line("ed25519"))
-    c = config(PUBKEY_FILE=str(file))
-    file.write_text(keys.line("other"))
-    assert pin(c) == keys.line("other")
-    file.write_text("broken")
-    with pytest.raises(p.ConfigError, match=re.escape(str(file))):
-        c.pinned()
-    file.unlink()
-    with pytest.raises(p.ConfigError, match=re.escape(str(file))):
-        c.pinned()
-
-
 def test_a_running_proxy_follows_the_pins_file(
     agent: Agent, keys: Keys, tmp_path: Path, start_proxy: Callable[..., Proxy]
 ) -> None:
@@ -223,6 +199,10 @@ def test_a_running_proxy_follows_the_pins_file(
     assert http(proxy.port, "GET", "/publickey").text.strip() == keys.line("other")
     file.write_text(keys.line("ed25519"))
     assert http(proxy.port, "GET", "/publickey").text.strip() == keys.line("ed25519")
+    file.write_text("broken")
+    answer = http(proxy.port, "GET", "/publickey")
+    assert answer.status == 503
+    assert f"--pubkey-file: can't use '{file}'" in answer.text
     file.unlink()
     for answer in http(proxy.port, "GET", "/publickey"), http(proxy.port, "POST", "/sign", b"x"):
         assert answer.status == 503
@@ -232,11 +212,8 @@ def test_a_running_proxy_follows_the_pins_file(
 # What the file holds (none: it is a folder, or what is said), and why it can't be used.
 PIN_FILES: List[Tuple[str, str, str]] = [
     ("private", "{key}", "a private key, where the public one (the .pub file) belongs"),
-    ("both", "{key}\n{line}", "a private key"),
     ("empty", "", "0 are there"),
-    ("comments", "# one\n\n# two\n", "0 are there"),
     ("two", "{line}\n{line}\n", "2 are there"),
-    ("binary", "".join(map(chr, range(1, 120))), "one line with a public key is needed"),
     ("large", "{line}\n" + (64 << 10) * "#", "larger than 64 KiB"),
     ("fifo", "", "not a regular file"),
     ("folder", "", "Is a directory"),
@@ -276,61 +253,44 @@ BAD: List[Tuple[str, str, List[str]]] = [
     ("ADDR", "127.0.0.1", ["'127.0.0.1'", "HOST:PORT"]),
     ("ADDR", ":7221", ["':7221'", "HOST:PORT"]),
     ("ADDR", "127.0.0.1:65536", ["'127.0.0.1:65536'"]),
-    ("ADDR", "127.0.0.1:+1", ["'127.0.0.1:+1'"]),
     ("ADDR", "127.0.0.1:\u0661", ["'127.0.0.1:\u0661'"]),
     ("ADDR", "::1:7221", ["'::1:7221'", "]:PORT"]),
-    ("ADDR", "[::1:7221", ["'[::1:7221'"]),
     ("ADDR", "http://127.0.0.1:7221", ["'http://127.0.0.1:7221'"]),
-    ("ADDR", "127.0.0.1:1 127.0.0.1:2", ["'127.0.0.1:1 127.0.0.1:2'"]),
     ("ADDR", "127.0.0.1:1,", ["''"]),
     ("ADDR", "unix:run/proxy", ["'unix:run/proxy'", "unix:/path"]),
     ("ADDR", "unix:/run/proxy?mode=66", ["'unix:/run/proxy?mode=66'", "?mode=0660"]),
-    ("ADDR", "unix:/run/proxy?mode=01777", ["'unix:/run/proxy?mode=01777'"]),
     ("ADDR", "unix:/run/proxy?owner=me", ["'unix:/run/proxy?owner=me'"]),
     ("ADDR", "\x1b[2Jhost:1\u202e", ["x1b[2Jhost:1", "u202e"]),
-    ("ADDR", "a\nb:1", ["'a", "b:1'"]),
     ("NAMESPACE", "a b", ["'a b'", "printable ASCII"]),
     ("NAMESPACE", "git,", ["''"]),
-    ("NAMESPACE", "é", ["'é'"]),
     ("NAMESPACE", "a\x7f", ["x7f"]),
     ("NAMESPACE", 256 * "n", ["255"]),
     ("UPSTREAM", "relative/agent", ["'relative/agent'", "absolute path", "exec:"]),
     ("UPSTREAM", "unix:", ["'unix:'", "absolute path"]),
-    ("UPSTREAM", "~nosuchuser/agent", ["'~nosuchuser/agent'"]),
     ("UPSTREAM", "$NOT_SET_HERE/agent", ["$NOT_SET_HERE", "not set"]),
     ("UPSTREAM", "exec:  ", ["'exec:  '", "without a command"]),
     ("UPSTREAM", "exec:socat 'x", ['"exec:socat \'x"', "quotation"]),
     ("PUBKEY", "nonsense", ["not a public key"]),
     ("PUBKEY", "SHA256:dGhlIGZpbmdlcnByaW50IG9mIG5vYm9keXMga2V5IQA", ["fingerprint"]),
-    ("PUBKEY", "ssh-ed25519 !!!!", ["base64"]),
-    ("PUBKEY", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5", ["public key"]),
-    ("PUBKEY", ED25519 + "AAAA", ["left over"]),
-    ("PUBKEY", ED25519.replace("ssh-ed25519", "ssh-rsa"), ["'ssh-rsa'", "'ssh-ed25519'"]),
-    ("PUBKEY", f'command="x" {ED25519}', ["not a public key"]),
     ("PUBKEY", f"{ED25519}\n{ED25519}", ["one line", "2"]),
     ("PUBKEY", "# only a comment", ["one line", "0"]),
     ("PUBKEY", "-----BEGIN OPENSSH PRIVATE KEY-----\nx", ["private key", ".pub"]),
     ("PUBKEY_FILE", "/nowhere/key.pub", ["can't use '/nowhere/key.pub': No such file"]),
-    ("PUBKEY_FILE", "/dev/zero", ["can't use '/dev/zero': not a regular file"]),
     ("ALLOWED_HOSTS", "a b", ["'a b'", "host name"]),
     ("ALLOWED_HOSTS", "box:80", ["'box:80'"]),
     ("ALLOWED_HOSTS", "*.example.com", ["'*.example.com'", ".suffix"]),
     ("ALLOWED_HOSTS", ".", ["'.'"]),
-    ("ALLOWED_HOSTS", "bücher.example", ["'bücher.example'"]),
     ("TIMEOUT", "soon", ["'soon'", "seconds"]),
     ("TIMEOUT", "0", ["'0'", "above 0"]),
-    ("TIMEOUT", "-1", ["'-1'"]),
     ("TIMEOUT", "1e3", ["'1e3'"]),
     ("TIMEOUT", "99999999999", ["'99999999999'"]),
     ("TIMEOUT", "\u0663", ["'\u0663'"]),
     ("TOKEN_FILE", "$NOT_SET_HERE/tokens", ["$NOT_SET_HERE", "not set"]),
     ("PAYLOADS", "commits", ["'commits'", "commit, tag, push"]),
     ("PAYLOADS", "commit,any", ["'commit,any'", "commit, tag, push"]),
-    ("PAYLOADS", "other", ["commit, tag, push"]),
     ("CONFIRM", "/nowhere/askpass", ["'/nowhere/askpass'", "can be run"]),
     ("CONFIRM", "/etc/passwd", ["'/etc/passwd'", "can be run"]),
     ("CONFIRM_FOR", "ever", ["'ever'", "seconds"]),
-    ("CONFIRM_FOR", "-1", ["'-1'", "seconds"]),
 ]
 
 
@@ -404,7 +364,6 @@ def test_without_unix_sockets_there_is_no_address_of_one(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("argv", "variables", "said"), rows([
     ("a variable", [], {"TIMEOUT": "soon"}, "SSH_AGENT_PROXY_TIMEOUT: 'soon'"),
-    ("an option", ["serve", "--addr", "x"], {}, "--addr: 'x' is none of HOST:PORT"),
     ("with another command", ["shim", "--addr", "a\nb"], {}, r"--addr: 'a\\nb'"),
     ("no text", [], {"ADDR": b"\xff\xfe:x"}, r"SSH_AGENT_PROXY_ADDR: '\\udcff\\udcfe:x'"),
 ]))  # fmt: skip
@@ -452,10 +411,3 @@ def test_a_variable_that_looks_like_ours_is_known_to_be_none(
 ) -> None:
     """Else a setting with a typing error is silently not in force."""
     assert config(**variables).unknown == unknown
-
-
-def test_a_variable_that_looks_like_ours_is_warned_about(
-    agent_with_key: Agent, start_proxy: Callable[..., Proxy]
-) -> None:
-    proxy = start_proxy(upstream=agent_with_key.sock, env={"SSH_AGENT_PROXY_ADRESS": "x"})
-    proxy.wait_log(r"WARNING .*SSH_AGENT_PROXY_ADRESS")
