@@ -12,11 +12,11 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from conftest import RELAY, ROOT, Keys, cannot_run, clean_env, need, rows, run, wait_for
-from test_make import copy_project, make, refused, stand_in
+from test_make import copy_project, make, mode, refused, stand_in
 
 alone = pytest.mark.alone
 
@@ -30,6 +30,7 @@ ENV = HOME / ".config/ssh-agent-proxy/env"
 TEMPLATE = ROOT / "contrib/systemd/env"
 NAME = "ssh-agent-proxy"
 URL = "http://127.0.0.1:7221"
+SYSTEMS = (".system", ".journal", ".manager.log")  # in the account's home, of systemd-user
 
 
 def closed(folder: Path) -> bool:
@@ -159,11 +160,9 @@ class Manager:
 
     def files(self) -> List[str]:
         """What there is in the account's home, without what is there from the start."""
-        found = self.text("find", HOME, "-path", HOME / "tree", "-prune", "-o",
-                          "!", "-type", "d", "-print").split("\n")  # fmt: skip
-        names = [str(Path(line).relative_to(HOME)) for line in found]
-        own = ("tree", ".system/", ".journal/", ".manager.log", ".config/systemd/user.conf",
-               ".gnupg/")  # fmt: skip
+        names = [str(path.relative_to(self.folder)) for path in self.folder.rglob("*")
+                 if path.is_symlink() or path.is_file()]  # fmt: skip
+        own = (*SYSTEMS, "tree", ".config/systemd/user.conf", ".gnupg")
         return sorted(name for name in names if not name.startswith(own))
 
     def wipe(self) -> None:
@@ -176,24 +175,23 @@ class Manager:
         while self.changed:
             self.source(self.changed.pop(), str)
             self.changed.pop()
-        self.run("find", HOME, "-mindepth", "1", "-maxdepth", "1", "!", "-name", "tree",
-                 "!", "-name", ".system", "!", "-name", ".journal", "!", "-name", ".manager.log",
-                 "!", "-name", ".config", "-exec", "rm", "-rf", "{}", "+")  # fmt: skip
+        for path in self.folder.iterdir():
+            if path.name not in (*SYSTEMS, "tree", ".config"):
+                run(["rm", "-rf", path])
         self.run("rm", "-rf", UNITS, ENV.parent, RUNTIME / NAME)
         self.ctl("daemon-reload")
         self.installed = False
 
-    def agent(self, path: Path, key: Optional[Path]) -> str:
+    def agent(self, path: Path, key: Path) -> str:
         """A real ssh-agent at PATH, which holds KEY: its number."""
         self.run("mkdir", "-p", "-m", "700", path.parent)
         said = self.text("ssh-agent", "-a", path)
         number = re.search(r"SSH_AGENT_PID=(\d+)", said)
         assert number
         self.agents.append(number[1])
-        if key:
-            self.write(HOME / "key", key.read_text())
-            self.run("ssh-add", "-q", HOME / "key", SSH_AUTH_SOCK=str(path))
-            self.run("rm", HOME / "key")
+        self.write(HOME / "key", key.read_text())
+        self.run("ssh-add", "-q", HOME / "key", SSH_AUTH_SOCK=str(path))
+        self.run("rm", HOME / "key")
         return number[1]
 
     def kill_agent(self, number: str, path: Path) -> None:
@@ -209,12 +207,8 @@ class Manager:
 
 
 def boot(*options: str) -> Iterator[Manager]:
-    for program, package in [("systemctl", "systemd"), ("systemd-analyze", "systemd"),
-                             ("nsenter", "util-linux"), ("setpriv", "util-linux"),
-                             ("make", "make")]:  # fmt: skip
+    for program, package in [("systemctl", "systemd"), ("nsenter", "util-linux")]:
         need(program, package)
-    if not Path("/lib/systemd/systemd").exists():
-        cannot_run("systemd is missing: install systemd")
     if os.geteuid() != 0:
         cannot_run("a systemd user manager of the tests' own: run them as root")
     manager = Manager(*options)
@@ -325,20 +319,6 @@ def test_only_its_own_folder_can_be_written(installed: Manager) -> None:
 
 
 @alone
-def test_twice_is_as_good_as_once_whatever_bindir(manager: Manager) -> None:
-    bindir = f"BINDIR={HOME}/my bin's 100%"
-    manager.install(bindir)
-    assert manager.answers()
-    before = manager.sh("find ~/.config ! -name '*.log' -printf '%p %i %T@\\n' | sort")
-    pid = manager.main_pid()
-    told = manager.install(bindir)
-    assert manager.sh("find ~/.config ! -name '*.log' -printf '%p %i %T@\\n' | sort") == before
-    assert manager.main_pid() == pid
-    assert "Written" not in told
-    assert "ssh-agent-proxy.service runs: listening on" in told
-
-
-@alone
 def test_an_upgrade_and_changed_settings_which_are_kept_take_effect(manager: Manager) -> None:
     manager.install()
     version = re.compile('(?m)^VERSION = ".*"')
@@ -366,17 +346,7 @@ def test_settings_that_can_not_be_read_are_not_left_out(manager: Manager) -> Non
 
 
 @alone
-def test_one_that_was_interrupted_is_made_good(manager: Manager) -> None:
-    manager.install()
-    manager.ctl("stop", NAME)
-    manager.outside(SANDBOX).unlink()
-    manager.install()
-    assert manager.show("ActiveState") == "active"
-    assert manager.show("DropInPaths") == str(SANDBOX)
-
-
-@alone
-def test_paths_with_blanks_and_signs_that_mean_something_to_systemd(manager: Manager) -> None:
+def test_twice_is_as_good_as_once_whatever_the_paths(manager: Manager) -> None:
     # Not through make, whose own recipes can't have all of these in BINDIR.
     odd = HOME / """a %h $HOME ${x} "b" 'c' \\d [e]*?"""
     manager.make("build")
@@ -384,10 +354,25 @@ def test_paths_with_blanks_and_signs_that_mean_something_to_systemd(manager: Man
     manager.run("cp", "dist/ssh-agent-proxy", odd / "bin")
     manager.write(odd / "etc/env", "SSH_AGENT_PROXY_ADDR=127.0.0.1:7223\n")
     env = {"BINDIR": f"{odd}/bin", "CONFIG_DIR": f"{odd}/etc", "SYSTEMD_USER_DIR": str(UNITS)}
-    manager.run("sh", "contrib/systemd.sh", "ready", **env)
-    manager.run("sh", "contrib/systemd.sh", "install", **env)
-    assert manager.show("DropInPaths") == str(SANDBOX)
+    state = "find ~/.config ! -name '*.log' -printf '%p %i %T@\\n' | sort"
+
+    def install() -> str:
+        manager.run("sh", "contrib/systemd.sh", "ready", **env)
+        return manager.text("sh", "contrib/systemd.sh", "install", **env)
+
+    install()
     assert manager.answers(7223)
+    before, pid = manager.sh(state), manager.main_pid()
+    told = install()
+    assert (manager.sh(state), manager.main_pid()) == (before, pid)
+    assert "Written" not in told
+    assert "ssh-agent-proxy.service runs: listening on" in told
+    # One that was interrupted is made good.
+    manager.ctl("stop", NAME)
+    manager.outside(SANDBOX).unlink()
+    install()
+    assert manager.answers(7223)
+    assert manager.show("DropInPaths") == str(SANDBOX)
 
 
 # ---------------------------------------------------------------- what was there before
@@ -424,26 +409,18 @@ def test_the_service_of_another_program_of_that_name_is_replaced_and_kept(
 
 
 @alone
-def test_a_drop_in_of_another_program_does_not_go_on_running_it(manager: Manager) -> None:
+def test_drop_ins_of_others_are_named_with_what_they_change(manager: Manager) -> None:
+    mine = manager.drop_in("ProtectHome=no", "zz mine.conf")
+    told = manager.install()
+    assert f"The sandbox is in force, but for what these change:\n{mine}\n\n" in told
+    # What another program has left does not go on running that.
     left = manager.drop_in("Type=exec\nExecStart=\nExecStart=/bin/sleep 1000", "override.conf")
     told = manager.refuses()
     assert f"would not run {HOME}/.local/bin/ssh-agent-proxy" in told
     assert f"\n{left}\n" in told
     assert manager.show("ActiveState") == "inactive"
     manager.outside(left).unlink()
-    manager.install()
-    assert manager.answers()
-
-
-@alone
-def test_the_users_drop_ins_are_named_with_the_sandbox_and_with_what_does_not_start(
-    manager: Manager
-) -> None:
-    mine = manager.drop_in("ProtectHome=no", "zz mine.conf")
-    told = manager.install()
-    assert f"The sandbox is in force, but for what these change:\n{mine}\n\n" in told
-    manager.wipe()
-    mine = manager.drop_in("WorkingDirectory=/nonexistent")
+    manager.drop_in("WorkingDirectory=/nonexistent", "zz mine.conf")
     assert f"These have a say too:\n{mine}\n" in manager.refuses()
 
 
@@ -451,9 +428,7 @@ def test_the_users_drop_ins_are_named_with_the_sandbox_and_with_what_does_not_st
 
 PASSED_OVER = [
     "export SSH_AGENT_PROXY_PAYLOADS=commit",
-    " export A=b",
     "\ufeffSSH_AGENT_PROXY_PAYLOADS=commit",
-    "SSH-AGENT-PROXY-PAYLOADS=commit",
     "SSH_AGENT_PROXY_PAYLOADS: commit",
 ]
 
@@ -468,14 +443,19 @@ def test_a_line_that_systemd_passes_over_is_refused(manager: Manager) -> None:
 
 
 @alone
-def test_lines_that_systemd_takes_are_no_reason_to_refuse(manager: Manager) -> None:
-    text = ("# a comment \\\nthat goes on\n\r\n  ; another\nSSH_AGENT_PROXY_TIMEOUT = 31  \r\n"
-            "A=\\\ngoes on\n\tB=\"two\n lines\"\nSSH_AGENT_PROXY_NAMESPACE='git'\n")  # fmt: skip
-    manager.write(ENV, text)
-    manager.install()
-    environ = manager.root("cat", f"/proc/{manager.main_pid()}/environ").stdout.split(b"\0")
-    assert {b"SSH_AGENT_PROXY_TIMEOUT=31", b"SSH_AGENT_PROXY_NAMESPACE=git", b"A=goes on",
-            b"B=two\n lines"} <= set(environ)  # fmt: skip
+def test_examples_and_other_lines_that_systemd_takes_are_handed_on(manager: Manager) -> None:
+    odd = ("# a comment \\\nthat goes on\n\r\n  ; another\nODD = 31  \r\n"
+           "A=\\\ngoes on\n\tB=\"two\n lines\"\nC='git'\n")  # fmt: skip
+    manager.write(ENV, odd + re.sub(r"(?m)^#(SSH_AGENT_PROXY_)", r"\1", TEMPLATE.read_text()))
+    manager.make("systemd-ready")
+    unit = "[Service]\nType=oneshot\nExecStart=/bin/sh -c 'env -0 >%h/env'\n"
+    unit += f"EnvironmentFile={ENV}\n"
+    manager.write(UNITS / "show.service", unit, 0o644)
+    manager.ctl("daemon-reload")
+    manager.ctl("start", "show")
+    got = manager.outside(HOME / "env").read_text().split("\0")
+    expected = {"ODD=31", "A=goes on", "B=two\n lines", "C=git"}
+    assert expected | {f"{name}={value}" for name, value in dict(examples()).items()} <= set(got)
 
 
 @alone
@@ -487,20 +467,6 @@ def test_several_at_once_are_as_good_as_one(manager: Manager) -> None:
         assert "The whole sandbox is in force.\n" in told
     assert manager.show("DropInPaths") == str(SANDBOX)
     assert not [name for name in manager.files() if ".new" in name]
-
-
-@alone
-def test_on_a_full_disk_no_half_of_a_file_is_left(manager: Manager) -> None:
-    # Room for the unit alone.
-    manager.run("mkdir", "-p", UNITS)
-    manager.root("mount", "-t", "tmpfs", "-o", f"size=4k,uid={UID},gid={UID}", "none", UNITS)
-    try:
-        told = manager.refuses()
-        left = manager.text("find", UNITS, "-type", "f").split()
-    finally:
-        manager.root("umount", "-l", UNITS)
-    assert "No space left on device" in told
-    assert left == [str(UNIT)]
 
 
 @alone
@@ -544,31 +510,6 @@ def test_a_wrong_setting_is_told_and_not_tried_again(manager: Manager) -> None:
     assert [line["PRIORITY"] for line in logged(manager, "ssh-agent-proxy: SSH_AGENT")] == ["3"]
 
 
-ANOTHER = """
-import socket, sys
-s = socket.create_server(("127.0.0.1", 7221))
-print("ready", flush=True)
-sys.stdin.read()
-"""
-
-
-@alone
-def test_a_busy_port_is_told_and_tried_again_until_it_is_free(manager: Manager) -> None:
-    listener = subprocess.Popen(
-        ["nsenter", "-t", str(manager.pid), "--net", sys.executable, "-c", ANOTHER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert listener.stdout
-        listener.stdout.readline()
-        told = manager.refuses()
-    finally:
-        listener.communicate(timeout=10)
-    assert "port 7221" in told
-    wait_for(lambda: manager.show("ActiveState") == "active", 20, "it came by itself")
-
-
 @alone
 def test_a_program_that_does_not_run_is_no_service(manager: Manager) -> None:
     manager.source("ssh_agent_proxy.py", lambda text: "raise SystemExit('no proxy today')\n")
@@ -590,7 +531,6 @@ NO_BUS = {"systemctl": "echo 'Failed to connect to bus: No medium found' >&2; ex
 NO_MANAGER = rows([
     ("install", "install-systemd", NO_BUS, {}, ["to connect to bus", "loginctl enable-linger"]),
     ("status", "status", NO_BUS, {}, ["to connect to bus"]),
-    ("logs", "logs", NO_BUS, {}, ["to connect to bus"]),
     ("real systemctl", "install-systemd", {}, {"XDG_RUNTIME_DIR": "/nothing"},
      ["sudo loginctl enable-linger"]),
     # It does nothing then, and exits 0.
@@ -715,13 +655,15 @@ def commit(manager: Manager, key: str) -> None:
 
 
 @alone
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [*PLACES, "exec"])
 def test_a_commit_is_signed_by_an_agent_in(manager: Manager, keys: Keys, place: str) -> None:
     # In the whole sandbox, and by an agent that was started anew under it, too.
-    path = PLACES[place]
+    path = PLACES.get(place, PLACES["runtime"])
     number = manager.agent(path, keys["ed25519"])
     manager.install()
-    manager.settings(UPSTREAM=path)
+    manager.write(HOME / "relay.py", RELAY)
+    relay = f"exec:{manager.python} {HOME}/relay.py {path}"
+    manager.settings(UPSTREAM=relay if place == "exec" else path)
     assert manager.show("DropInPaths") == str(SANDBOX)
     commit(manager, keys.line("ed25519"))
     manager.kill_agent(number, path)
@@ -760,7 +702,8 @@ def logged(manager: Manager, start: str) -> List[Dict[str, Any]]:
 
 
 @alone
-def test_pubkey_asks_a_socket_too_with_a_token(manager: Manager, keys: Keys) -> None:
+def test_the_folder_of_a_socket_outlives_the_service(manager: Manager, keys: Keys) -> None:
+    # As a container has it mounted.
     manager.agent(PLACES["runtime"], keys["ed25519"])
     manager.install()
     tokens = ENV.with_name("tokens")
@@ -768,78 +711,20 @@ def test_pubkey_asks_a_socket_too_with_a_token(manager: Manager, keys: Keys) -> 
                          "--token-file", tokens)  # fmt: skip
     manager.settings(ADDR="unix:$XDG_RUNTIME_DIR/ssh-agent-proxy/socket", TOKEN_FILE=tokens,
                      UPSTREAM=PLACES["runtime"])  # fmt: skip
-    url = f"PROXY_URL=unix:{RUNTIME}/ssh-agent-proxy/socket"
-    told = manager.make("pubkey", url, SSH_AGENT_PROXY_TOKEN=token).stdout.decode()
-    assert told.strip() == keys.line("ed25519")
-    assert "a token is needed" in manager.refuses("pubkey", url)
-
-
-@alone
-def test_the_folder_of_a_socket_outlives_the_service(manager: Manager) -> None:
-    # As a container has it mounted.
-    manager.install()
-    manager.settings(ADDR="unix:$XDG_RUNTIME_DIR/ssh-agent-proxy/socket")
     path = RUNTIME / NAME / "socket"
     folder = manager.text("stat", "-c", "%i %a", path.parent)
     assert folder.endswith(" 700")
     manager.ctl("stop", NAME)
     assert not manager.exists(path)
-    assert manager.text("stat", "-c", "%i %a", path.parent) == folder
     manager.ctl("start", NAME)
-    assert manager.curl("--unix-socket", path, "http://localhost/healthz").stdout == b"ok\n"
     assert manager.text("stat", "-c", "%i %a", path.parent) == folder
-
-
-@alone
-def test_a_program_of_the_settings_runs_in_the_sandbox(manager: Manager, keys: Keys) -> None:
-    manager.agent(PLACES["runtime"], keys["ed25519"])
-    manager.write(HOME / "relay.py", RELAY)
-    manager.install()
-    manager.settings(UPSTREAM=f"exec:{manager.python} {HOME}/relay.py {PLACES['runtime']}")
-    assert manager.show("DropInPaths") == str(SANDBOX)
-    commit(manager, keys.line("ed25519"))
+    url = f"PROXY_URL=unix:{path}"
+    told = manager.make("pubkey", url, SSH_AGENT_PROXY_TOKEN=token).stdout.decode()
+    assert told.strip() == keys.line("ed25519")
+    assert "a token is needed" in manager.refuses("pubkey", url)
 
 
 # ---------------------------------------------------------------- how it ends, and comes back
-
-
-def sign(manager: Manager) -> subprocess.Popen[bytes]:
-    """A request for a signature, under way."""
-    enter = ["nsenter", "-t", str(manager.pid), "--net"]
-    return subprocess.Popen(
-        [*enter, "curl", "-qsS", "--noproxy", "*", "-m", "30", "-w", "%{http_code}",
-         "--data-binary", "hello", f"{URL}/sign"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def busy(manager: Manager) -> bool:
-    """Whether the proxy has a connection of a client."""
-    found = manager.root("cat", "/proc/net/tcp").stdout.decode().splitlines()
-    ours = f"0100007F:{7221:04X}"
-    return any(line.split()[1] == ours and line.split()[3] == "01" for line in found)
-
-
-@alone
-def test_what_is_in_flight_is_finished_when_it_stops(manager: Manager, keys: Keys) -> None:
-    path = PLACES["runtime"]
-    number = manager.agent(path, keys["ed25519"])
-    manager.install()
-    manager.settings(UPSTREAM=path)
-    wait_for(lambda: "using the agent" in manager.show("StatusText"))
-    manager.run("kill", "-STOP", number)
-    try:
-        request = sign(manager)
-        wait_for(lambda: busy(manager), message="the request is there")
-        manager.ctl("stop", "--no-block", NAME)
-        wait_for(lambda: manager.show("ActiveState") == "deactivating")
-    finally:
-        manager.run("kill", "-CONT", number)
-    out, _ = request.communicate(timeout=20)
-    assert out.endswith(b"-----END SSH SIGNATURE-----\n200"), out
-    wait_for(lambda: manager.show("ActiveState") == "inactive")
-    assert manager.show("Result") == "success"
-    assert manager.show("ExecMainStatus") == "0"
 
 
 ASKPASS = """\
@@ -856,7 +741,11 @@ def test_a_prompt_is_no_yes_and_no_no_when_it_stops(manager: Manager, keys: Keys
     manager.write(HOME / "askpass", ASKPASS, 0o700)
     manager.install()
     manager.settings(UPSTREAM=PLACES["runtime"], CONFIRM=HOME / "askpass")
-    request = sign(manager)
+    enter = ["nsenter", "-t", str(manager.pid), "--net"]
+    request = subprocess.Popen(
+        [*enter, "curl", "-qsS", "--noproxy", "*", "-m", "30", "-w", "%{http_code}",
+         "--data-binary", "hello", f"{URL}/sign"], stdout=subprocess.PIPE,
+    )  # fmt: skip
     folder = RUNTIME / NAME
     wait_for(lambda: manager.exists(folder / "asked"), message="the prompt is there")
     manager.ctl("stop", "--no-block", NAME)
@@ -915,8 +804,7 @@ def test_uninstalling_leaves_the_settings_and_the_users_own_drop_in(manager: Man
 
 
 @alone
-@pytest.mark.parametrize("gone", [[UNIT], [UNIT, SANDBOX]], ids=["the unit", "all of it"])
-@pytest.mark.parametrize("reload", [False, True])
+@pytest.mark.parametrize(("gone", "reload"), [([UNIT], False), ([UNIT, SANDBOX], True)])
 def test_uninstalling_ends_a_service_whose_files_were_removed_by_hand(
     manager: Manager, gone: List[Path], reload: bool
 ) -> None:
@@ -971,38 +859,40 @@ def test_what_there_is_nothing_to_show_of_is_told(manager: Manager) -> None:
 # ---------------------------------------------------------------- for packagers
 
 
-def test_a_package_gets_files_and_no_manager_is_asked(tree: Path, home: Path, short: Path) -> None:
+UNIT_DIR = "usr/lib/systemd/user"
+PACKAGES = rows([
+    ("settings of all", ["CONFIG_DIR=/etc/ssh-agent-proxy"], "-/etc/ssh-agent-proxy/env",
+     {"etc/ssh-agent-proxy/env": 0o644}),
+    ("settings of each user", [], "-%h/.config/ssh-agent-proxy/env", {}),
+])  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "env_file", "env"), PACKAGES)
+def test_a_package_gets_files_and_no_manager_is_asked(
+    tree: Path, home: Path, short: Path, args: List[str], env_file: str, env: Dict[str, int]
+) -> None:
     package = short / "the package"
-    settings = ["PREFIX=/usr", f"DESTDIR={package}", "SYSTEMD_USER_DIR=/usr/lib/systemd/user",
-                "CONFIG_DIR=/etc/ssh-agent-proxy"]  # fmt: skip
+    settings = ["PREFIX=/usr", f"DESTDIR={package}", f"SYSTEMD_USER_DIR=/{UNIT_DIR}", *args]
     path = stand_in(home / "bin", "systemctl", "echo asked >&2; exit 1")
     answer = make(tree, home, "install-systemd", *settings, PATH=path)
     assert b"asked" not in answer.stderr
-    found = {str(path.relative_to(package)): oct(path.stat().st_mode & 0o777)
+    left_out = f"Not written: {env_file[1:]} (it is each user's own)\n"
+    assert (left_out in answer.stdout.decode()) == (not env)
+    found = {str(path.relative_to(package)): mode(path)
              for path in package.rglob("*") if path.is_file()}  # fmt: skip
     assert found == {
-        "usr/bin/ssh-agent-proxy": "0o755",
-        "usr/bin/ssh-agent-proxy-sign": "0o755",
-        "usr/lib/systemd/user/ssh-agent-proxy.service": "0o644",
-        "etc/ssh-agent-proxy/env": "0o644",
+        "usr/bin/ssh-agent-proxy": 0o755,
+        "usr/bin/ssh-agent-proxy-sign": 0o755,
+        f"{UNIT_DIR}/ssh-agent-proxy.service": 0o644,
+        **env,
     }
-    unit = (package / "usr/lib/systemd/user/ssh-agent-proxy.service").read_text()
+    unit = (package / UNIT_DIR / UNIT.name).read_text()
     assert '\nExecStart=:"/usr/bin/ssh-agent-proxy"\n' in unit
-    assert "\nEnvironmentFile=-/etc/ssh-agent-proxy/env\n" in unit
+    assert f"\nEnvironmentFile={env_file}\n" in unit
     assert "\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_VSOCK\n" in unit
     assert str(home) not in unit
     make(tree, home, "uninstall-systemd", *settings, PATH=path)
-    assert not (package / "usr/lib/systemd/user/ssh-agent-proxy.service").exists()
-
-
-def test_a_package_leaves_the_settings_to_each_user(tree: Path, home: Path, short: Path) -> None:
-    package = short / "package"
-    settings = ["PREFIX=/usr", f"DESTDIR={package}", "SYSTEMD_USER_DIR=/usr/lib/systemd/user"]
-    told = make(tree, home, "install-systemd", *settings).stdout.decode()
-    assert "Not written: %h/.config/ssh-agent-proxy/env (it is each user's own)\n" in told
-    unit = package / "usr/lib/systemd/user/ssh-agent-proxy.service"
-    assert "\nEnvironmentFile=-%h/.config/ssh-agent-proxy/env\n" in unit.read_text()
-    assert not list(package.rglob("env"))
+    assert not (package / UNIT_DIR / UNIT.name).exists()
 
 
 # ---------------------------------------------------------------- the template of the settings
@@ -1035,15 +925,3 @@ def test_the_program_takes_each_example(home: Path) -> None:
         config = Config.from_env({**others, name: value}, [], COMMANDS)
         field = name[len("SSH_AGENT_PROXY_") :].lower()
         assert getattr(config, field) != getattr(default, field), value
-
-
-@alone
-def test_systemd_hands_the_examples_on_as_they_stand(manager: Manager) -> None:
-    text = re.sub(r"(?m)^#(SSH_AGENT_PROXY_)", r"\1", TEMPLATE.read_text())
-    manager.write(HOME / "all", text)
-    unit = "[Service]\nType=oneshot\nEnvironmentFile=%h/all\nExecStart=/bin/sh -c 'env >%h/env'\n"
-    manager.write(UNITS / "show.service", unit, 0o644)
-    manager.ctl("daemon-reload")
-    manager.ctl("start", "show")
-    got = manager.outside(HOME / "env").read_text().splitlines()
-    assert {f"{name}={value}" for name, value in dict(examples()).items()} <= set(got)
