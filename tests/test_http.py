@@ -1086,7 +1086,26 @@ def test_a_client_that_has_sent_its_request_is_never_turned_away_in_silence(
     clean(proxy)
 
 
-# ================================================================ the end
+# ================================================================ the agent, and the end
+
+
+@pytest.mark.parametrize(("reply", "status", "why"), rows([
+    ("lies", b"\x63lie", 502, "message type 99"),
+    ("lists no keys", p.byte(p.SSH_AGENT_FAILURE), 503, "the agent lists no keys"),
+    ("hangs", b"", 504, "did not answer"),
+]))  # fmt: skip
+def test_what_the_agent_does_becomes_a_status_and_why(
+    reply: bytes, status: int, why: str, scripted_agent: Callable[..., Path],
+    start_proxy: Callable[..., Proxy],
+) -> None:  # fmt: skip
+    def does(connection: socket.socket) -> None:
+        while read_message(connection):
+            connection.sendall(message(reply) if reply else b"")
+
+    timeout = "1" if status == 504 else "20"
+    proxy = start_proxy("--timeout", timeout, upstream=scripted_agent(does))
+    for data in (post(b"x"), get("/publickey")):
+        assert why in refused(ask(proxy.port, data), status).text
 
 
 @linux
