@@ -32,7 +32,6 @@ from conftest import (
     connect,
     fingerprint,
     get,
-    listens,
     message,
     need,
     parse_answer,
@@ -132,13 +131,11 @@ def test_a_line_of_another_form_is_noticed(bad: str) -> None:
 class Logged:
     """The proxy as a process of its own; what it has logged can be read without delay."""
 
-    def __init__(self, folder: Path, *args: Any, unix: bool = False) -> None:
+    def __init__(self, folder: Path, *args: Any) -> None:
         folder.mkdir()
         self.file = folder / "log"
         self.asked = 0
-        self.where: Any = folder / "s" if unix else 0
-        addr = f"unix:{folder}/s" if unix else "127.0.0.1:0"
-        argv = [sys.executable, PROXY, "--addr", addr, *args]
+        argv = [sys.executable, PROXY, "--addr", "127.0.0.1:0", *args]
         with self.file.open("wb") as log:
             self.process = subprocess.Popen(
                 [str(a) for a in argv],
@@ -146,16 +143,13 @@ class Logged:
                 stdin=subprocess.DEVNULL,
                 stderr=log,
             )
-        wait_for(self.listens, message="the proxy listens")
-        self.url = f"unix:{folder}/s" if unix else f"http://127.0.0.1:{self.where}/sign"
+        self.port = wait_for(self.listens, message="the proxy listens")
+        self.url = f"http://127.0.0.1:{self.port}/sign"
 
-    def listens(self) -> bool:
+    def listens(self) -> int:
         assert self.process.poll() is None, self.file.read_text()
-        if isinstance(self.where, Path):  # with -q the log does not tell
-            return listens(self.where)
         found = re.search(r"listening on 127\.0\.0\.1:(\d+) ", self.file.read_text())
-        self.where = int(found[1]) if found else 0
-        return bool(found)
+        return int(found[1]) if found else 0
 
     def lines(self, start: int = 0) -> List[Line]:
         """Each request's line, from the byte START of the log on."""
@@ -171,10 +165,10 @@ class Logged:
     def connect(self) -> socket.socket:
         """For a request, which is one line in the end."""
         self.asked += 1
-        return connect(self.where)
+        return connect(self.port)
 
-    def ask_all(self, data: bytes, end: bool = False) -> Tuple[Answer, List[Line]]:
-        """The answer to DATA, and the lines that the log had more when its first byte came."""
+    def ask(self, data: bytes, end: bool = False) -> Tuple[Answer, Line]:
+        """The answer to DATA, and the line that the log had when its first byte came."""
         before = self.file.stat().st_size
         with self.connect() as s:
             s.sendall(data)
@@ -185,10 +179,8 @@ class Logged:
             peer = name_of(s)
             while piece := s.recv(65536):
                 received += piece
-        return parse_answer(received), [line for line in lines if line.fields["peer"] == peer]
-
-    def ask(self, data: bytes, end: bool = False) -> Tuple[Answer, Line]:
-        answer, (line,) = self.ask_all(data, end)
+        answer = parse_answer(received)
+        (line,) = [line for line in lines if line.fields["peer"] == peer]
         assert line.fields["status"] == str(answer.status)
         return answer, line
 
@@ -204,7 +196,7 @@ class Logged:
 
 def name_of(s: socket.socket) -> str:
     """As the log has it."""
-    return "unix" if s.family == socket.AF_UNIX else "{}:{}".format(*s.getsockname())
+    return "{}:{}".format(*s.getsockname())
 
 
 Start = Callable[..., Logged]
@@ -215,8 +207,8 @@ def starting() -> Iterator[Start]:
     started: List[Logged] = []
     with short_folder() as folder:
 
-        def start(*args: Any, **options: Any) -> Logged:
-            started.append(Logged(folder / str(len(started)), *args, **options))
+        def start(*args: Any) -> Logged:
+            started.append(Logged(folder / str(len(started)), *args))
             return started[-1]
 
         try:
@@ -439,20 +431,6 @@ def test_the_line_is_there_when_the_answer_begins(
         assert line.fields["digest"] == f"{name}:{hashlib.new(name, body).hexdigest()}"
 
 
-def test_a_quiet_log_on_a_unix_socket_keeps_all_but_what_is_merely_served_and_names_the_process(
-    start: Start, agent_with_key: Agent
-) -> None:
-    proxy = start("--upstream", agent_with_key.sock, "-q", unix=True)
-    for name, sent, outcome, status, _ in OUTCOMES:
-        _, lines = proxy.ask_all(sent, end=status == 400)
-        logged = [line.fields["outcome"] for line in lines]
-        assert logged == [outcome] * (outcome != "served"), name
-        proxy.asked -= outcome == "served"
-        for line in lines:
-            who = (line.fields["peer"], line.fields["pid"], line.fields["uid"])
-            assert who == ("unix", str(os.getpid()), str(os.getuid()))
-
-
 # ---- who may
 
 TOKENS = f"""# a comment
@@ -603,14 +581,12 @@ def work(repository: Repository) -> None:
     git("tag", "--cleanup=verbatim", "-F", "-", "unended", input=b"no line end")
 
 
-@pytest.mark.parametrize("kind, id_format, unix", [
-    ("ed25519", "sha1", False), ("ecdsa521", "sha256", True),
-])  # fmt: skip
+@pytest.mark.parametrize("kind, id_format", [("ed25519", "sha1"), ("ecdsa521", "sha256")])
 def test_each_signed_object_is_on_record_once_with_its_id(
-    kind: str, id_format: str, unix: bool, start: Start, agent: Agent, keys: Keys, home: Path
+    kind: str, id_format: str, start: Start, agent: Agent, keys: Keys, home: Path
 ) -> None:
     agent.add(keys[kind])
-    proxy = start("--upstream", agent.sock, unix=unix)
+    proxy = start("--upstream", agent.sock)
     repository = Repository(home, proxy.url, keys[kind].with_suffix(".pub"), id_format)
     work(repository)
     names = ("id", "kind", "subject")

@@ -182,25 +182,6 @@ def test_an_agent_with_a_key_is_told_to_the_letter_and_exit_0(
     assert told.marked("warn") == []
 
 
-def test_an_agent_that_comes_and_goes_is_told_as_the_running_proxy_sees_it(
-    home: Path, short: Path, start_agent: StartAgent, keys: Keys, start_proxy: StartProxy
-) -> None:
-    env = {"SSH_AUTH_SOCK": str(short / "agent")}
-    proxy = start_proxy(env=env)
-
-    def both() -> Tuple[Optional[int], int]:
-        told = check(home, "--addr", f"127.0.0.1:{proxy.port}", **env)
-        assert f"ok   {SERVER} answers at 127.0.0.1:{proxy.port} already" in told.lines
-        return told.status, http(proxy.port, "POST", "/sign", b"x").status
-
-    assert both() == (1, 503)
-    agent = start_agent(short / "agent")
-    agent.add(keys["ed25519"])
-    assert both() == (0, 200)
-    agent.stop()
-    assert both() == (1, 503)
-
-
 def test_each_token_is_told_with_its_leash_and_not_shown(
     home: Path, short: Path, agent_with_key: Agent
 ) -> None:

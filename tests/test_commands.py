@@ -303,21 +303,6 @@ def test_without_an_agent_it_starts_and_says_what_was_looked_for_until_one_is_th
     proxy.wait_log(r"using the agent at '\S+/ssh-agent\.socket'")
 
 
-def test_a_dead_ssh_auth_sock_is_not_replaced_by_another_agent(
-    home: Path, keys: Keys, start_agent: Callable[..., Agent], start_proxy: StartProxy
-) -> None:
-    """Security is no place to guess; but the other one is named."""
-    runtime = home / "run"
-    runtime.mkdir()
-    start_agent(runtime / "ssh-agent.socket").add(keys["ed25519"])
-    env = {"XDG_RUNTIME_DIR": str(runtime), "SSH_AUTH_SOCK": str(home / "dead")}
-    proxy = start_proxy(env=env)
-    answer = http(proxy.port, "POST", "/sign", b"x")
-    assert answer.status == 503
-    assert f"SSH_AGENT_PROXY_UPSTREAM={runtime}/ssh-agent.socket" in answer.text
-    proxy.wait_log(f"WARNING .*SSH_AGENT_PROXY_UPSTREAM={runtime}/ssh-agent.socket")
-
-
 @pytest.mark.parametrize("sock", ["/", "relative", 200 * "/long", "~/$x", "a\udcffb"])
 def test_a_hopeless_ssh_auth_sock_is_a_503(sock: str, start_proxy: StartProxy) -> None:
     proxy = start_proxy(env={"SSH_AUTH_SOCK": sock})
@@ -417,18 +402,6 @@ def test_what_could_not_be_printed_is_no_success(
     if option != "--version" or "full" in redirection:
         assert done.returncode == 1
         assert "standard output" in one_line(done.stderr)
-
-
-def test_a_shim_for_a_reader_that_went_away_is_exit_1(home: Path) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(
-        [sys.executable, str(PROXY), "shim"], env=clean_env(home), stdin=subprocess.DEVNULL,
-        stdout=writer, stderr=subprocess.PIPE, timeout=20,
-    )  # fmt: skip
-    os.close(writer)
-    no_trace(done.stderr)
-    assert done.returncode == 1
 
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
