@@ -35,20 +35,12 @@ MADE = {".git", ".venv", "dist", "__pycache__", ".pytest_cache", ".mypy_cache", 
 @functools.cache
 def headings() -> List[Tuple[int, str]]:
     """The line and the name of each section, the first of which has no heading."""
-    found = []
-    for number, line in enumerate(LINES, 1):
-        match = re.fullmatch(r"# -{10,} (\S.*)", line)
-        if match:
-            found.append((number, match.group(1)))
-    return found
+    found = ((n, re.fullmatch(r"# -{10,} (\S.*)", line)) for n, line in enumerate(LINES, 1))
+    return [(number, match.group(1)) for number, match in found if match]
 
 
 def section_of(line: int) -> str:
-    name = "Head"
-    for number, heading in headings():
-        if line >= number:
-            name = heading
-    return name
+    return ["Head", *(name for number, name in headings() if number <= line)][-1]
 
 
 def module_names() -> Dict[str, int]:
@@ -127,10 +119,6 @@ def reachable(graph: List[Set[int]], start: int) -> Set[int]:
     return seen
 
 
-def functions() -> List[ast.FunctionDef]:
-    return [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
-
-
 # ---------------------------------------------------------------- the whole file
 
 
@@ -158,18 +146,6 @@ def test_the_script_metadata_names_the_oldest_python() -> None:
 # ---------------------------------------------------------------- imports
 
 
-def imported() -> Set[str]:
-    """The top-level names of all modules imported, wherever in the file."""
-    modules = set()
-    for node in ast.walk(TREE):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            modules.add((node.module or "").split(".")[0])
-    return modules
-
-
 def standard_library() -> Set[str]:
     if sys.version_info >= (3, 10):
         return set(sys.stdlib_module_names)
@@ -179,7 +155,14 @@ def standard_library() -> Set[str]:
 
 
 def test_it_imports_the_standard_library_only() -> None:
-    assert imported() - standard_library() == set()
+    modules: Set[str] = set()
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            modules.add((node.module or "").split(".")[0])
+    assert modules - standard_library() == set()
 
 
 def test_its_own_directory_is_off_the_path_before_any_other_import() -> None:
@@ -227,8 +210,7 @@ def test_nothing_is_used_above_its_definition() -> None:
 
 def test_no_section_uses_a_later_one() -> None:
     # Not even in a circle.
-    order = ["Head"] + [name for _, name in headings()]
-    place = [order.index(section_of(statement.lineno)) for statement in TREE.body]
+    place = [PLAN.index(section_of(statement.lineno)) for statement in TREE.body]
     for index, used in enumerate(uses()):
         for definition in used:
             assert place[definition] <= place[index], ast.unparse(TREE.body[index])[:200]
@@ -286,10 +268,8 @@ def test_what_catches_everything_raises_or_logs_it() -> None:
 
 def test_c_functions_are_declared() -> None:
     # Each function of a C library that is called has its argtypes and restype set.
-    for function in functions():
-        text = ast.unparse(function)
-        if "ctypes.CDLL" not in text:
-            continue
+    functions = [ast.unparse(n) for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
+    for text in [text for text in functions if "ctypes.CDLL" in text]:
         for name in set(re.findall(r"\blibc\.(\w+)\(", text)):
             assert f"libc.{name}.argtypes" in text, name
             assert f"libc.{name}.restype" in text, name
@@ -314,12 +294,9 @@ def test_every_error_and_every_longer_function_and_class_says_what_it_is() -> No
 
 
 def test_docstrings_begin_with_one_sentence() -> None:
-    for node in ast.walk(TREE):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            text = ast.get_docstring(node)
-            if text:
-                first = text.split("\n\n")[0]
-                assert re.search(r"[.?:)]$", first), (node.name, first)
+    documented = [n for n in ast.walk(TREE) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    for text in filter(None, map(ast.get_docstring, documented)):
+        assert re.search(r"[.?:)]$", text.split("\n\n")[0]), text
 
 
 # ---------------------------------------------------------------- the repository
@@ -329,9 +306,6 @@ def test_nothing_but_what_is_planned_stands_at_the_top() -> None:
     found = set(os.listdir(ROOT)) - MADE
     assert found - PLANNED == set()
     assert {"ssh_agent_proxy.py", "shim.sh", "tests", "Makefile", "LICENSE"} <= found
-
-
-def test_the_programs_can_be_run_as_they_are() -> None:
     for program in PROXY, SHIM:
         assert os.access(program, os.X_OK), f"chmod +x {program.name}"
 
