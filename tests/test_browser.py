@@ -25,16 +25,7 @@ from pathlib import Path
 from typing import Any, Counter, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import pytest
-from conftest import (
-    PROXY,
-    Agent,
-    Keys,
-    Proxy,
-    clean_env,
-    need,
-    parse_answer,
-    raw,
-)
+from conftest import PROXY, Agent, Keys, Proxy, clean_env, need, parse_answer, raw
 
 pytestmark = pytest.mark.alone
 
@@ -65,29 +56,8 @@ function post(mode, more) {
   return get(mode, {method: 'POST', body: BODY, ...more});
 }
 
-function xhr(method, headers) {
-  return url => new Promise(done => {
-    const x = new XMLHttpRequest();
-    x.open(method, url);
-    for (const name in headers) x.setRequestHeader(name, headers[name]);
-    x.onloadend = () => done({
-      how: x.status ? 'load' : 'error',
-      read: x.status ? x.status + ' ' + x.responseText : '',
-    });
-    x.send(method === 'POST' ? BODY : null);
-  });
-}
-
 function text(frame) {
   return frame.contentDocument ? frame.contentDocument.documentElement.textContent : '';
-}
-
-function rules(link) {
-  try {
-    return link.sheet ? link.sheet.cssRules.length || '' : '';
-  } catch (e) {
-    return '';
-  }
 }
 
 function element(tag, attribute, more, look) {
@@ -98,7 +68,6 @@ function element(tag, attribute, more, look) {
     e.onerror = end('error');
     e[attribute] = url;
     document.body.append(e);
-    e.offsetWidth;  // an object begins to load once it is laid out
   });
 }
 
@@ -143,18 +112,6 @@ async function popup(url) {
   }
 }
 
-function worker(url) {
-  return new Promise(done => {
-    const child = new Worker(url);
-    child.onmessage = e => done({how: 'message', read: String(e.data)});
-    child.onerror = e => done({how: 'error', read: e.message || ''});
-  });
-}
-
-async function module(url) {
-  return {how: 'load', read: Object.keys(await import(url)).join()};
-}
-
 function beacon(url) {
   return {how: navigator.sendBeacon(url, BODY) ? 'queued' : 'not queued', read: ''};
 }
@@ -170,18 +127,6 @@ function breach(url) {
   return element('iframe', 'src')(BASE + '/test/breach?' + url);
 }
 
-function serviceWorker(way) {
-  return async url => {
-    await navigator.serviceWorker.register('/test/worker.js');
-    const registration = await navigator.serviceWorker.ready;
-    return new Promise(done => {
-      const channel = new MessageChannel();
-      channel.port1.onmessage = e => done(e.data);
-      registration.active.postMessage([way, url], [channel.port2]);
-    });
-  };
-}
-
 async function outcome(way, url) {
   const late = new Promise(done => setTimeout(done, 10000, {how: 'no end', read: ''}));
   try {
@@ -190,11 +135,6 @@ async function outcome(way, url) {
     return {how: e.name, read: ''};
   }
 }
-"""
-
-WORKER_JS = r"""
-importScripts('/test/ways.js');
-onmessage = async e => e.ports[0].postMessage(await outcome(...e.data));
 """
 
 PAGE_JS = r"""
@@ -230,15 +170,11 @@ WAYS = [
     Way("fetch no-cors POST without referrer", "POST", "POST", "post('no-cors', SILENT)"),
     Way("fetch no-cors POST kept alive", "POST", "POST", "post('no-cors', {keepalive: true})"),
     Way("fetch same-origin POST", "", "POST", "post('same-origin')"),
-    Way("fetch navigate POST", "", "", "post('navigate')"),
     Way("fetch cors PUT", "OPTIONS", "PUT", "post('cors', {method: 'PUT'})"),
-    Way("XMLHttpRequest POST", "POST", "POST", "xhr('POST', {})"),
-    Way("XMLHttpRequest POST with a header", "OPTIONS", "POST", "xhr('POST', HEADERS)"),
     Way("beacon", "POST", "POST", "beacon"),
     Way("ping", "POST", "POST", "ping"),
     Way("policy report", "POST", "POST", "breach"),
     Way("urlencoded form", "POST", "POST", "form('application/x-www-form-urlencoded')"),
-    Way("multipart form", "POST", "POST", "form('multipart/form-data')"),
     Way("text form", "POST", "POST", "form('text/plain')"),
     Way("text form without referrer", "POST", "POST", "form('text/plain', {rel: 'noreferrer'})"),
     Way("fetch cors GET", "GET", "GET", "get('cors')", ALL),
@@ -247,24 +183,13 @@ WAYS = [
     Way("fetch no-cors GET without referrer", "GET", "GET", "get('no-cors', SILENT)"),
     Way("fetch no-cors HEAD", "HEAD", "HEAD", "get('no-cors', {method: 'HEAD'})"),
     Way("fetch same-origin GET", "", "GET", "get('same-origin')"),
-    Way("fetch navigate GET", "", "", "get('navigate')"),
-    Way("XMLHttpRequest GET", "GET", "GET", "xhr('GET', {})"),
     Way("img", "GET", "GET", "element('img', 'src', {}, e => e.naturalWidth || '')"),
     Way("script", "GET", "GET", "element('script', 'src')"),
-    Way("module script", "GET", "GET", "module"),
-    Way("stylesheet", "GET", "GET", "element('link', 'href', {rel: 'stylesheet'}, rules)"),
-    Way("prefetch", "GET", "GET", "element('link', 'href', {rel: 'prefetch'})"),
+    Way("stylesheet", "GET", "GET", "element('link', 'href', {rel: 'stylesheet'})"),
     Way("iframe", "GET", "GET", "element('iframe', 'src', {}, text)", ALL),
-    Way("object", "GET", "GET", "element('object', 'data', {}, text)"),
     Way("window", "GET", "GET", "popup"),
-    Way("worker", "", "GET", "worker"),
     Way("EventSource", "GET", "GET", "listen(url => new EventSource(url))"),
     Way("WebSocket", "GET", "GET", "listen(url => new WebSocket(url.replace('http', 'ws')))"),
-]
-SERVICE_WORKER = [
-    way._replace(name=f"service worker {way.name}", js=f"serviceWorker({json.dumps(way.name)})")
-    for way in WAYS
-    if way.name.startswith("fetch")
 ]
 
 
@@ -273,7 +198,6 @@ class Page(NamedTuple):
     origin: Tuple[str, str]  # host and relay
     target: Tuple[str, str] = ("127.0.0.1", "plain")
     refusal: int = 403
-    ways: Sequence[Way] = WAYS
 
     @property
     def same(self) -> bool:
@@ -281,7 +205,7 @@ class Page(NamedTuple):
 
     @property
     def attempts(self) -> List[Tuple[Way, str]]:
-        return [(way, path) for way in self.ways for path in way.paths]
+        return [(way, path) for way in WAYS for path in way.paths]
 
     @property
     def lines(self) -> Counter[str]:
@@ -290,9 +214,9 @@ class Page(NamedTuple):
         return Counter(f"{method} {path}" for method, path in sent if method)
 
 
-def own_page(name: str, host: str, relay: str, refusal: int, *more: Way) -> Page:
+def own_page(name: str, host: str, relay: str, refusal: int) -> Page:
     """One of the same origin as the proxy's answers."""
-    return Page(name, (host, relay), (host, relay), refusal, [*WAYS, *more])
+    return Page(name, (host, relay), (host, relay), refusal)
 
 
 # What a file and a sandboxed frame load and report goes to another port; their origin is null.
@@ -303,9 +227,9 @@ PAGES = [
     SANDBOXED,
     Page("another port", ("127.0.0.1", "elsewhere")),
     Page("another name", ("page.example", "elsewhere")),
-    Page("localhost", ("localhost", "elsewhere"), ways=SERVICE_WORKER),
+    Page("localhost", ("localhost", "elsewhere")),
     # Left behind in the browser by another program that once had the port, say.
-    own_page("the same origin", "127.0.0.1", "plain", 403, *SERVICE_WORKER),
+    own_page("the same origin", "127.0.0.1", "plain", 403),
     own_page("the same origin by name", "localhost", "plain", 403),
     own_page("a rebound name", "evil.example", "plain", 421),
     own_page("a rebound single label", "evil", "plain", 421),
@@ -317,8 +241,6 @@ LET_IN = [
     own_page("an internal name", "evil.internal", "plain", 403),
     Page("elsewhere", ("page.example", "elsewhere"), ("proxy.example", "allowing")),
 ]
-
-
 COURSE = [*PAGES, *LET_IN]
 
 # ---------------------------------------------------------------- what stands around Chromium
@@ -403,10 +325,10 @@ class Course:
         elif what == "breach":
             fields += f"Content-Security-Policy: img-src 'none'; report-uri {rest}\r\n"
             text = "<img src=/test/none>"
-        elif what.endswith(".js"):
+        elif what == "ways.js":
             fields = "Content-Type: text/javascript\r\n"
-            ways = ",\n".join(f"{json.dumps(w.name)}: {w.js}" for w in [*WAYS, *SERVICE_WORKER])
-            text = WORKER_JS if what == "worker.js" else f"{WAYS_JS}const WAYS = {{{ways}}};"
+            ways = ",\n".join(f"{json.dumps(way.name)}: {way.js}" for way in WAYS)
+            text = f"{WAYS_JS}const WAYS = {{{ways}}};"
         return fields, text
 
 
@@ -423,10 +345,6 @@ class Relay(socketserver.ThreadingTCPServer):
         self.proxy_port = proxy_port
         self.port = self.server_address[1]
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-
-    def stop(self) -> None:
-        self.shutdown()
-        self.server_close()
 
     def handle_error(self, request: object, address: object) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # Chromium went away: nothing to tell
@@ -459,11 +377,8 @@ class RelayHandler(socketserver.StreamRequestHandler):
 
 
 def chromium() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
-        path = shutil.which(name)
-        if path:
-            return path
-    return need("chromium", "chromium")
+    names = "chromium-browser", "google-chrome", "google-chrome-stable"
+    return next(filter(None, map(shutil.which, names)), "") or need("chromium", "chromium")
 
 
 NAMES = {page.origin[0] for page in COURSE} - {"127.0.0.1", "localhost"}
@@ -477,7 +392,6 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    "--disable-breakpad",
     # A page in the background goes on as fast, and may open windows.
     "--disable-background-timer-throttling",
     "--disable-popup-blocking",
@@ -508,7 +422,8 @@ class World:
         }
         for name, proxy in [*self.proxies.items(), ("elsewhere", self.proxies["plain"])]:
             relay = Relay(self.course, proxy.port)
-            stack.callback(relay.stop)
+            stack.callback(relay.server_close)
+            stack.callback(relay.shutdown)
             self.course.ports[name] = relay.port
         self.log = home / "chromium.log"
 
@@ -616,10 +531,10 @@ def mark_free(request: bytes, port: int) -> bytes:
 
 
 GOODS = {
-    "POST /sign": rb"-----BEGIN SSH SIGNATURE-----\n[\s\S]+\n-----END SSH SIGNATURE-----\n",
-    "GET /publickey": rb"ssh-ed25519 [A-Za-z0-9+/=]+ ed25519@test\n",
-    "GET /healthz": rb"ok\n",
-    "GET /shim": rb"#!/bin/sh\n[\s\S]+\n",
+    "POST /sign": b"-----BEGIN SSH SIGNATURE-----\n",
+    "GET /publickey": b"ssh-ed25519 ",
+    "GET /healthz": b"ok\n",
+    "GET /shim": b"#!/bin/sh\n",
 }
 
 
@@ -630,7 +545,7 @@ def test_it_is_the_marks_of_a_page_that_are_refused(page: Page, world: World) ->
         if wire.line in GOODS:
             answer = parse_answer(raw(port, mark_free(wire.request, port)))
             assert answer.status == 200, answer
-            assert re.fullmatch(GOODS[wire.line], answer.body)
+            assert answer.body.startswith(GOODS[wire.line])
 
 
 @pytest.mark.parametrize("page", each(LET_IN))
@@ -651,14 +566,7 @@ def test_no_page_signs_by_a_name_that_is_let_in(page: Page, world: World) -> Non
 
 
 # It shows as well that these ways do find what there is to read.
-READERS = (
-    "fetch cors GET",
-    "fetch no-cors GET",
-    "XMLHttpRequest GET",
-    "iframe",
-    "object",
-    "window",
-)
+READERS = {"fetch cors GET", "fetch no-cors GET", "iframe", "window"}
 
 
 @pytest.mark.parametrize("page", each([page for page in LET_IN if page.same]))
@@ -671,7 +579,7 @@ def test_a_page_under_a_name_that_is_let_in_reads_the_public_key(
         for (way, path), outcome in zip(page.attempts, outcomes)
         if way.name in READERS and path == "/publickey"
     }
-    assert set(read) == set(READERS)
+    assert set(read) == READERS
     assert set(read.values()) <= {f"{world.key}\n", f"200 {world.key}\n"}
 
 
