@@ -47,21 +47,12 @@ def make(
     return run(argv, cwd=tree, env=clean_env(home, **env), check=check, timeout=180)
 
 
-def start(
-    argv: List[str], tree: Path, env: Dict[str, str], stdout: int = subprocess.DEVNULL
-) -> "subprocess.Popen[bytes]":
+def start(argv: List[str], tree: Path, env: Dict[str, str]) -> "subprocess.Popen[bytes]":
     """In a session of its own. Ctrl-C counts, though a runner in the background ignores it."""
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return subprocess.Popen(
-            argv,
-            cwd=tree,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        return subprocess.Popen(argv, cwd=tree, env=env, start_new_session=True, **pipes)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -185,13 +176,7 @@ TEST_RUNS = [
 
 @pytest.mark.parametrize(("target", "env", "status", "counted", "says"), TEST_RUNS)
 def test_make_test_says_which_tests_were_not_run(
-    few_tests: Path,
-    home: Path,
-    target: str,
-    env: Dict[str, str],
-    status: int,
-    counted: str,
-    says: str,
+    few_tests: Path, home: Path, target: str, env: Any, status: int, counted: str, says: str
 ) -> None:
     answer = make(few_tests, home, target, "ARGS=-n 2", check=False, **env)
     told = answer.stdout.decode()
@@ -220,14 +205,13 @@ class Demo:
         environment = clean_env(home, PYTHON=PYTHON, **env)
         environment.update(HOME=str(self.home), TMPDIR=str(self.tmp))
         argv = argv or ["sh", "contrib/demo.sh"]
-        self.process: Any = start(argv, tree, environment, subprocess.PIPE)
+        self.process: Any = start(argv, tree, environment)
         (home / "demo.pid").write_text(f"{self.process.pid}\n")
 
     def end(self) -> str:
         """What it printed, once it has ended and has been seen to leave nothing."""
-        out = b""
-        if not self.process.stdout.closed:
-            out, _ = self.process.communicate(timeout=60)
+        closed = self.process.stdout.closed
+        out = b"" if closed else self.process.communicate(timeout=60)[0]
         self.process.wait(60)
         # One that was interrupted together with it may need a moment to be gone.
         wait_for(lambda: not alive(self.process.pid), message="the demo's processes are gone")
@@ -276,13 +260,11 @@ def test_demo_runs_as_well_under(start_demo: Any, home: Path, shell: str) -> Non
 def test_demo_uses_no_setting_of_the_users(start_demo: Any, home: Path) -> None:
     config = home / "gitconfig"
     config.write_text('[gpg "ssh"]\nprogram = /nonexistent\n[core]\nhooksPath = /nonexistent\n')
-    modules = home / "modules"
-    modules.mkdir()
-    (modules / "hashlib.py").write_text("raise SystemExit('not the real one')\n")
+    (home / "hashlib.py").write_text("raise SystemExit('not the real one')\n")
     demo = start_demo(
         GIT_CONFIG_GLOBAL=str(config),
         GIT_DIR="/nonexistent",
-        PYTHONPATH=str(modules),
+        PYTHONPATH=str(home),
         SSH_AUTH_SOCK="/nonexistent",
         SSH_AGENT_PROXY_ADDR="nonsense",
         SSH_AGENT_PROXY_NAMESPACE="file",
@@ -453,9 +435,8 @@ def test_what_a_target_lacks_is_named_before_it_does_anything(
 
 def test_packages_are_named_once(home: Path) -> None:
     env = clean_env(home, PATH="/nonexistent", PYTHON="/nonexistent/python")
-    tools = ["python", "venv", "git", "ssh-add", "curl", "ssh-agent", "ssh-keygen"]
-    sh = shutil.which("sh")
-    answer = run([sh, ROOT / "contrib" / "need.sh", *tools], env=env, check=False)
+    argv = [shutil.which("sh"), ROOT / "contrib" / "need.sh", "python", "venv", "git", "ssh-add"]
+    answer = run([*argv, "curl", "ssh-agent", "ssh-keygen"], env=env, check=False)
     assert answer.returncode == 1
     told = answer.stderr.decode()
     assert "missing: /nonexistent/python, git, ssh-add, curl, ssh-agent, ssh-keygen\n" in told
@@ -499,8 +480,7 @@ def test_a_package_is_installed_below_destdir_and_removed_from_there(
     (bindir / "ssh-agent-proxy-sign.old").symlink_to("ssh-agent")
     (bindir / ".ssh-agent-proxy").write_text("hidden")
     before = snapshot(package)
-    told = make(tree, home, "install", *settings).stdout.decode()
-    assert "is not on your PATH" not in told
+    make(tree, home, "install", *settings)
     assert set(snapshot(package)) - set(before) == {f"usr/bin/{name}" for name in INSTALLED}
     for _ in range(2):
         make(tree, home, "uninstall", *settings)
@@ -524,7 +504,8 @@ def test_a_home_may_have_any_name(tree: Path, home: Path, short: Path, name: str
     # All of this in each variable, at once.
     settings = [f"PREFIX={user}/{name}", f"DESTDIR={short}/{name}"]
     below = Path(f"{short}/{name}{user}/{name}/bin")
-    make(tree, home, "install", *settings)
+    told = make(tree, home, "install", *settings).stdout.decode()
+    assert "is not on your PATH" not in told
     assert without_folders(below) == dict.fromkeys(INSTALLED, 0o755)
     make(tree, home, "uninstall", *settings)
     assert without_folders(user) == {}
@@ -573,7 +554,7 @@ INTERRUPTIONS = {
 }
 
 
-@pytest.mark.parametrize("how", ["sigterm", *long_rows("ctrl-c", "sigkill")])
+@pytest.mark.parametrize("how", ["ctrl-c", *long_rows("sigterm", "sigkill")])
 @pytest.mark.parametrize("moment", ["half copied", *long_rows("copied", "moved")])
 @pytest.mark.parametrize("program", INSTALLED)
 def test_an_interrupted_install_leaves_the_old_or_the_new(
@@ -596,7 +577,8 @@ def test_an_interrupted_install_leaves_the_old_or_the_new(
     argv = [MAKE, "install", f"PYTHON={PYTHON}", f"BINDIR={bindir}"]
     process = start(argv, tree, clean_env(home, PATH=path, PID_FILE=pid_file))
     pid_file.write_text(str(process.pid))
-    assert process.wait(60) != 0
+    told = process.communicate(timeout=60)[0].decode()
+    assert process.returncode != 0, told
     wait_for(lambda: not alive(process.pid), message="all of make is gone")
     sources = [tree / "dist" / "ssh-agent-proxy", tree / "shim.sh"]
     new = {name: source.read_bytes() for name, source in zip(INSTALLED, sources)}
