@@ -58,9 +58,18 @@ def start(argv: List[str], tree: Path, env: Dict[str, str]) -> "subprocess.Popen
 
 
 def alive(group: int) -> bool:
-    """Whether a process of the group lives; a zombie does not."""
-    processes = run([need("ps", "procps"), "-A", "-o", "pgid=,stat="]).stdout.decode()
-    return re.search(rf"(?m)^ *{group} +[^Z\s]", processes) is not None
+    """Whether a process of the group lives; a zombie does not, where the system tells them."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                return True
+    if sys.platform == "linux":
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, 0)
+        return True
+    return False
 
 
 def files(folder: Path) -> List[str]:
