@@ -82,20 +82,17 @@ class Exchange(NamedTuple):
         return connection
 
     def read(self, connection: socket.socket) -> bytes:
-        """The whole answer: an agent's by its length, an HTTP one to the connection's end."""
-        answer = connection.recv(65536)
-        if isinstance(self.address, str):
-            while len(answer) < 4 or len(answer) < 4 + struct.unpack_from(">I", answer)[0]:
-                more = connection.recv(65536)
-                if not more:
-                    break
-                answer += more
-            return answer
-        more = answer
-        while more:
+        answer = more = connection.recv(65536)
+        while more and not self.is_whole(answer):
             more = connection.recv(65536)
             answer += more
         return answer
+
+    def is_whole(self, answer: bytes) -> bool:
+        """An agent's by its length; an HTTP one ends with the connection."""
+        if not isinstance(self.address, str) or len(answer) < 4:
+            return False
+        return len(answer) >= 4 + struct.unpack_from(">I", answer)[0]
 
     def check(self, answer: bytes) -> None:
         # Ed25519 signatures are deterministic: the right answer is known to the last byte.
@@ -142,8 +139,7 @@ def client(exchange: Exchange, seconds: float, at_most: int) -> int:
 def clients_at_once(count: int, exchange: Exchange) -> float:
     """Send `count` requests at once, each over its own connection; seconds until all are done.
 
-    One thread waits for all of them: 32 threads or processes of clients would fight for the two
-    cores at the moment that is measured, and their own scheduling would be most of the figure.
+    One thread waits for all of them: the scheduling of 32 would be most of the figure.
     """
     began = time.perf_counter()
     answers: dict[socket.socket, bytes] = {}
@@ -168,14 +164,10 @@ def slow_agent(path: str, delay: float, request: bytes, answer: bytes) -> None:
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            heard = b""
-            while len(heard) < len(request):
-                data = self.request.recv(65536)
-                if not data:
-                    return
-                heard += data
-            time.sleep(delay)
-            self.request.sendall(answer if heard == request else string(b"\x05"))
+            heard = self.request.recv(65536)
+            if heard:
+                time.sleep(delay)
+                self.request.sendall(answer if heard == request else string(b"\x05"))
 
     class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         daemon_threads = True
@@ -184,18 +176,11 @@ def slow_agent(path: str, delay: float, request: bytes, answer: bytes) -> None:
     Server(path, Handler).serve_forever()
 
 
-def of_its_own() -> None:
-    """A Ctrl-C reaches the main program alone, which ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-# Anew, not forked: nothing of the main program's is in them.
-PROCESSES = multiprocessing.get_context("spawn")
-
-
-# Each takes one of as many tasks, and none is alive after the `with`, whatever happened in it.
 def processes(count: int) -> multiprocessing.pool.Pool:
-    return PROCESSES.Pool(count, of_its_own)
+    """Each takes one of as many tasks, and none is alive after the `with`, whatever happened."""
+    # Anew, not forked: nothing of the main program's is in them. A Ctrl-C reaches that alone.
+    anew = multiprocessing.get_context("spawn")
+    return anew.Pool(count, signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
 # -- The laboratory: everything that is started, and ends with the run ----------------------------
@@ -210,9 +195,11 @@ class Lab:
     """A temporary directory with keys, an agent, and whatever a figure starts in it."""
 
     def __init__(self, home: Path, quick: bool, proxy: Path, shim: Path) -> None:
-        self.home, self.quick, self.proxy_file, self.shim_file = home, quick, proxy, shim
+        self.home, self.quick, self.proxy_file = home, quick, proxy
+        # As it is installed: by its name, started by its first line.
+        self.shim = Path(shutil.copyfile(shim, home / "ssh-agent-proxy-sign"))
+        self.shim.chmod(0o755)
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.tools = {name: shutil.which(name) or "" for name in TOOLS}
         self.env = {
             "PATH": os.environ["PATH"],
             "HOME": str(home),
@@ -248,31 +235,26 @@ class Lab:
         return process
 
     def stop(self, process: subprocess.Popen[bytes]) -> None:
-        process.terminate()
-        try:
-            process.wait(12)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        with process:  # at its end the pipes are closed, and it is waited for
+            process.terminate()
+            try:
+                process.wait(12)
+            except subprocess.TimeoutExpired:
+                process.kill()
         self.processes.remove(process)
 
     def close(self) -> None:
         while self.processes:
             self.stop(self.processes[-1])
 
-    def run(self, *argv: Any) -> str:
+    def run(self, *argv: Any) -> None:
         done = subprocess.run(
             [str(word) for word in argv], env=self.env, check=False, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
-        text = done.stdout.decode("utf-8", "replace")
         if done.returncode:
-            raise Failed(f"{argv[0]} {argv[1]} exited {done.returncode}: {text.strip()[-500:]}")
-        return text
+            text = done.stdout.decode("utf-8", "replace").strip()
+            raise Failed(f"{argv[0]} {argv[1]} exited {done.returncode}: {text[-500:]}")
 
     def seconds(
         self, *argv: Any, stdin: Path = Path(os.devnull), stdout: Path = Path(os.devnull)
@@ -303,15 +285,6 @@ class Lab:
             raise Failed(f"{' '.join(words[:3])} ... failed: {why}")
         return took
 
-    @property
-    def shim(self) -> Path:
-        """The shim as it is installed: by its name, started by its first line."""
-        installed = self.home / "ssh-agent-proxy-sign"
-        if not installed.exists():
-            shutil.copyfile(self.shim_file, installed)
-            installed.chmod(0o755)
-        return installed
-
     def serve(self, upstream: str) -> list[Any]:
         return [PYTHON, self.proxy_file, "--addr", "127.0.0.1:0", "--upstream", upstream]
 
@@ -322,7 +295,7 @@ class Lab:
         build = Path("contrib", "build.py")
         shutil.copyfile(ROOT / build, tree / build)
         shutil.copyfile(self.proxy_file, tree / "ssh_agent_proxy.py")
-        shutil.copyfile(self.shim_file, tree / "shim.sh")
+        shutil.copyfile(self.shim, tree / "shim.sh")
         # Its first line is not used: PYTHON runs it.
         self.run(PYTHON, tree / build, self.home / "ssh-agent-proxy", "/usr/bin/python3")
         return self.home / "ssh-agent-proxy"
@@ -392,13 +365,10 @@ def wait_for(ready: Callable[[], bool], otherwise: str, seconds: float = 10) -> 
 def resident(pid: int) -> float:
     """Resident MiB of a process."""
     try:
-        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
-            for line in status:
-                if line.startswith("VmRSS:"):
-                    return int(line.split()[1]) / 1024
+        status = Path(f"/proc/{pid}/status").read_text("ascii", "replace")
     except FileNotFoundError:
-        pass
-    return float(subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)])) / 1024
+        return float(subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)])) / 1024
+    return int(re.findall(r"VmRSS:\s*(\d+)", status)[0]) / 1024
 
 
 def switches(pid: int) -> Optional[dict[str, int]]:
@@ -409,18 +379,11 @@ def switches(pid: int) -> Optional[dict[str, int]]:
     call, with no tracer to disturb what is watched.
     """
     counts: dict[str, int] = {}
-    try:
-        tasks = os.listdir(f"/proc/{pid}/task")
-    except FileNotFoundError:
-        return None
-    for task in tasks:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(
-            f"/proc/{pid}/task/{task}/status", encoding="ascii", errors="replace"
-        ) as status:
-            counts[task] = sum(
-                int(line.split()[1]) for line in status if "ctxt_switches:" in line
-            )
-    return counts
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            of_thread = re.findall(r"ctxt_switches:\s*(\d+)", status.read_text("ascii", "replace"))
+            counts[status.parent.name] = sum(map(int, of_thread))
+    return counts or None
 
 
 # -- The figures ----------------------------------------------------------------------------------
@@ -435,14 +398,12 @@ class Figure(NamedTuple):
     at_least: bool = False
 
     def line(self) -> str:
-        form = "{:+.2f}" if self.unit.startswith("+") else "{:.2f}"
-        if not self.unit:
-            form = "{:.0f}"
         bound = f"{'>=' if self.at_least else '<='} {self.limit:.3g}"
-        if self.value is None:
-            measured, verdict = "-", "?"
-        else:
-            measured = f"{form.format(self.value)} {self.unit.lstrip('+')}"
+        measured, verdict = "-", "?"
+        if self.value is not None:
+            sign = "+" if self.unit.startswith("+") else ""
+            decimals = 2 if self.unit else 0
+            measured = f"{self.value:{sign}.{decimals}f} {self.unit.lstrip('+')}"
             fine = self.value >= self.limit if self.at_least else self.value <= self.limit
             verdict = "ok" if fine else "OVER"
         return f"{self.what:<34} {measured:>9}  {bound:<7} {verdict:<4} {self.beside}".rstrip()
@@ -453,11 +414,7 @@ def ms(seconds: float) -> str:
 
 
 def sign(lab: Lab) -> Iterator[Figure]:
-    """One client in Python, one signature over a new connection: the proxy's to the agent's own.
-
-    Both are the same program's raw sockets, connect to close, so that the difference is what the
-    proxy adds and not what an HTTP library costs.
-    """
+    """One signature over a new connection, connect to close: the proxy's to the agent's own."""
     direct, through = lab.direct(), lab.sign(lab.proxy().port)
     agent, proxy = in_turn(300 if lab.quick else 2000, direct.seconds, through.seconds)
     yield Figure("sign: new connection, known key", proxy / agent, "x", 1.6,
@@ -468,8 +425,7 @@ def clients(lab: Lab) -> Iterator[Figure]:
     """Signatures per second that 8 clients get together: through the proxy to directly.
 
     Eight processes, as eight containers would be: threads of one client would share a lock of
-    their own, and one loop for all would be on one core. Tried against a proxy made slower on
-    purpose, all three show the loss alike; processes show a small one best.
+    their own, and one loop for all would be on one core.
     """
     count, seconds = 8, 0.5 if lab.quick else 1.0
     direct, through = lab.direct(), lab.sign(lab.proxy().port)
@@ -548,7 +504,7 @@ def shim(lab: Lab) -> Iterator[Figure]:
 
     sign = [lab.shim, "-Y", "sign", "-n", "git", "-f", lab.key]
     runs = [
-        fresh(answer, lab.tools["curl"], "-q", "-sS", "--noproxy", "*", "-o", answer,
+        fresh(answer, shutil.which("curl"), "-q", "-sS", "--noproxy", "*", "-o", answer,
               "-H", "SSHSIG-Namespace: git", "-H", f"SSHSIG-Key: {lab.public}",
               "--data-binary", f"@{payload}", f"http://127.0.0.1:{proxy.port}/sign"),
         fresh(made, *sign, gits_own),
@@ -564,7 +520,7 @@ def shim(lab: Lab) -> Iterator[Figure]:
 
 def commit(lab: Lab) -> Iterator[Figure]:
     """A whole `git commit`: through the shim less natively, with `ssh-keygen` and the key file."""
-    git = lab.tools["git"]
+    git = shutil.which("git")
     signers = lab.home / "signers"
     signers.write_text(f"bench@example.com {lab.public}\n", "ascii")
     lab.proxy()
@@ -615,26 +571,16 @@ def body(lab: Lab) -> Iterator[Figure]:
         hashlib.sha512(data).digest()
         return time.perf_counter() - began
 
-    def upload(port: int, framing: str, content: bytes) -> Callable[[], float]:
-        head = lab.head(port, framing)
-
-        def run() -> float:
-            exchange = Exchange(port, b"", armor)
-            began = time.perf_counter()
-            with exchange.connect() as connection:
-                connection.sendall(head)
-                connection.sendall(content)
-                answer = exchange.read(connection)
-            took = time.perf_counter() - began
-            exchange.check(answer)
-            return took
-
-        return run
-
-    length = f"Content-Length: {len(data)}"
     # Memory first, of a proxy that has never seen a body: the growth is then all that it keeps.
     proxy = lab.start_proxy()
     lab.sign(proxy.port).seconds()
+    by_length, by_chunks = (
+        Exchange(proxy.port, lab.head(proxy.port, framing) + content, armor)
+        for framing, content in (
+            (f"Content-Length: {len(data)}", data),
+            ("Transfer-Encoding: chunked", chunked),
+        )
+    )
     before = resident(proxy.pid)
     seen, done = [before], threading.Event()
 
@@ -645,19 +591,18 @@ def body(lab: Lab) -> Iterator[Figure]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        upload(proxy.port, length, data)()
-        upload(proxy.port, "Transfer-Encoding: chunked", chunked)()
+        by_length.seconds()
+        by_chunks.seconds()
     finally:
         done.set()
         watcher.join()
-    hashed, by_length, by_chunks = in_turn(
-        5 if lab.quick else 15, hashing, upload(proxy.port, length, data),
-        upload(proxy.port, "Transfer-Encoding: chunked", chunked),
+    hashed, whole, cut_up = in_turn(
+        5 if lab.quick else 15, hashing, by_length.seconds, by_chunks.seconds
     )
-    yield Figure("body: 64 MiB by Content-Length", by_length / hashed, "x", 1.6,
-                 f"{ms(by_length)}; hashing {ms(hashed)}")
-    yield Figure("body: 64 MiB chunked", by_chunks / hashed, "x", 2.5,
-                 f"{ms(by_chunks)}; hashing {ms(hashed)}")
+    yield Figure("body: 64 MiB by Content-Length", whole / hashed, "x", 1.6,
+                 f"{ms(whole)}; hashing {ms(hashed)}")
+    yield Figure("body: 64 MiB chunked", cut_up / hashed, "x", 2.5,
+                 f"{ms(cut_up)}; hashing {ms(hashed)}")
     yield Figure("body: memory meanwhile, growth", max(seen) - before, "+MiB", 4,
                  f"{before:.2f} to {max(seen):.2f} MiB, {len(seen)} samples")
 
@@ -666,33 +611,28 @@ def start(lab: Lab) -> Iterator[Figure]:
     """From the spawn to the `listening on` line, to a whole `python -c 'import http.server'`;
     and the zipapp to the script."""
 
-    def listening(argv: list[Any]) -> float:
+    def until(said: bytes, *argv: Any) -> float:
+        """Until it says so, or has ended when that is nothing."""
         began = time.perf_counter()
         process = lab.start(argv, stderr=subprocess.PIPE)
-        assert process.stderr
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if b"listening on " in line:
+        lines = [b""]
+        while not said or said not in lines[-1]:
+            lines.append(process.stderr.readline())
+            if not lines[-1]:
                 break
         took = time.perf_counter() - began
-        if not lines or b"listening on " not in lines[-1]:
-            raise Failed(f"the proxy ended: {b''.join(lines)!r}")
-        lab.stop(process)
-        return took
-
-    def importing() -> float:
-        began = time.perf_counter()
-        process = lab.start([PYTHON, "-c", "import http.server"])
-        process.wait()
-        took = time.perf_counter() - began
+        if said not in lines[-1]:
+            raise Failed(f"{argv[1]} ended: {b''.join(lines)!r}")
         lab.stop(process)
         return took
 
     script = lab.serve(lab.agent)
     zipapp = [PYTHON, "-I", lab.zipapp(), *script[2:]]
     imported, listens, zipped = in_turn(
-        8 if lab.quick else 40, importing, lambda: listening(script), lambda: listening(zipapp)
+        8 if lab.quick else 40,
+        lambda: until(b"", PYTHON, "-c", "import http.server"),
+        lambda: until(b"listening on ", *script),
+        lambda: until(b"listening on ", *zipapp),
     )
     yield Figure("start: until it listens", listens / imported, "x", 2.0,
                  f"{ms(listens)}; import http.server {ms(imported)}")
@@ -734,13 +674,13 @@ def idle(lab: Lab) -> Iterator[Figure]:
 
 def at_rest(pid: int) -> Optional[dict[str, int]]:
     """Wait until nothing has run for half a second, but not for ever: the switches until then."""
-    before = switches(pid)
+    before = None
     for _ in range(20):
-        time.sleep(0.5)
         now = switches(pid)
         if now == before:
             break
         before = now
+        time.sleep(0.5)
     return before
 
 
@@ -769,10 +709,6 @@ def machine() -> str:
     )
 
 
-def ended(number: int, _: Any) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
 def hangs(_number: int, _frame: Any) -> NoReturn:
     # The clients' sockets have no time limits of their own: they would cost a system call each.
     raise Failed(f"no end within {FIGURE_SECONDS} s")
@@ -796,7 +732,7 @@ def main(argv: list[str]) -> int:
               file=sys.stderr)
         return 1
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, ended)
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     signal.signal(signal.SIGALRM, hangs)
     # /tmp, for a Unix socket's path has room for some 100 bytes and TMPDIR may have more.
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as home:
