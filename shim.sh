@@ -8,14 +8,6 @@ trap 'printf "ssh-agent-proxy-sign: this file is cut short: fetch it again\n" >&
 #   key             prints it for git's gpg.ssh.defaultKeyCommand
 #   anything else   is handed to the real ssh-keygen
 #
-# SSH_AGENT_PROXY_URL         the sign endpoint, http://127.0.0.1:7221/sign when unset, or the
-#                             proxy's Unix socket: unix:/path
-# SSH_AGENT_PROXY_PUBKEY_URL  the public key endpoint, derived from it when unset
-# SSH_AGENT_PROXY_TOKEN       the bearer token, where the proxy wants one
-# SSH_AGENT_PROXY_TOKEN_FILE  a file with it, when the one above is unset; when both are, it is
-#                             looked for in ~/.config/ssh-agent-proxy/token
-# SSH_AGENT_PROXY_CURL        another curl (7.68 or newer)
-#
 # The straight way of -Y sign stands first: once it has signed, the shell reads no further. What
 # stands in its way is told apart behind it; where it can be mended, the way is gone again from
 # there, and nothing is asked twice.
@@ -45,7 +37,6 @@ GIT_2=AAAANnaXQAAAAAAAAABnNoY
 # A person's touch gets 120 s at the proxy, unless it is told otherwise, and may wait for others'.
 CONNECT_SECONDS=5
 ANSWER_SECONDS=600
-BUSY_SECONDS=120
 ANNOUNCE_SECONDS=2
 
 # What is to be removed or ended, whatever happens.
@@ -57,6 +48,7 @@ timer=''   # the one that announces the wait
 stopped='' # the same, once it has been told to end
 
 next=''      # what stands in the way
+checked=''   # not empty: what git does not ask for was looked at
 prepared=''  # not empty: what does not depend on the file was looked at
 chosen=''    # not empty: the key was looked for
 granted=''   # not empty: the proxy has answered 200
@@ -70,11 +62,7 @@ source=''    # the file it stands in
 marked=''    # not empty: we wrote that file, and may replace it
 nobody=''    # not empty: git names the key that nobody holds
 once=''      # not empty: the data can be read only once
-opened=''    # not empty: standard input has been,
-kept=''      # and a copy of it was made
 elsewhere='' # not empty: who is asked is not who may know the token
-repeated=''  # not empty: asked again after a broken connection
-waited=0     # seconds, for a proxy that was busy
 
 # --- -Y sign ----------------------------------------------------------------------------------
 
@@ -106,10 +94,9 @@ sign() {
 prepare() {
     [ -z "$prepared" ] || return 0
     [ $# -eq 0 ] || [ "$1" = - ] || name_file "$1" # for what is said of it
-    is_request || leave request || return
-    for operand; do
-        [ "$operand" != - ] || [ $# -eq 1 ] || leave dash || return
-    done
+    if [ "$namespace:$hash$refused" != git: ] || [ $# -gt 1 ]; then # git asks for one at a time
+        [ -n "$checked" ] || leave request || return
+    fi
     sign_url=${SSH_AGENT_PROXY_URL:-http://127.0.0.1:7221/sign}
     is_url "$sign_url" || leave url || return
     find_token || leave token || return
@@ -129,22 +116,14 @@ sign_file() {
         [ -f "$subject" ] || once=yes
         [ -e "$subject" ] && [ ! -d "$subject" ] && [ -r "$subject" ] || leave file || return
         [ ! -d "$subject.sig" ] || leave file || return
-        hold_beside || leave folder || return
+        is_gits_own "$file" .git_signing_buffer_tmp || leave beside || return
+        create "$subject.sig" "$subject.sig" || leave beside || return
+        direct=yes # git reads it only once we have succeeded
     fi
     obtain "$subject" || return
     { printf '%s' "$body" >"$held"; } 2>/dev/null || leave folder || return
     [ -n "$direct" ] || mv -f -- "$held" "$subject.sig" 2>/dev/null || leave folder || return
-    held='' direct='' once='' granted='' repeated='' waited=0
-    reap_timer
-}
-
-# $held: where the answer to FILE is received. Git reads FILE.sig only once we have succeeded.
-hold_beside() {
-    if is_gits_own "$file" .git_signing_buffer_tmp && create "$subject.sig" "$subject.sig"; then
-        direct=yes
-        return
-    fi
-    hold "${subject%/*}/.$PROGRAM.$$"
+    held='' direct='' once='' granted=''
 }
 
 # Is it git's own temporary file at path $1, whose name is $2 and six letters or digits?
@@ -154,15 +133,6 @@ is_gits_own() {
     case ${1##*/} in
     "$2"$letter$letter$letter$letter$letter$letter) return 0 ;;
     esac
-    return 1
-}
-
-# $held: a new file whose name begins with $1. (mktemp would take as long as all the rest of the
-# shim, and its mode would not be the umask's.) $2: as for `create`.
-hold() {
-    for digit in 0 1 2 3 4 5 6 7 8 9; do
-        ! create "$1.$digit" "${2:-$1.$digit}" || return 0
-    done
     return 1
 }
 
@@ -201,74 +171,51 @@ read_options() {
     operation='' namespace=git hash='' named='' key='' refused=''
     consumed=$#
     while [ $# -gt 0 ]; do
+        rest=${1#-?}
+        letter=${1%"$rest"}
         case $1 in
         --)
             shift
             break
             ;;
-        -?*) ;;
+        -[CDEFIKMNOPRVYZabfmnrstwz]) # those with a value
+            [ $# -gt 1 ] || refuse "$1 lacks its value" ''
+            take_option "$1" "${2-}"
+            [ $# -eq 1 ] || shift
+            ;;
+        -[CDEFIKMNOPRVYZabfmnrstwz]*) # glued to it
+            shift
+            set -- "$letter" "$rest" ${1+"$@"}
+            continue
+            ;;
+        -[!-][!-]*) # more of them
+            shift
+            set -- "$letter" "-$rest" ${1+"$@"}
+            continue
+            ;;
+        -[qvU]) ;; # nothing is said anyway, and it is always an agent that signs
+        -?*) refuse "there is no signing with " "$1" ;;
         *) break ;;
         esac
-        group=${1#-}
         shift
-        while [ -n "$group" ]; do
-            rest=${group#?}
-            letter=${group%"$rest"}
-            group=$rest
-            case $letter in
-            [CDEFIKMNOPRVYZabfmnrstwz]) # those with a value
-                if [ -n "$rest" ]; then
-                    value=$rest
-                    group=''
-                elif [ $# -gt 0 ]; then
-                    value=$1
-                    shift
-                else
-                    value=''
-                    refuse "-$letter lacks its value" ''
-                fi
-                take_option "$letter" "$value"
-                ;;
-            [qvU]) ;; # nothing is said anyway, and it is always an agent that signs
-            *) refuse "there is no signing with -" "$letter" ;;
-            esac
-        done
     done
     consumed=$((consumed - $#))
 }
 
 take_option() {
-    case $1 in
-    Y) operation=$2 ;;
-    n) namespace=$2 ;;
-    f) named=yes key=$2 ;;
-    O)
-        case $2 in
-        # The colon tells an empty one from none.
-        [Hh][Aa][Ss][Hh][Aa][Ll][Gg]=*) hash=${2#*=}: ;;
-        *) refuse "only hashalg=sha256 and hashalg=sha512 are known to -O, not " "$2" ;;
-        esac
-        ;;
-    *) refuse "there is no signing with -" "$1" ;;
+    case $1$2 in
+    -Y*) operation=$2 ;;
+    -n*) namespace=$2 ;;
+    -f*) named=yes key=$2 ;;
+    -O[Hh][Aa][Ss][Hh][Aa][Ll][Gg]=*) hash=${2#*=}: ;; # the colon tells an empty one from none
+    -O*) refuse "only hashalg=sha256 and hashalg=sha512 are known to -O, not " "$2" ;;
+    *) refuse "there is no signing with " "$1" ;;
     esac
 }
 
 # The first refusal is the one to be told, if it comes to -Y sign at all.
 refuse() {
     [ -n "$refused" ] || refused=$1 refused_text=$2
-}
-
-# What goes into a header stays in it.
-is_request() {
-    [ -z "$refused" ] || return 1
-    case $namespace in
-    '' | *[!!-~]* | *,*) return 1 ;;
-    esac
-    [ ${#namespace} -le 255 ] || return 1
-    case $hash in
-    '' | sha256: | sha512:) ;;
-    *) return 1 ;;
-    esac
 }
 
 # A URL stands on curl's command line, where everyone can read it, and in messages.
@@ -288,19 +235,17 @@ is_url() {
 find_token() {
     set +a           # no program gets it with its environment,
     unset token || : # not even where one of that name came with ours
-    token='' holder=''
+    token=''
+    holder=${SSH_AGENT_PROXY_TOKEN_FILE:-${HOME:-}/.config/ssh-agent-proxy/token}
     # Nor does a trace show it: to some shells what is set in a function counts only there.
     if [ -n "${SSH_AGENT_PROXY_TOKEN:+set}" ]; then
         set +x
-        token=$SSH_AGENT_PROXY_TOKEN
-    elif [ -n "${SSH_AGENT_PROXY_TOKEN_FILE:-}" ]; then
+        token=$SSH_AGENT_PROXY_TOKEN holder=''
+    elif [ -n "${SSH_AGENT_PROXY_TOKEN_FILE:-}" ] || [ -e "$holder" ]; then
         set +x
-        holder=$SSH_AGENT_PROXY_TOKEN_FILE
-        read_token "$holder" || return
-    elif [ -e "${HOME:-}/.config/ssh-agent-proxy/token" ]; then
-        set +x
-        holder=$HOME/.config/ssh-agent-proxy/token
-        read_token "$holder" || return 0
+        read_token "$holder" || [ -z "${SSH_AGENT_PROXY_TOKEN_FILE:-}" ] || return
+    else
+        holder=''
     fi
     case $token in
     =* | *[!A-Za-z0-9._~+/=-]* | *=[!=]*) return 1 ;;
@@ -309,20 +254,16 @@ find_token() {
 
 # The token in file $1: the first word of the first line that is neither empty nor a comment.
 read_token() {
-    [ -r "$1" ] && [ ! -d "$1" ] && { take_token <"$1"; } 2>/dev/null
-}
-
-take_token() {
+    [ -r "$1" ] && [ ! -d "$1" ] || return 1
     more=yes
-    while [ -n "$more" ]; do
+    while [ -z "$token" ] && [ -n "$more" ]; do
         read -r token rest || more='' # the last line may lack its end
         token=${token%[! -~]}         # a carriage return
         case $token in
-        '' | '#'*) token='' ;;
-        *) return 0 ;;
+        '#'*) token='' ;;
         esac
-    done
-    return 1
+    done <"$1"
+    [ -n "$token" ]
 }
 
 # --- The key ----------------------------------------------------------------------------------
@@ -332,29 +273,14 @@ choose_key() {
     [ -z "$chosen" ] || return 0
     if [ -n "$named" ]; then
         case $key in
-        [~]/*) # else a folder of that name would be looked into
-            has_home || leave no_home || return
-            key=$HOME/${key#??}
-            ;;
+        [~]/*) leave home || return ;; # else a folder of that name would be looked into
         esac
         read_key "$key" || read_key "$key.pub" || leave no_key || return
-        is_no_forgers_key || leave forgers_key || return
+        case ${wanted#* } in
+        "$NOBODY" | "$ANYBODY") leave nobodys_key || return ;;
+        esac
     fi
     chosen=yes
-}
-
-has_home() {
-    case ${HOME:-} in
-    /*) return 0 ;;
-    esac
-    return 1
-}
-
-is_no_forgers_key() {
-    case ${wanted#* } in
-    "$NOBODY") wanted='' nobody=yes ;;
-    "$ANYBODY") return 1 ;;
-    esac
 }
 
 # Is "$1 $2" a public key? Then $wanted is that.
@@ -387,24 +313,10 @@ read_key() {
     return 1
 }
 
-# Does what git wants signed begin with $1? (Where it is not git that asks, there may be no line
-# end for a gigabyte.)
-begins_with() {
-    [ "$namespace" = git ] && [ -f "$subject" ] && [ -r "$subject" ] || return 1
-    line=''
-    IFS= read -r line <"$subject" || :
-    case $line in
-    "$1"*) return 0 ;;
-    esac
-    return 1
-}
-
 # A literal key's file, of which git leaves one behind at each signature.
 remove_gits_key() {
-    if [ -n "$source" ] && is_gits_own "$source" .git_signing_key_tmp && [ -f "$source" ] &&
-        [ ! -L "$source" ]; then
-        rm -f -- "$source" 2>/dev/null || :
-    fi
+    is_gits_own "$source" .git_signing_key_tmp || return 0
+    [ ! -f "$source" ] || [ -L "$source" ] || rm -f -- "$source" 2>/dev/null || :
 }
 
 # --- Asking the proxy -------------------------------------------------------------------------
@@ -418,9 +330,7 @@ ask_for_signature() {
 }
 
 # ask URL PATH CURL'S OPTIONS: one request; PATH is for a URL that is a socket. Leaves curl's exit
-# status in $ended, the seconds it took in $took, and the answer in $answered, $server,
-# $retry_after and $body.
-#
+# status in $ended, and its answer as `read_answer` does.
 # -q: no ~/.curlrc; -g: no [1-9] or {a,b} in names; Expect: a 100 would cost a round trip.
 ask() {
     url=$1
@@ -461,12 +371,11 @@ job_ends() {
 
 # Is it this machine, whatever anyone's name server says?
 is_loopback() {
-    authority=${1#*://}
-    authority=${authority%%/*}
-    case $authority in
-    '[::1]' | '[::1]:'*) return 0 ;;
+    host=${1#*://}
+    case $host in
+    '[::1]'[:/]*) return 0 ;;
     esac
-    host=${authority%%:*}
+    host=${host%%[:/]*}
     case $host in
     [Ll][Oo][Cc][Aa][Ll][Hh][Oo][Ss][Tt] | *.[Ll][Oo][Cc][Aa][Ll][Hh][Oo][Ss][Tt]) return 0 ;;
     *[!0-9.]*) return 1 ;;
@@ -492,73 +401,55 @@ END_OF_CONFIG
 }
 
 read_answer() {
-    answered='' server='' retry_after='' head_ends='' body='' took=''
-    while read -r version code rest; do
-        case $version in
-        '') continue ;;
-        HTTP/[0-9]*) ;;
-        took)
-            took=$code
-            break
-            ;;
-        *) break ;;
-        esac
-        answered=${code%%[!0-9]*}
-        read_head
-        case $answered in
-        1??) answered='' ;; # only the one before the answer
-        *) break ;;
-        esac
-    done
-    if [ "$answered" = 200 ] && [ "$ended" = 0 ]; then
-        read_body
-    elif [ -n "$answered" ]; then
-        IFS= read -r body || : # of a refusal, its one line
-        while read -r word took; do # what curl says is the last
-            [ "$word" = took ] || took=''
-        done
-    fi
-}
-
-read_head() {
-    server='' retry_after='' head_ends=''
-    while IFS=: read -r name rest; do
+    answered='' server='' retry_after='' head_ends='' body='' joined='' took=''
+    while [ -z "$head_ends" ] && IFS=: read -r name rest; do
         rest=${rest# }
         rest=${rest%[! -~]} # the carriage return
         case $name in
+        HTTP/[0-9]*)
+            answered=${name#* }
+            answered=${answered%%[!0-9]*}
+            ;;
         [Ss][Ee][Rr][Vv][Ee][Rr]) server=$rest ;;
         [Rr][Ee][Tt][Rr][Yy]-[Aa][Ff][Tt][Ee][Rr]) retry_after=$rest ;;
+        took\ *) took=${name#took } ;;
         ?) # an empty line still has its own
-            head_ends=yes
-            return
+            case $answered in
+            1??) answered='' server='' retry_after='' ;; # only the one before the answer
+            *) head_ends=yes ;;
+            esac
             ;;
         esac
     done
+    [ -z "$head_ends" ] || read_body
 }
 
+# $body, and the same without line ends in $joined.
 read_body() {
-    while [ ${#body} -lt 65536 ] && IFS= read -r line; do
+    line=''
+    while [ ${#body} -lt 65536 ] && { IFS= read -r line || [ -n "$line" ]; }; do
         body=$body$line$NEWLINE
+        joined=$joined$line
         line=''
     done
-    [ -z "$line" ] || body=$body$line$NEWLINE
     # Where nothing holds it to that (in posh), cutting a long one would take minutes.
     if [ ${#body} -ge 65536 ]; then
         ended=23 body=''
         return
     fi
-    took=${body##*"$NEWLINE"took }
-    took=${took%"$NEWLINE"}
-    body=${body%"$NEWLINE"took *}
+    case $body in
+    *"$NEWLINE"took\ *) # what curl says is the last
+        took=${body##*"$NEWLINE"took }
+        took=${took%"$NEWLINE"}
+        body=${body%"$NEWLINE"took *}
+        joined=${joined%"took $took"}
+        ;;
+    esac
 }
 
 is_granted() {
-    [ "$answered" = 200 ] && [ "$ended" = 0 ] && [ -n "$head_ends" ] && is_ours
-}
-
-is_ours() {
-    case $server in
-    ssh-agent-proxy/*) return 0 ;;
+    case $answered:$ended:$head_ends:$server in
+    200:0:yes:ssh-agent-proxy/*) return 0 ;;
     esac
     return 1
 }
@@ -572,24 +463,10 @@ is_signature() {
     "$BEGIN$NEWLINE"*"$NEWLINE$END$NEWLINE") ;;
     *) return 1 ;;
     esac
-    inner=${body#"$BEGIN$NEWLINE"}
-    inner=${inner%"$NEWLINE$END$NEWLINE"}
-    case $inner in
-    '' | *[!A-Za-z0-9+/="$NEWLINE"]*) return 1 ;;
-    esac
-    base64=''
-    while :; do
-        case $inner in
-        *"$NEWLINE"*)
-            base64=$base64${inner%%"$NEWLINE"*}
-            inner=${inner#*"$NEWLINE"}
-            ;;
-        *) break ;;
-        esac
-    done
-    base64=$base64$inner
+    base64=${joined#"$BEGIN"}
+    base64=${base64%"$END"}
     case $base64 in
-    *=[!=]*) return 1 ;;
+    '' | *[!A-Za-z0-9+/=]* | *=[!=]*) return 1 ;;
     esac
 }
 
@@ -604,15 +481,12 @@ is_for_git() {
 }
 
 is_by_key() {
-    case $base64 in
-    "$BY_NOBODY"* | "$BY_ANYBODY"*) return 1 ;;
-    esac
-    [ -n "$wanted" ] || return 0
     # shellcheck disable=SC2254 # a pattern
     case $base64 in
+    "$BY_NOBODY"* | "$BY_ANYBODY"*) return 1 ;;
     U1NIU0lHAAAAAQ?????$shifted*) return 0 ;;
     esac
-    return 1
+    [ -z "$wanted" ]
 }
 
 # $shifted, a pattern: how the key that is wanted stands in a signature's base64, with namespace
@@ -666,17 +540,10 @@ shift_key() {
 set_out() {
     # Lengths and ranges of characters are of bytes; and curl and mv are done sooner.
     export LC_ALL=C
-    trap fall_off EXIT
-    trap 'interrupted 129' HUP
-    trap 'interrupted 130' INT
-    trap 'interrupted 143' TERM
-}
-
-# shellcheck disable=SC2317,SC2329 # reached by a trap
-fall_off() {
-    clean_up
-    printf '%s: ended too early: is this file cut short? Fetch it again\n' "$PROGRAM" >&2 || :
-    exit 1
+    trap 'end_early 1' EXIT
+    trap 'end_early 129' HUP
+    trap 'end_early 130' INT
+    trap 'end_early 143' TERM
 }
 
 finish() {
@@ -686,10 +553,12 @@ finish() {
 }
 
 # shellcheck disable=SC2317,SC2329 # reached by a trap
-interrupted() {
+end_early() {
     trap - EXIT # mksh would exit with the status of the trap
     trap '' HUP INT TERM
     clean_up
+    [ "$1" != 1 ] ||
+        printf '%s: ended too early: is this file cut short? Fetch it again\n' "$PROGRAM" >&2 || :
     exit "$1"
 }
 
@@ -717,44 +586,24 @@ start_timer() {
     {
         # By exec, for what redirections of another kind replace is kept open by some shells.
         exec </dev/null >/dev/tty 2>/dev/null
-        run_timer
+        trap '' HUP INT TERM # of these the shim tells it, by USR1
+        trap '' TTOU         # a background job may write all the same
+        ending='' nap=''
+        trap 'ending=yes; [ -z "$nap" ] || kill -s KILL "$nap" || :' USR1
+        announcement="$PROGRAM: waiting for ssh-agent-proxy: touch your key?$NEWLINE"
+        # USR1 may not come: the shim was killed, or it is ignored in this place.
+        while
+            sleep "$ANNOUNCE_SECONDS" &
+            nap=$!
+            [ -z "$ending" ] || kill -s KILL "$nap"
+            wait "$nap" && kill -s 0 "$$" && kill -s 0 "$job"
+        do
+            printf '%s' "$announcement"
+            announcement=''
+        done
+        wait "$nap" || : # the trap may have cut the other short
     } &
     timer=$!
-}
-
-run_timer() {
-    trap '' HUP INT TERM # of these the shim tells it, by USR1
-    trap '' TTOU         # a background job may write all the same
-    nap='' ending=''
-    trap end_nap USR1
-    doze
-    ! is_waiting || printf '%s: waiting for ssh-agent-proxy: touch your key?\n' "$PROGRAM"
-    while is_waiting; do
-        doze
-    done
-}
-
-# For a signal that did not come: the shim was killed, or USR1 is ignored in this place.
-is_waiting() {
-    kill -s 0 "$$" && kill -s 0 "$job"
-}
-
-# The signal may come before the number of the sleep is known.
-doze() {
-    sleep "$ANNOUNCE_SECONDS" &
-    nap=$!
-    [ -z "$ending" ] || end_nap
-    wait "$nap"
-    nap=''
-}
-
-end_nap() {
-    ending=yes
-    if [ -n "$nap" ]; then
-        kill -s KILL "$nap" || :
-        wait "$nap" || :
-        exit
-    fi
 }
 
 # USR1, for the shim has no trap for it that would swallow it just after the fork. The timer is
@@ -784,7 +633,25 @@ if [ "$operation" = sign ]; then
     ! sign "$@" || finish
 fi
 
+# --- A file that is not git's own -------------------------------------------------------------
+
+# $held: a new file whose name begins with $1. (mktemp would take as long as all the rest of the
+# shim, and its mode would not be the umask's.) $2: as for `create`.
+hold() {
+    for digit in 0 1 2 3 4 5 6 7 8 9; do
+        ! create "$1.$digit" "${2:-$1.$digit}" || return 0
+    done
+    return 1
+}
+
+while [ "$next" = beside ] && hold "${subject%/*}/.$PROGRAM.$$"; do
+    ! sign "$@" || finish
+done
+
 # --- Standard input ---------------------------------------------------------------------------
+
+opened='' # not empty: it was,
+kept=''   # and a copy of it was made
 
 # Is it signed, and the signature printed?
 sign_input() {
@@ -838,7 +705,15 @@ if [ "$next" = input ] && sign_input; then
     finish
 fi
 
-# What follows is read only where neither way did lead to the end.
+# What follows is read only where neither way did lead to the end. The variables:
+#
+# SSH_AGENT_PROXY_URL         the sign endpoint, http://127.0.0.1:7221/sign when unset, or the
+#                             proxy's Unix socket: unix:/path
+# SSH_AGENT_PROXY_PUBKEY_URL  the public key endpoint, derived from it when unset
+# SSH_AGENT_PROXY_TOKEN       the bearer token, where the proxy wants one
+# SSH_AGENT_PROXY_TOKEN_FILE  a file with it, when the one above is unset; when both are, it is
+#                             looked for in ~/.config/ssh-agent-proxy/token
+# SSH_AGENT_PROXY_CURL        another curl (7.68 or newer)
 
 main() {
     case ${1-} in
@@ -852,35 +727,35 @@ main() {
         ;;
     *)
         [ "$operation" = sign ] || hand_over "$@"
-        mend
+        mend "$@"
         until sign "$@"; do
-            mend
+            mend "$@"
         done
         ;;
     esac
     finish
 }
 
-# Removes what stands in the way, or says what it is and ends.
+# For all the arguments: removes what stands in the way, or says what it is and ends.
 mend() {
     show "${place-}"
     case $next in
-    request) refuse_request ;;
-    dash) die "standard input cannot be signed beside files" ;;
+    request) check_request "$@" ;;
     url) explain_url SSH_AGENT_PROXY_URL "$sign_url" || die "$problem" ;;
     token) explain_token || die "$problem" ;;
     file) refuse_file ;;
+    beside) hold "${subject%/*}/.$PROGRAM.$$" || refuse_folder ;;
     folder) refuse_folder ;;
-    no_home) die "user.signingkey begins with ~/, and HOME is not the whole path of a folder" ;;
+    home) find_home ;;
     no_key) look_for_key ;;
-    forgers_key) refuse_key ;;
+    nobodys_key) accept_key ;;
     certificate)
         die "this push certificate names a key that nobody holds, because the proxy could not be \
 asked for its own when the push began: look at \`$PROGRAM pubkey\`, then push again"
         ;;
     input)
         until sign_input; do
-            mend
+            mend "$@"
         done
         finish
         ;;
@@ -926,6 +801,18 @@ show() {
 
 say() {
     printf '%s: %s\n' "$PROGRAM" "$1" >&2 || :
+}
+
+# Does what git wants signed begin with $1? (Where it is not git that asks, there may be no line
+# end for a gigabyte.)
+begins_with() {
+    [ "$namespace" = git ] && [ -f "$subject" ] && [ -r "$subject" ] || return 1
+    line=''
+    IFS= read -r line <"$subject" || :
+    case $line in
+    "$1"*) return 0 ;;
+    esac
+    return 1
 }
 
 die() {
@@ -979,7 +866,8 @@ explain_missing() {
 
 # --- What was refused -------------------------------------------------------------------------
 
-refuse_request() {
+# What goes into a header stays in it.
+check_request() {
     if [ -n "$refused" ]; then
         show "$refused_text"
         die "$refused$shown"
@@ -991,7 +879,15 @@ refuse_request() {
     esac
     [ ${#namespace} -le 255 ] || die "the namespace is longer than 255 characters"
     show "${hash%:}"
-    die "-O hashalg=$shown is unknown (sha256 and sha512 are not)"
+    case $hash in
+    '' | sha256: | sha512:) ;;
+    *) die "-O hashalg=$shown is unknown (sha256 and sha512 are not)" ;;
+    esac
+    shift "$consumed"
+    for operand; do
+        [ "$operand" != - ] || [ $# -eq 1 ] || die "standard input cannot be signed beside files"
+    done
+    checked=yes
 }
 
 explain_url() {
@@ -1042,18 +938,33 @@ refuse_folder() {
     die "cannot write $shown.sig: is its folder writable, and the disk not full?"
 }
 
+# --- The key that git named, where it is not in a file ----------------------------------------
+
+find_home() {
+    case ${HOME:-} in
+    /*) key=$HOME/${key#??} ;;
+    *) die "user.signingkey begins with ~/, and HOME is not the whole path of a folder" ;;
+    esac
+}
+
+# The one that nobody holds stands for the proxy's own choice.
+accept_key() {
+    chosen=yes
+    case ${wanted#* } in
+    "$NOBODY") wanted='' nobody=yes ;;
+    "$ANYBODY") refuse_key ;;
+    esac
+}
+
 refuse_key() {
     show "$source"
     die "the key in ${shown:-user.signingkey} is 32 zero bytes, for which anyone can forge a \
 signature: take it out of there, and out of every file of allowed signers"
 }
 
-# --- The key that git named, where it is not in a file ----------------------------------------
-
 look_for_key() {
     if is_key "$key"; then
-        is_no_forgers_key || refuse_key
-        chosen=yes
+        accept_key
         return
     fi
     show "$key"
@@ -1218,6 +1129,13 @@ name_key() {
     fi
 }
 
+is_ours() {
+    case $server in
+    ssh-agent-proxy/*) return 0 ;;
+    esac
+    return 1
+}
+
 # No other refusal is asked around: a person's, a policy's and the agent's no are meant.
 may_rotate() {
     is_ours && [ -n "$marked" ] && [ -z "$once" ] || return 1
@@ -1230,7 +1148,8 @@ may_rotate() {
 # True when our proxy has answered 200, asked again by $ask_again where that does no harm; else
 # $problem says what is wrong. $shown is where was asked.
 settle() {
-    repeated='' waited=0
+    repeated='' # not empty: asked again after a broken connection
+    waited=0    # seconds, for a proxy that was busy
     while ! is_granted; do
         if is_broken || is_busy; then
             "$ask_again"
@@ -1254,6 +1173,8 @@ is_broken() {
     esac
     return 1
 }
+
+BUSY_SECONDS=120
 
 # Is the proxy busy, and can it be waited for? Then that was done.
 is_busy() {
@@ -1284,7 +1205,7 @@ explain_answer() {
 ${shown:-none}) but another program there, or a network policy's page: \
 SSH_AGENT_PROXY_URL says where to look"
     elif [ -n "$answered" ] && [ "$answered" != 200 ]; then
-        show "$body"
+        show "${body%%"$NEWLINE"*}"
         fail "$place answered $answered: ${shown:-no reason given}" || :
         [ "$answered" != 401 ] || advise_token
         return 1

@@ -1345,7 +1345,7 @@ def test_curl_gets_the_token_neither_as_an_argument_nor_in_its_environment(
     """
     # Were one of the shim's own variables in the environment, it would be passed on.
     own = set(re.findall(r"[a-z_]+(?==)|(?<=read -r )[a-z_]+", SHIM.read_text()))
-    assert {"token", "rest", "word", "value"} <= own
+    assert {"token", "rest", "word", "letter"} <= own
     env = {**dict.fromkeys(own, "x"), **fake_curl(shim, script), **token_from(shim, source)}
     assert "s3cr3t" not in said(ask(shim, way, {**env, **NOWHERE}))
     assert "s3cr3t" not in (where / "argv").read_text()
