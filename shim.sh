@@ -9,8 +9,8 @@ trap 'printf "ssh-agent-proxy-sign: this file is cut short: fetch it again\n" >&
 #   anything else   is handed to the real ssh-keygen
 #
 # The straight way of -Y sign stands first: once it has signed, the shell reads no further. What
-# stands in its way is told apart behind it; where it can be mended, the way is gone again from
-# there, and nothing is asked twice.
+# stood in its way is mended behind it, and the way gone on from there; nothing is asked twice.
+# The variables that it reads stand above `main`.
 
 set -eu
 
@@ -52,17 +52,13 @@ checked=''   # not empty: what git does not ask for was looked at
 prepared=''  # not empty: what does not depend on the file was looked at
 chosen=''    # not empty: the key was looked for
 granted=''   # not empty: the proxy has answered 200
-signed=0     # so many files are done
-file=''      # what is being signed, as the caller named it
-subject=''   # the same, with a slash in it: never taken for an option or for standard input
+subject=''   # what is being signed, with a slash in it
 direct=''    # not empty: the answer is received in FILE.sig itself
-namespace='' # of -Y sign
 wanted=''    # the key that git named, as "TYPE BASE64", or empty for the proxy's own choice
 source=''    # the file it stands in
 marked=''    # not empty: we wrote that file, and may replace it
 nobody=''    # not empty: git names the key that nobody holds
 once=''      # not empty: the data can be read only once
-elsewhere='' # not empty: who is asked is not who may know the token
 
 # --- -Y sign ----------------------------------------------------------------------------------
 
@@ -75,17 +71,15 @@ leave() {
 # For -Y sign with all the arguments: true once everything is signed, else $next is set.
 sign() {
     shift "$consumed"
-    prepare ${1+"$@"} || return # to posh an empty "$@" is unset
-    if [ $# -eq 0 ] || { [ $# -eq 1 ] && [ "$1" = - ]; }; then
-        leave input || return
-    fi
-    number=0
-    for operand; do
-        number=$((number + 1))
-        [ "$number" -gt "$signed" ] || continue
-        name_file "$operand"
+    case $#:${1-} in
+    0: | 1:-) leave input || return ;;
+    esac
+    while [ $# -gt 0 ]; do
+        name_file "$1"
+        prepare "$@" || return
         sign_file || return
-        signed=$number
+        consumed=$((consumed + 1))
+        shift
     done
     remove_gits_key
 }
@@ -93,7 +87,6 @@ sign() {
 # What is wrong whatever is signed.
 prepare() {
     [ -z "$prepared" ] || return 0
-    [ $# -eq 0 ] || [ "$1" = - ] || name_file "$1" # for what is said of it
     if [ "$namespace:$hash$refused" != git: ] || [ $# -gt 1 ]; then # git asks for one at a time
         [ -n "$checked" ] || leave request || return
     fi
@@ -103,19 +96,16 @@ prepare() {
     prepared=yes
 }
 
+# $file as the caller named it, and $subject, never taken for an option or for standard input.
 name_file() {
-    file=$1
-    case $file in
-    /*) subject=$file ;;
-    *) subject=./$file ;;
-    esac
+    file=$1 subject=$1
+    [ "${1#/}" != "$1" ] || subject=./$1
 }
 
 sign_file() {
     if [ -z "$held" ]; then
         [ -f "$subject" ] || once=yes
-        [ -e "$subject" ] && [ ! -d "$subject" ] && [ -r "$subject" ] || leave file || return
-        [ ! -d "$subject.sig" ] || leave file || return
+        [ -r "$subject" ] && [ ! -d "$subject" ] && [ ! -d "$subject.sig" ] || leave file || return
         is_gits_own "$file" .git_signing_buffer_tmp || leave beside || return
         create "$subject.sig" "$subject.sig" || leave beside || return
         direct=yes # git reads it only once we have succeeded
@@ -128,17 +118,14 @@ sign_file() {
 
 # Is it git's own temporary file at path $1, whose name is $2 and six letters or digits?
 is_gits_own() {
-    letter='[A-Za-z0-9]'
-    # shellcheck disable=SC2254 # a pattern
     case ${1##*/} in
-    "$2"$letter$letter$letter$letter$letter$letter) return 0 ;;
+    "$2"[A-Za-z0-9][A-Za-z0-9][A-Za-z0-9][A-Za-z0-9][A-Za-z0-9][A-Za-z0-9]) return 0 ;;
     esac
     return 1
 }
 
-# $held: a new file $1, never one that is there. `set -C` alone would open a device, or what a
-# link to one names; $2 is where that is seen: the same, or the descriptor where others may have
-# put something else at $1 meanwhile.
+# $held: a new file $1, never one that is there. `set -C` alone would open a device that a link
+# names. $2 is where that is seen: $1, or the descriptor where others may have put something there.
 create() {
     [ ! -e "$1" ] && [ ! -L "$1" ] || return 1
     held=$1
@@ -152,7 +139,6 @@ create() {
 obtain() {
     if [ -z "$granted" ]; then
         choose_key || return
-        # Git has written the fingerprint of the key that it was told into a push certificate.
         [ -z "$nobody" ] || ! begins_with 'certificate ' || leave certificate || return
         data=$1
         ask_for_signature
@@ -228,7 +214,7 @@ is_url() {
     esac
 }
 
-# --- The token --------------------------------------------------------------------------------
+# --- The token and the key --------------------------------------------------------------------
 
 # $token, empty where there is none, and for messages $holder, what it was looked for in. The file
 # that is looked for unasked need not hold one: only a proxy that wants one makes that a failure.
@@ -244,8 +230,6 @@ find_token() {
     elif [ -n "${SSH_AGENT_PROXY_TOKEN_FILE:-}" ] || [ -e "$holder" ]; then
         set +x
         read_token "$holder" || [ -z "${SSH_AGENT_PROXY_TOKEN_FILE:-}" ] || return
-    else
-        holder=''
     fi
     case $token in
     =* | *[!A-Za-z0-9._~+/=-]* | *=[!=]*) return 1 ;;
@@ -266,20 +250,16 @@ read_token() {
     [ -n "$token" ]
 }
 
-# --- The key ----------------------------------------------------------------------------------
-
 # $wanted, $source and $marked: what git named.
 choose_key() {
-    [ -z "$chosen" ] || return 0
-    if [ -n "$named" ]; then
-        case $key in
-        [~]/*) leave home || return ;; # else a folder of that name would be looked into
-        esac
-        read_key "$key" || read_key "$key.pub" || leave no_key || return
-        case ${wanted#* } in
-        "$NOBODY" | "$ANYBODY") leave nobodys_key || return ;;
-        esac
-    fi
+    [ -n "$named" ] && [ -z "$chosen" ] || return 0
+    case $key in
+    [~]/*) leave home || return ;; # else a folder of that name would be looked into
+    esac
+    read_key "$key" || read_key "$key.pub" || leave no_key || return
+    case ${wanted#* } in
+    "$NOBODY" | "$ANYBODY") leave nobodys_key || return ;;
+    esac
     chosen=yes
 }
 
@@ -333,8 +313,7 @@ ask_for_signature() {
 # status in $ended, and its answer as `read_answer` does.
 # -q: no ~/.curlrc; -g: no [1-9] or {a,b} in names; Expect: a 100 would cost a round trip.
 ask() {
-    url=$1
-    requested=$2
+    url=$1 requested=$2
     shift 2
     case $url in
     unix:*)
@@ -391,9 +370,8 @@ run_curl() {
     if [ -z "${token:+set}" ] || [ -n "$elsewhere" ]; then
         exec "${SSH_AGENT_PROXY_CURL:-curl}" "$@"
     fi
-    # By a here-document, for arguments are seen by everyone, those of printf too, which in mksh
-    # and posh is a program. Some shells make a temporary file of it, ksh by the umask; the group
-    # is for the failure of that.
+    # By a here-document, for everyone sees arguments (printf too is a program in mksh and posh).
+    # Some shells make a temporary file of it, ksh by the umask; the group is for its failure.
     umask 077
     { exec "${SSH_AGENT_PROXY_CURL:-curl}" "$@" -K -; } <<END_OF_CONFIG || exit 120
 header = "Authorization: Bearer $token"
@@ -426,11 +404,9 @@ read_answer() {
 
 # $body, and the same without line ends in $joined.
 read_body() {
-    line=''
     while [ ${#body} -lt 65536 ] && { IFS= read -r line || [ -n "$line" ]; }; do
         body=$body$line$NEWLINE
         joined=$joined$line
-        line=''
     done
     # Where nothing holds it to that (in posh), cutting a long one would take minutes.
     if [ ${#body} -ge 65536 ]; then
@@ -473,11 +449,11 @@ is_signature() {
 # "SSHSIG", uint32 1, string key, string "git", string "", string "sha…": the key begins in the
 # middle of a base64 digit, and where the namespace does depends on its length.
 is_for_git() {
-    [ "$namespace" = git ] || return 0
-    case $base64 in
-    U1NIU0lHAAAAAQ*"$GIT_0"* | U1NIU0lHAAAAAQ*"$GIT_1"* | U1NIU0lHAAAAAQ*"$GIT_2"*) return 0 ;;
+    case $namespace:$base64 in
+    git:U1NIU0lHAAAAAQ*"$GIT_0"* | git:U1NIU0lHAAAAAQ*"$GIT_1"*) return 0 ;;
+    git:U1NIU0lHAAAAAQ*"$GIT_2"*) return 0 ;;
+    git:*) return 1 ;;
     esac
-    return 1
 }
 
 is_by_key() {
@@ -535,7 +511,7 @@ shift_key() {
     shifted=$shifted$follows
 }
 
-# --- Ending -----------------------------------------------------------------------------------
+# --- Waiting, and ending ----------------------------------------------------------------------
 
 set_out() {
     # Lengths and ranges of characters are of bytes; and curl and mv are done sooner.
@@ -570,24 +546,20 @@ clean_up() {
     fi
     stop_timer
     reap_timer
-    if [ -n "$held$fresh$scratch" ]; then
+    [ -z "$held$fresh$scratch" ] ||
         rm -rf -- ${held:+"$held"} ${fresh:+"$fresh"} ${scratch:+"$scratch"} || :
-        held='' fresh='' scratch=''
-    fi
+    held='' fresh='' scratch=''
 }
 
-# --- Announcing a wait ------------------------------------------------------------------------
-
 # Git shows what a signer says only when it fails, so this goes to the terminal, if there is one.
-# The timer holds nothing that git waits for.
+# The timer holds nothing that git waits for, and is told by USR1 that nobody waits any more.
 start_timer() {
     reap_timer
     { true >/dev/tty; } 2>/dev/null || return 0
     {
         # By exec, for what redirections of another kind replace is kept open by some shells.
         exec </dev/null >/dev/tty 2>/dev/null
-        trap '' HUP INT TERM # of these the shim tells it, by USR1
-        trap '' TTOU         # a background job may write all the same
+        trap '' HUP INT TERM TTOU # the last, for a background job may write all the same
         ending='' nap=''
         trap 'ending=yes; [ -z "$nap" ] || kill -s KILL "$nap" || :' USR1
         announcement="$PROGRAM: waiting for ssh-agent-proxy: touch your key?$NEWLINE"
@@ -609,10 +581,9 @@ start_timer() {
 # USR1, for the shim has no trap for it that would swallow it just after the fork. The timer is
 # still there to be ended, so that its number is no one else's.
 stop_timer() {
-    if [ -n "$timer" ]; then
-        kill -s USR1 "$timer" 2>/dev/null || :
-        stopped=$timer timer=''
-    fi
+    [ -n "$timer" ] || return 0
+    kill -s USR1 "$timer" 2>/dev/null || :
+    stopped=$timer timer=''
 }
 
 # Where process 1 waits for nobody it would stay as a zombie.
@@ -623,11 +594,7 @@ reap_timer() {
 
 # --- The straight way ends --------------------------------------------------------------------
 
-operation=''
-case ${1-} in
-pubkey | key) ;;
-*) read_options "$@" ;;
-esac
+read_options ${1+"$@"}
 if [ "$operation" = sign ]; then
     set_out
     ! sign "$@" || finish
@@ -655,6 +622,7 @@ kept=''   # and a copy of it was made
 
 # Is it signed, and the signature printed?
 sign_input() {
+    prepare || return
     if [ -z "$opened" ]; then
         { true 3<&0; } 2>/dev/null || leave no_input || return
         exec 3<&0
@@ -749,7 +717,7 @@ mend() {
     home) find_home ;;
     no_key) look_for_key ;;
     nobodys_key) accept_key ;;
-    certificate)
+    certificate) # git has written the fingerprint of the key that it was told into it
         die "this push certificate names a key that nobody holds, because the proxy could not be \
 asked for its own when the push began: look at \`$PROGRAM pubkey\`, then push again"
         ;;
@@ -1037,7 +1005,7 @@ END_OF_BODY
 }
 
 ask_for_key() {
-    place=$pubkey_url
+    place=$pubkey_url elsewhere=''
     find_origin "$pubkey_url"
     asked=$origin
     find_origin "$sign_url"
@@ -1217,13 +1185,13 @@ SSH_AGENT_PROXY_URL says where to look"
 # The proxy's own word says how to come by a token, and this where one was looked for.
 advise_token() {
     refusal=$problem
-    show "${holder:-${HOME:-}/.config/ssh-agent-proxy/token}"
+    show "$holder"
     if [ -n "$elsewhere" ]; then
         advice="the token is sent to the host of SSH_AGENT_PROXY_URL alone, and this is another"
     elif [ -n "${token:+set}" ]; then
         [ -n "$holder" ] || shown=SSH_AGENT_PROXY_TOKEN
         advice="what was sent is the one in $shown: put another there"
-    elif [ -n "$holder" ]; then
+    elif [ -n "${SSH_AGENT_PROXY_TOKEN_FILE:-}" ] || [ -e "$holder" ]; then
         explain_holder || advice="$problem: put it there"
     else
         advice="neither SSH_AGENT_PROXY_TOKEN nor SSH_AGENT_PROXY_TOKEN_FILE is set, and there is \
