@@ -3,7 +3,7 @@
 trap 'printf "ssh-agent-proxy-sign: this file is cut short: fetch it again\n" >&2; exit 1' EXIT
 # (Until what it was called for is done: half a download must not look like a signature made.)
 #
-#   -Y sign …       asks ssh-agent-proxy for the signature, over HTTP or its Unix socket
+#   -Y sign ...     asks ssh-agent-proxy for the signature, over HTTP or its Unix socket
 #   pubkey [PATH]   prints the public key that signs, or writes it to PATH
 #   key             prints it for git's gpg.ssh.defaultKeyCommand
 #   anything else   is handed to the real ssh-keygen
@@ -446,7 +446,7 @@ is_signature() {
     esac
 }
 
-# "SSHSIG", uint32 1, string key, string "git", string "", string "sha…": the key begins in the
+# "SSHSIG", uint32 1, string key, string "git", string "", string "sha...": the key begins in the
 # middle of a base64 digit, and where the namespace does depends on its length.
 is_for_git() {
     case $namespace:$base64 in
