@@ -337,15 +337,14 @@ class Lab:
         return Exchange(address or self.agent, request, string(b"\x0e" + signature))
 
     def sign(self, port: int) -> Exchange:
-        return Exchange(
-            port, self.head(port, f"Content-Length: {len(PAYLOAD)}") + PAYLOAD, self.armor
-        )
+        return self.post(port, f"Content-Length: {len(PAYLOAD)}", PAYLOAD, self.armor)
 
-    def head(self, port: int, framing: str) -> bytes:
-        return (
+    def post(self, port: int, framing: str, content: bytes, armor: bytes) -> Exchange:
+        head = (
             f"POST /sign HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nSSHSIG-Key: {self.public}\r\n"
             f"{framing}\r\n\r\n"
-        ).encode("ascii")
+        )
+        return Exchange(port, head.encode("ascii") + content, armor)
 
 
 def listens(path: str) -> bool:
@@ -574,13 +573,8 @@ def body(lab: Lab) -> Iterator[Figure]:
     # Memory first, of a proxy that has never seen a body: the growth is then all that it keeps.
     proxy = lab.start_proxy()
     lab.sign(proxy.port).seconds()
-    by_length, by_chunks = (
-        Exchange(proxy.port, lab.head(proxy.port, framing) + content, armor)
-        for framing, content in (
-            (f"Content-Length: {len(data)}", data),
-            ("Transfer-Encoding: chunked", chunked),
-        )
-    )
+    by_length = lab.post(proxy.port, f"Content-Length: {len(data)}", data, armor)
+    by_chunks = lab.post(proxy.port, "Transfer-Encoding: chunked", chunked, armor)
     before = resident(proxy.pid)
     seen, done = [before], threading.Event()
 

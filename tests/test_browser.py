@@ -191,6 +191,7 @@ WAYS = [
     Way("EventSource", "GET", "GET", "listen(url => new EventSource(url))"),
     Way("WebSocket", "GET", "GET", "listen(url => new WebSocket(url.replace('http', 'ws')))"),
 ]
+ATTEMPTS = [(way, path) for way in WAYS for path in way.paths]
 
 
 class Page(NamedTuple):
@@ -204,13 +205,9 @@ class Page(NamedTuple):
         return self.origin == self.target
 
     @property
-    def attempts(self) -> List[Tuple[Way, str]]:
-        return [(way, path) for way in WAYS for path in way.paths]
-
-    @property
     def lines(self) -> Counter[str]:
         """What goes over the wire, and how often."""
-        sent = [(way.same if self.same else way.cross, path) for way, path in self.attempts]
+        sent = [(way.same if self.same else way.cross, path) for way, path in ATTEMPTS]
         return Counter(f"{method} {path}" for method, path in sent if method)
 
 
@@ -296,7 +293,7 @@ class Course:
         values = {
             "BASE": base,
             "NEXT": following,
-            "ATTEMPTS": [(way.name, target + path) for way, path in page.attempts],
+            "ATTEMPTS": [(way.name, target + path) for way, path in ATTEMPTS],
         }
         script = "".join(f"const {name} = {json.dumps(v)};\n" for name, v in values.items())
         head = f"<!DOCTYPE html><link rel=icon href=data:,><body><script>{script}</script>"
@@ -464,7 +461,7 @@ class World:
         """The page's outcomes, and what it sent: all that is expected of it, and nothing else."""
         number = COURSE.index(page)
         outcomes, wires = self.course.outcomes[number], self.course.wires[number]
-        if len(outcomes) != len(page.attempts):
+        if len(outcomes) != len(ATTEMPTS):
             log = self.log.read_text("utf-8", "replace")[-2000:]
             pytest.fail(f"{page.name}: no report; Chromium says:\n{log}")
         assert "no end" not in [outcome["how"] for outcome in outcomes]
@@ -476,13 +473,12 @@ class World:
 
 def stop_browser(browser: subprocess.Popen[bytes]) -> None:
     """Ends it with all of its processes: the group is its own."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(browser.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            browser.wait(10)
-    if browser.stdout:
-        browser.stdout.close()
+    with browser:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(browser.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                browser.wait(10)
 
 
 @pytest.fixture(scope="module")
@@ -576,7 +572,7 @@ def test_a_page_under_a_name_that_is_let_in_reads_the_public_key(
     outcomes, _ = world.seen(page)
     read = {
         way.name: outcome["read"]
-        for (way, path), outcome in zip(page.attempts, outcomes)
+        for (way, path), outcome in zip(ATTEMPTS, outcomes)
         if way.name in READERS and path == "/publickey"
     }
     assert set(read) == READERS
