@@ -159,7 +159,7 @@ def test_a_commands_program_is_expanded() -> None:
 
 
 @pytest.mark.parametrize("before, after", [
-    ("", ""), ("# a comment\n\n", "\n"), ("\n  \n", "\r\n"), ("", "\n\n# more\n"),
+    ("# a comment\n\n", "\n"), ("\n  \n", "\r\n"), ("", "\n\n# more\n"),
 ])  # fmt: skip
 def test_a_pin_may_have_comments_and_empty_lines_around_it(
     before: str, after: str, keys: Keys, tmp_path: Path
@@ -168,11 +168,6 @@ def test_a_pin_may_have_comments_and_empty_lines_around_it(
     file.write_bytes((before + keys.line("ed25519") + after).encode())
     assert pin(config(PUBKEY=file.read_text())) == keys.line("ed25519")
     assert pin(config(PUBKEY_FILE=str(file))) == keys.line("ed25519")
-
-
-def test_a_pin_without_a_comment(keys: Keys) -> None:
-    bare = " ".join(keys.line("ed25519").split()[:2])
-    assert pin(config(PUBKEY=bare)) == bare
 
 
 def test_a_pins_file_may_be_named_from_the_home(keys: Keys, tmp_path: Path) -> None:
@@ -255,7 +250,6 @@ BAD: List[Tuple[str, str, List[str]]] = [
     ("ADDR", "127.0.0.1:65536", ["'127.0.0.1:65536'"]),
     ("ADDR", "127.0.0.1:\u0661", ["'127.0.0.1:\u0661'"]),
     ("ADDR", "::1:7221", ["'::1:7221'", "]:PORT"]),
-    ("ADDR", "http://127.0.0.1:7221", ["'http://127.0.0.1:7221'"]),
     ("ADDR", "127.0.0.1:1,", ["''"]),
     ("ADDR", "unix:run/proxy", ["'unix:run/proxy'", "unix:/path"]),
     ("ADDR", "unix:/run/proxy?mode=66", ["'unix:/run/proxy?mode=66'", "?mode=0660"]),
@@ -266,7 +260,6 @@ BAD: List[Tuple[str, str, List[str]]] = [
     ("NAMESPACE", "a\x7f", ["x7f"]),
     ("NAMESPACE", 256 * "n", ["255"]),
     ("UPSTREAM", "relative/agent", ["'relative/agent'", "absolute path", "exec:"]),
-    ("UPSTREAM", "unix:", ["'unix:'", "absolute path"]),
     ("UPSTREAM", "$NOT_SET_HERE/agent", ["$NOT_SET_HERE", "not set"]),
     ("UPSTREAM", "exec:  ", ["'exec:  '", "without a command"]),
     ("UPSTREAM", "exec:socat 'x", ['"exec:socat \'x"', "quotation"]),
@@ -288,7 +281,6 @@ BAD: List[Tuple[str, str, List[str]]] = [
     ("TOKEN_FILE", "$NOT_SET_HERE/tokens", ["$NOT_SET_HERE", "not set"]),
     ("PAYLOADS", "commits", ["'commits'", "commit, tag, push"]),
     ("PAYLOADS", "commit,any", ["'commit,any'", "commit, tag, push"]),
-    ("CONFIRM", "/nowhere/askpass", ["'/nowhere/askpass'", "can be run"]),
     ("CONFIRM", "/etc/passwd", ["'/etc/passwd'", "can be run"]),
     ("CONFIRM_FOR", "ever", ["'ever'", "seconds"]),
 ]
