@@ -730,7 +730,10 @@ asked for its own when the push began: look at \`$PROGRAM pubkey\`, then push ag
     no_scratch) once=yes ;; # it is signed as it comes
     no_input) die "there is no standard input to sign" ;;
     no_copy) die "standard input could not be kept: is the disk full?" ;;
-    no_output) die "the signature could not be written" ;;
+    no_output)
+        exec >/dev/null # ksh would write what it still has beside the message
+        die "the signature could not be written"
+        ;;
     refusal) look_at_refusal ;;
     answer) die "$shown answered 200 without a whole signature" ;;
     purpose) die "$shown answered with a signature that is not for namespace git: it is not kept" ;;
@@ -1344,7 +1347,10 @@ pubkey() {
     if [ $# -eq 0 ]; then
         clean_up
         trap - HUP INT TERM
-        { printf '%s\n' "$line"; } 2>/dev/null || die "the key could not be written"
+        if ! { printf '%s\n' "$line"; } 2>/dev/null; then
+            exec >/dev/null # as for a signature
+            die "the key could not be written"
+        fi
     else
         show "$1"
         write_key "$1" "$line" || die "cannot write $shown"

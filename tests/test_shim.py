@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import pytest
 from conftest import (
@@ -53,37 +53,21 @@ URL = "SSH_AGENT_PROXY_URL"
 NOWHERE = {URL: "http://127.0.0.1:1/sign"}
 
 HOSTILE_NAMES = [
-    "a b",
     "-x",
     "-",
-    "a[1]{x,y}",
-    "@a",
-    "a;type=x",
-    "a,b",
-    "a\nb",
-    "a\\b",
-    "\"a'",
-    "$(id)`id`",
+    "a [1]{x,y}",
+    "a;type=x,b",
+    "a\nb\\",
+    "\"a'$(id)`id`",
     "*",
     "~",
-    "#1",
-    "%41",
-    "\u00e4\u202e",
-    "a\x1b[2J",
+    "\u00e4\u202e\x1b[2J",
     "x" * 240,
 ]
 
-# How each shell is called, as what it is called here, and the package that has it.
-SHELLS: Dict[str, Tuple[List[str], str]] = {
-    "dash": (["dash"], "dash"),
-    "bash": (["bash"], "bash"),
-    "busybox": (["busybox", "sh"], "busybox"),
-    "zsh": (["zsh", "--emulate", "sh"], "zsh"),
-    "ksh": (["ksh"], "ksh"),
-    "mksh": (["mksh"], "mksh"),
-    "yash": (["yash"], "yash"),
-    "posh": (["posh"], "posh"),
-}
+SHELLS = ["dash", "bash", "busybox", "zsh", "ksh", "mksh", "yash", "posh"]
+# How those are called that are not sh by their name.
+CALLED = {"busybox": ["busybox", "sh"], "zsh": ["zsh", "--emulate", "sh"]}
 
 on_linux = pytest.mark.skipif(
     sys.platform != "linux", reason="looks at /proc, /dev/full or a namespace of Linux"
@@ -94,11 +78,11 @@ class Shim:
     """The shim under one shell, in a folder and a home that it must leave as they were."""
 
     def __init__(self, shell: str, folder: Path, home: Path) -> None:
-        argv, package = SHELLS[shell]
-        need(argv[0], package)
-        self.argv = [*argv, str(SHIM)]
+        need(shell, shell)
+        self.argv = [*CALLED.get(shell, [shell]), str(SHIM)]
         self.folder = folder
         self.env = clean_env(home)
+        self.file()
 
     def __call__(
         self,
@@ -126,9 +110,10 @@ class Shim:
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            # Where the tests run in the background these two are ignored.
+            # Where the tests run in the background these are ignored.
             preexec_fn=lambda: [
-                signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGQUIT)
+                signal.signal(one, signal.SIG_DFL)
+                for one in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
             ],
             **more,
         )
@@ -161,20 +146,37 @@ def tree(folder: Path) -> Dict[str, bytes]:
     }
 
 
-def shells(*now: str) -> List[Any]:
-    """All of them; those that are not NOW are for whoever runs all tests."""
-    marks = {True: (), False: pytest.mark.long}
-    return [pytest.param(name, marks=marks[name in now]) for name in SHELLS]
+def on(shell: str, *values: Any, name: str = "") -> Any:
+    """A row of a table for that shell; those but dash are for whoever runs all tests."""
+    marks = () if shell == "dash" else pytest.mark.long
+    return pytest.param(shell, *values, id=f"{shell}-{name}" if name else shell, marks=marks)
 
 
-@pytest.fixture(params=shells("dash"))
+def under(names: str, lines: Sequence[Any], *everywhere: str) -> Any:
+    """Each row under dash; those called EVERYWHERE, where shells may differ, under all."""
+    assert set(everywhere) <= {line[0] for line in lines}
+    cases = [
+        on(shell, *line[1:], name=line[0])
+        for shell in SHELLS
+        for line in lines
+        if shell == "dash" or line[0] in everywhere
+    ]
+    return pytest.mark.parametrize(f"shim, {names}", cases, indirect=["shim"])
+
+
+def each(values: Iterable[str]) -> List[Tuple[str, str]]:
+    """A table of those values, called by themselves."""
+    return [(ascii(value)[1:-1], value) for value in values]
+
+
+@pytest.fixture(params=[on(shell) for shell in SHELLS])
 def shim(request: Any, tmp_path: Path, home: Path) -> Iterator[Shim]:
     """Under every shell, for whatever they may not agree on."""
     yield (made := Shim(request.param, tmp_path, home))
     assert made.temporary() == []
 
 
-@pytest.fixture(params=shells(*SHELLS))
+@pytest.fixture(params=SHELLS)
 def each_shim(request: Any, tmp_path: Path, home: Path) -> Iterator[Shim]:
     """The same, for what must be seen under every one of them whenever anything was changed."""
     yield (made := Shim(request.param, tmp_path, home))
@@ -194,10 +196,6 @@ class Served(Dict[str, str]):
     agent: Agent
     proxy: Proxy
     socket: Path  # where it listens, too
-
-    def at(self, where: str) -> Dict[str, str]:
-        """The same, asked over http or unix."""
-        return {**self, URL: f"unix:{self.socket}"} if where == "unix" else self
 
 
 @contextlib.contextmanager
@@ -363,19 +361,11 @@ def fine(done: Done[bytes], stdout: bytes = b"") -> None:
     assert (done.returncode, done.stderr, done.stdout) == (0, b"", stdout)
 
 
-@pytest.fixture
-def verified(keys: Keys, short: Path) -> Callable[..., None]:
-    def check(signature: bytes, data: bytes = COMMIT, name: str = "ed25519") -> None:
-        """Real ssh-keygen finds the signature good, and made with the key NAME."""
-        signers, armor = short / "signers", short / "armor"
-        signers.write_text(f"me {keys.line(name)}\n")
-        armor.write_bytes(signature)
-        run(
-            ["ssh-keygen", "-Y", "verify", "-n", "git", "-I", "me", "-f", signers, "-s", armor],
-            input=data,
-        )
-
-    return check
+@pytest.fixture(scope="module")
+def signed(keys: Keys) -> bytes:
+    """What the real ssh-keygen makes of COMMIT."""
+    argv = ["ssh-keygen", "-q", "-Y", "sign", "-n", "git", "-f", keys["ed25519"]]
+    return run(argv, input=COMMIT).stdout
 
 
 # ---------------------------------------------------------------- beside the real ssh-keygen
@@ -384,15 +374,12 @@ def verified(keys: Keys, short: Path) -> Callable[..., None]:
 # messages aside. KEY is a private key with its .pub, both held by an agent.
 COMMAND_LINES = [
     "-Y sign -n git -f KEY m",
-    "-Y sign -n git -f KEY -U m",
     "-Y sign -n git -U -f KEY.pub m",
     "-n git -f KEY -Y sign m",
     "-Ysign -ngit -fKEY m",
     "-qUYsign -n git -f KEY m",
-    "-qngit -Y sign -f KEY m",
     "-Y sign -f KEY -qn git m",
     "-Y sign -vvv -n git -f KEY m",
-    "-Y sign -n git -f KEY -- m",
     "-Y sign -n git -f KEY -- -x",
     "-Y sign -n git -f KEY -- --",
     "-Y sign -n git -f KEY -n -- m",
@@ -400,13 +387,10 @@ COMMAND_LINES = [
     "-Y sign -n git -f KEY -",
     "-Y sign -n git -f KEY -- -",
     "-Y sign -n git -f KEY --",
-    "-Y sign -n git -f KEY m n -x",
     "-Y sign -n git -f KEY m missing n",
     "-Y sign -n git -f KEY m - n",
-    "-Y sign -n git -f KEY - m",
     "-Y sign -n git -f KEY - -",
     "-Y sign -n git -f KEY m -q",
-    "-Y sign -n file -f KEY m",
     "-Y sign -n file -n git -f KEY m",
     "-Y sign -n git -f missing -f KEY m",
     "-Y verify -Y sign -n git -f KEY m",
@@ -417,12 +401,8 @@ COMMAND_LINES = [
     "-Y sign -n git -f KEY -O hashalg=sha256 -O hashalg=md5 m",
     "-Y sign -n git -f KEY -O hashalg=SHA256 m",
     "-Y sign -n git -f KEY -O hashalg= m",
-    "-Y sign -n git -f KEY -O hashalg=sha256,sha512 m",
     "-Y sign -n git -f KEY -O foo=bar m",
-    "-Y sign -n git -f KEY -O verify-time=20200101 m",
     "-Y sign -n git -f KEY -O hashalg m",
-    "-Y sign -n git -f KEY -j m",
-    "-Y sign -n git -f KEY -qj m",
     "-Y sign -n git -f KEY --file m",
     "-Y sign -n git -f",
     "-Y sign -n EMPTY -f KEY m",
@@ -430,8 +410,21 @@ COMMAND_LINES = [
     "-Y sign -n git -f KEY EMPTY",
     "-Y sign -n git -f KEY missing",
     "-Y sign -n git -f KEY folder",
-    "-Y sign -n git -f KEY missing/m",
     "-Y sign -n git -f KEY folder/m",
+]
+
+# Those that are read by what shells do not all do alike.
+READ_BY_SHELLS = [
+    "-qUYsign -n git -f KEY m",
+    "-Y sign -n git -f KEY -n -- m",
+    "-Y sign -n git -f KEY",
+    "-Y sign -n git -f KEY -- -",
+    "-Y sign -n git -f KEY m missing n",
+    "-Y sign -n git -f KEY -OHASHALG=sha256 m",
+    "-Y sign -n git -f KEY --file m",
+    "-Y sign -n git -f",
+    "-Y sign -n EMPTY -f KEY m",
+    "-Y sign -n git -f KEY EMPTY",
 ]
 
 # Success, standard output, and the files that are there in the end.
@@ -466,7 +459,7 @@ def real_answers(keys: Keys, served: Served, tmp_path_factory: Any) -> Callable[
     return ask
 
 
-@pytest.mark.parametrize("line", COMMAND_LINES)
+@under("line", each(COMMAND_LINES), *READ_BY_SHELLS)
 def test_a_command_line_does_what_it_does_to_ssh_keygen(
     shim: Shim, line: str, keys: Keys, served: Served, real_answers: Any
 ) -> None:
@@ -496,43 +489,25 @@ def test_a_file_of_any_size_and_content_is_signed_as_it_is(
     fine(one_shim.sign(input=data, env=served), expected)
 
 
-HANDED_OVER = [
-    "-l -f KEY.pub",
-    "-Y verify -n git -I me -f signers -s m.sig",
-    "-Y check-novalidate -n git -s m.sig",
-    "-Y find-principals -f signers -s m.sig",
-]
-
-
-def test_what_is_not_signing_is_handed_to_ssh_keygen(
-    each_shim: Shim, keys: Keys, ssh_keygen: Any
-) -> None:
-    """Git could not verify anything with the shim as its program."""
-    each_shim.key("signers", f"me {keys.line('ed25519')}")
-    each_shim.file("m.sig", ssh_keygen(COMMIT))
-    for line in HANDED_OVER:
-        argv = words(line, keys["ed25519"])
-        expected = run(["ssh-keygen", *argv], cwd=each_shim.folder, input=COMMIT)
-        done = each_shim(*argv, input=COMMIT)
-        assert (done.returncode, done.stdout, done.stderr) == (0, expected.stdout, expected.stderr)
-
-
-def test_every_word_arrives_at_the_first_real_ssh_keygen_as_it_was(shim: Shim) -> None:
-    """And not at the shim itself, where it stands on the path under that name."""
+def test_what_is_not_signing_reaches_the_first_real_ssh_keygen_as_it_was(each_shim: Shim) -> None:
+    """Git could not verify; nor is it the shim itself, where that stands on the path so."""
     for name in ("bin", "more"):
-        (shim.folder / name).mkdir()
-    (shim.folder / "bin" / "ssh-keygen").symlink_to(SHIM)
-    shim.file("more/ssh-keygen", b'#!/bin/sh\nprintf "<%s>" "$@"\nexit 7\n').chmod(0o755)
-    argv = ["-Y", "verify", "", "a b", "-x*", "$HOME", "line\nend", "--", "-Y", "sign"]
-    path = f"{shim.folder}/bin:{shim.folder}/more:{os.environ['PATH']}"
-    done = shim(*argv, env={"PATH": path})
-    assert done.returncode == 7
-    assert done.stdout.decode() == "".join(f"<{word}>" for word in argv)
+        (each_shim.folder / name).mkdir()
+    (each_shim.folder / "bin" / "ssh-keygen").symlink_to(SHIM)
+    script = b'#!/bin/sh\nprintf "<%s>" "$@"; cat; exit 7\n'
+    each_shim.file("more/ssh-keygen", script).chmod(0o755)
+    path = f"{each_shim.folder}/bin:{each_shim.folder}/more:{os.environ['PATH']}"
+    odd = ["-Y", "verify", "", "a b", "-x*", "$HOME", "line\nend", "--", "-Y", "sign"]
+    for argv in (["-l", "-f", "k"], odd):
+        done = each_shim(*argv, input=b"data", env={"PATH": path})
+        assert (done.returncode, done.stderr) == (7, b"")
+        assert done.stdout.decode() == "".join(f"<{word}>" for word in argv) + "data"
 
 
 def test_without_ssh_keygen_the_package_that_has_it_is_named(shim: Shim) -> None:
     shim.argv[0] = str(Path(need(shim.argv[0], "the shell")).resolve())
-    assert "package openssh-client" in said(shim("-Y", "verify", env={"PATH": "/nowhere"}))
+    (shim.folder / "printf").symlink_to("/usr/bin/printf")  # a program to posh and mksh
+    assert "package openssh-client" in said(shim("-Y", "verify", env={"PATH": str(shim.folder)}))
 
 
 # ---------------------------------------------------------------- refused before anyone is asked
@@ -543,70 +518,53 @@ NO_KEY = "no public key in ./key"
 # The options of -Y sign, the content of ./key, and what is said.
 REFUSED = [
     ("an option with a value", ["-C", "comment"], "", "there is no signing with -C"),
-    ("an option without one", ["-l"], "", "there is no signing with -l"),
-    ("a signature to check", ["-s", "file"], "", "there is no signing with -s"),
     ("an option for a terminal", ["-\x1b"], "", "there is no signing with -?"),
     ("an unknown -O", ["-O", "no\x1b[2Jgood"], "", "not no?[2Jgood"),
     ("another hash", ["-O", "hashalg=\n"], "", "-O hashalg=? is unknown"),
-    ("a blank in the namespace", ["-n", "a b"], "", "namespace a b:"),
     ("a header", ["-n", "a\r\nSSHSIG-Key: x"], "", "namespace a??SSHSIG-Key: x:"),
     ("two namespaces", ["-n", "a,b"], "", "namespace a,b:"),
-    ("a namespace beyond ASCII", ["-n", "n\u00e4me"], "", "namespace n??me:"),
+    ("a namespace beyond ASCII", ["-n", "n\u00e4me"], "", "namespace n?"),
     ("a long namespace", ["-n", "a" * 256], "", "longer than 255"),
     ("a key without a name", ["-f", ""], "", "-f names no key"),
     ("a GPG id", ["-f", "ABCDEF012345678"], "", "ABCDEF012345678, which is no file"),
-    ("an address", ["-f", "me@example.com"], "", "me@example.com, which is no file"),
     ("a relative path", ["-f", "a/b.pub"], "", "(one is fetched only to a path that begins with"),
-    ("a home's other spelling", ["-f", "~x/b.pub"], "", "(one is fetched only to a path that"),
     ("a key of no known type", ["-f", "key::dss AAAA"], "", "no public key of a known type"),
-    ("a key cut short", ["-f", "ssh-rsa AAAA:"], "", "no public key of a known type"),
     ("forgers' key itself", ["-f", ANYBODY], "", "user.signingkey is 32 zero bytes, for"),
     ("a private key", ["-f", "./key"], PRIVATE, "private one"),
     ("a key in a private one", ["-f", "./key"], f"{PRIVATE}{LINE}\n", NO_KEY),
     ("another text", ["-f", "./key"], "hello world\n", NO_KEY),
-    ("a bad type", ["-f", "./key"], "ssh-\x1b AAAA\n", NO_KEY),
-    ("a bad blob", ["-f", "./key"], "ssh-rsa AAAA\x1bB\n", NO_KEY),
     ("a header in the blob", ["-f", "./key"], "ssh-rsa AAAA:x\n", NO_KEY),
+    ("a folder", ["-f", "./folder.pub"], "", "no public key in ./folder.pub"),
     ("a key that anyone has", ["-f", "./key"], ANYBODY, "the key in ./key is 32 zero bytes, for"),
 ]
 
 
-@pytest.mark.parametrize("options, key, told", rows(REFUSED))
+@under("options, key, told", REFUSED, "an unknown -O", "a namespace beyond ASCII", "a private key")
 def test_what_cannot_be_meant_is_refused_before_anyone_is_asked(
     shim: Shim, liar: Any, options: List[str], key: str, told: str
 ) -> None:
     """Another key, another namespace or another text would be signed than was meant."""
     server = liar(answer(ARMOR))
-    shim.file()
-    if key:
-        shim.file("key", key.encode())
+    shim.file("key", key.encode())
+    (shim.folder / "folder.pub").mkdir()
     assert told in said(shim.sign(*options, "m", env=server.env))
     assert server.requests == []
-    assert {path.name for path in shim.folder.iterdir()} <= {"m", "key", "sap"}
+    assert shim.files() == ["key", "m"]
 
 
 # ---------------------------------------------------------------- which key signs
 
+CERTIFIED = "ssh-ed25519-cert-v01@openssh.com AAAAIHNz"
+HARDWARE = "sk-ssh-ed25519@openssh.com AAAAGnNr+w=="
 KEY_FILES = [
-    ("a line", f"{LINE}\n", LINE),
-    ("a line with a comment", f"{LINE} me@home and more\n", LINE),
     ("no line end", LINE, LINE),
     ("a carriage return", f"{LINE}\r\n", LINE),
-    ("a carriage return after the comment", f"{LINE} me\r\n", LINE),
-    ("comments and empty lines first", f"# x\n\n#\n{LINE} me\n", LINE),
+    ("a carriage return after the comment", f"{LINE} me@home and more\r\n", LINE),
+    ("comments and empty lines first", f"# x\n\n#\nhello\n{LINE} me\n", LINE),
     ("blanks before and between", f"  \t{LINE.replace(' ', chr(9) + ' ')}  me\n", LINE),
     ("the first of two", f"{LINE} me\n{OTHER} you\n", LINE),
-    ("garbage first", f"hello\n{LINE}\n", LINE),
-    (
-        "a certificate",
-        "ssh-ed25519-cert-v01@openssh.com AAAAIHNz c\n",
-        "ssh-ed25519-cert-v01@openssh.com AAAAIHNz",
-    ),
-    (
-        "a security key",
-        "sk-ssh-ed25519@openssh.com AAAAGnNr+w== c\n",
-        "sk-ssh-ed25519@openssh.com AAAAGnNr+w==",
-    ),
+    ("a certificate", f"{CERTIFIED} c\n", CERTIFIED),
+    ("a security key", f"{HARDWARE} c\n", HARDWARE),
     ("the key that nobody holds", f"{NOBODY} {OURS}\n", None),
 ]
 
@@ -631,7 +589,6 @@ def test_a_key_that_is_no_file_but_the_key_itself_is_asked_for(
 ) -> None:
     """Dulwich hands over what the key command printed, and could not sign."""
     server = liar(answer(ARMOR))
-    shim.file()
     fine(shim.sign("-f", key, "m", env=server.env))
     fine(shim.sign("-f", key, input=COMMIT, env=server.env), ARMOR)
     expected = None if key.startswith(NOBODY) else LINE
@@ -644,7 +601,6 @@ def test_a_key_in_the_home_is_the_homes_and_not_the_working_trees(shim: Shim, li
     server = liar(served_key(LINE), answer(ARMOR))
     (shim.folder / "~").mkdir()
     shim.key("~/k.pub", OTHER)
-    shim.file()
     fine(shim.sign("-f", "~/new/k", "m", env=server.env))
     assert server.methods() == [b"GET", b"POST"]
     assert Path(shim.env["HOME"], "new/k.pub").read_text() == f"{FETCHED}\n{LINE} me\n"
@@ -658,6 +614,7 @@ def test_a_key_in_the_home_is_the_homes_and_not_the_working_trees(shim: Shim, li
     assert len(server.requests) == 3
 
 
+GITS_FILE = ".git_signing_buffer_tmpAb3dEf"
 GITS_KEY = ".git_signing_key_tmpAb3dEf"
 KEPT_KEYS = [
     ("git's own", GITS_KEY, answer(ARMOR), True),
@@ -669,13 +626,12 @@ KEPT_KEYS = [
 ]
 
 
-@pytest.mark.parametrize("name, answered, taken", rows(KEPT_KEYS))
+@under("name, answered, taken", KEPT_KEYS, "git's own", "no letters")
 def test_gits_own_file_of_a_literal_key_is_taken_away_and_no_other(
     shim: Shim, liar: Any, name: str, answered: bytes, taken: bool
 ) -> None:
     """Git leaves one behind at each signature; but a person's key file must not go."""
     server = liar(answered)
-    shim.file()
     for argv in (["m"], []):
         key = shim.key(name, LINE)
         done = shim.sign("-U", "-f", f"./{name}", *argv, input=COMMIT, env=server.env)
@@ -688,43 +644,16 @@ def test_gits_own_file_of_a_literal_key_is_taken_away_and_no_other(
     assert link.is_symlink()
 
 
-def test_no_key_named_is_the_proxys_own_choice_and_nothing_is_fetched(
-    each_shim: Shim, liar: Any
-) -> None:
-    server = liar(answer(ARMOR))
-    each_shim.file()
-    fine(each_shim("-Y", "sign", "m", env=server.env))
-    assert server.methods() == [b"POST"]
-    assert sent(server.requests[0], "SSHSIG-Key") is None
-    assert sent(server.requests[0], "SSHSIG-Namespace") == "git"
-
-
-def through_a_pipe(shim: Shim, content: str, *argv: str) -> bytes:
-    """What argv prints, where it names a pipe with that content FD."""
-    reading, writing = os.pipe()
-    os.write(writing, content.encode())
-    os.close(writing)
-    here = f"/dev/fd/{reading}"
-    shim.env = {name: value.replace("FD", here) for name, value in shim.env.items()}
-    process = shim.start(*(word.replace("FD", here) for word in argv), pass_fds=[reading])
-    os.close(reading)
-    stdout, stderr = process.communicate(timeout=30)
-    assert stderr == b""
-    return stdout
-
-
 def test_a_key_and_a_token_in_a_pipe_are_read(
     shim: Shim, keys: Keys, liar: Any, guarded: Served
 ) -> None:
     """A shell's <(command) would be no key and no token."""
     server = liar(answer(ARMOR))
-    shim.file()
-    shim.env.update(server.env)
-    through_a_pipe(shim, f"{LINE}\n", "-Y", "sign", "-f", "FD", "m")
+    fine(shim.sign("-f", "/dev/fd/0", "m", input=f"{LINE}\n".encode(), env=server.env))
     assert sent(server.requests[0], "SSHSIG-Key") == LINE
-    shim.env.update(guarded, SSH_AGENT_PROXY_TOKEN_FILE="FD")
-    printed = through_a_pipe(shim, f"{TOKENS['file']}\n", "pubkey")
-    assert printed.decode() == f"{keys.line('ed25519')}\n"
+    env = {**guarded, "SSH_AGENT_PROXY_TOKEN_FILE": "/dev/fd/0"}
+    printed = shim("pubkey", input=f"{TOKENS['file']}\n".encode(), env=env)
+    fine(printed, f"{keys.line('ed25519')}\n".encode())
 
 
 @pytest.mark.parametrize(
@@ -732,15 +661,14 @@ def test_a_key_and_a_token_in_a_pipe_are_read(
     [("k.pub", "k.pub", False), ("k.pub", "k.pub", True), ("a/b/k", "a/b/k.pub", False)],
 )
 def test_a_key_file_that_is_not_there_is_fetched(
-    shim: Shim, keys: Keys, served: Served, verified: Any, name: str, written: str, empty: bool
+    shim: Shim, keys: Keys, served: Served, signed: bytes, name: str, written: str, empty: bool
 ) -> None:
     """A container's first commit would need somebody to copy the key first."""
-    shim.file()
     path = shim.folder / written
     if empty:
         path.touch()
     fine(shim.sign("-f", shim.folder / name, "m", env=served))
-    verified(shim.signature())
+    assert shim.signature() == signed
     assert path.read_text() == f"{FETCHED}\n{keys.line('ed25519')}\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     assert path.parent == shim.folder or stat.S_IMODE(path.parent.stat().st_mode) == 0o700
@@ -749,33 +677,29 @@ def test_a_key_file_that_is_not_there_is_fetched(
 
 
 def test_where_the_fetched_key_cannot_be_written_it_signs_all_the_same(
-    shim: Shim, served: Served, verified: Any
+    shim: Shim, served: Served, signed: bytes
 ) -> None:
-    shim.file()
     shim.file("notafolder")
     fine(shim.sign("-f", shim.folder / "notafolder/k.pub", "m", env=served))
-    verified(shim.signature())
+    assert shim.signature() == signed
 
 
 NO_KEYS = [
     ("a refusal", UNAVAILABLE, "/publickey answered 503: no agent"),
     ("nothing", answer(b""), "200 without a public key"),
-    ("another text", answer(b"hello\n"), "200 without a public key"),
     ("half a line", answer(b"ssh-rsa\n"), "200 without a public key"),
-    ("a page", answer(b"<p>\n"), "200 without a public key"),
     ("a header", answer(b"ssh-rsa A:\n"), "200 without a public key"),
     ("nobody's key", served_key(NOBODY), "a key that nobody can have"),
     ("anybody's key", served_key(ANYBODY), "a key that nobody can have"),
 ]
 
 
-@pytest.mark.parametrize("answered, told", rows(NO_KEYS))
+@under("answered, told", NO_KEYS, "nothing", "nobody's key")
 def test_what_is_no_public_key_is_not_taken_for_one(
     shim: Shim, liar: Any, answered: bytes, told: str
 ) -> None:
     """Who registers or trusts what pubkey prints would trust whoever can forge for it."""
     server = liar(answered)
-    shim.file()
     kept = shim.key("kept.pub", LINE)
     for argv in (["pubkey"], ["pubkey", "k.pub"], ["pubkey", "kept.pub"],
                  ["-Y", "sign", "-f", f"{shim.folder}/k", "m"]):  # fmt: skip
@@ -785,55 +709,30 @@ def test_what_is_no_public_key_is_not_taken_for_one(
     assert kept.read_text() == f"{LINE}\n"
 
 
-def test_a_key_that_cannot_be_read_is_not_replaced(one_shim: Shim, liar: Any) -> None:
-    server = liar(served_key(LINE))
-    one_shim.file()
-    (one_shim.folder / "key.pub").mkdir()
-    done = one_shim.sign("-f", "./key.pub", "m", env=server.env)
-    assert "no public key in ./key.pub" in said(done)
-    assert server.requests == []
-
-
 # ---------------------------------------------------------------- rotation
 
 
 def test_a_fetched_key_that_was_rotated_is_replaced_and_signs(
-    shim: Shim, agent: Agent, keys: Keys, proxy: Proxy, verified: Any
+    one_shim: Shim, agent: Agent, keys: Keys, proxy: Proxy, ssh_keygen: Any
 ) -> None:
     """Each container would need its key file removed by hand."""
     env = {URL: f"{proxy.url}/sign"}
-    shim.file()
-    key = shim.folder / "k.pub"
-    fine(shim.sign("-f", key, "m", env=env))
+    key = one_shim.folder / "k.pub"
+    fine(one_shim.sign("-f", key, "m", env=env))
     agent.delete_all()
     agent.add(keys["other"])
-    fine(shim.sign("-f", key, "m", env=env))
-    verified(shim.signature(), name="other")
+    fine(one_shim.sign("-f", key, "m", env=env))
+    assert one_shim.signature() == ssh_keygen(COMMIT, key="other")
     assert key.read_text() == f"{FETCHED}\n{keys.line('other')}\n"
     agent.delete_all()
     agent.add(keys["ed25519"])
-    verified(shim.sign("-f", key, input=COMMIT, env=env).stdout)
-
-
-@pytest.mark.parametrize("name", ["k.pub", ".git_signing_key_tmpAbCdEf"])
-def test_a_key_that_the_user_chose_is_never_replaced(
-    one_shim: Shim, served: Served, keys: Keys, name: str
-) -> None:
-    one_shim.file()
-    path = one_shim.key(name, "# mine", keys.line("other"))
-    line = said(one_shim.sign("-f", f"./{name}", "m", env=served))
-    assert "answered 404: " in line
-    # That of a literal key is git's own, made for this signature.
-    assert ("(asked for the key in ./k.pub)" in line) == (name == "k.pub")
-    assert path.read_text() == f"# mine\n{keys.line('other')}\n"
-    assert not (one_shim.folder / "m.sig").exists()
+    fine(one_shim.sign("-f", key, input=COMMIT, env=env), ssh_keygen(COMMIT))
 
 
 REFUSALS = [
     ("not held", "404 Not Found", "the agent does not hold it", "ssh-agent-proxy/1", True),
     ("another is pinned", "403 Forbidden", "this proxy signs with x", "ssh-agent-proxy/1", True),
     ("a person's no", "403 Forbidden", "not agreed to", "ssh-agent-proxy/1", False),
-    ("a policy's no", "403 Forbidden", "this is no commit", "ssh-agent-proxy/1", False),
     ("the agent's no", "403 Forbidden", "the agent refuses", "ssh-agent-proxy/1", False),
     ("no agent", "503 Unavailable", "no agent", "ssh-agent-proxy/1", False),
     ("another server's", "404 Not Found", "no such page", "nginx", False),
@@ -841,24 +740,31 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize("status, reason, server, other", rows(REFUSALS))
+@under("status, reason, server, other", REFUSALS, "another is pinned", "a person's no")
 def test_another_key_is_tried_once_and_no_refusal_is_asked_around(
     shim: Shim, liar: Any, status: str, reason: str, server: str, other: bool
 ) -> None:
     """What a person, a policy or the agent has refused must not be signed with another key."""
     refusal = answer(f"{reason}\n".encode(), status, server)
     there = liar(refusal, served_key(OTHER), refusal)
-    shim.file()
     key = shim.key("k.pub", FETCHED, LINE)
     line = said(shim.sign("-f", "./k.pub", "m", env=there.env))
     assert (reason if server != "nginx" else "is not ssh-agent-proxy") in line
     assert there.methods() == ([b"POST", b"GET", b"POST"] if other else [b"POST"])
     assert (OTHER in key.read_text()) == other
+    # One that the user chose is never replaced. That of a literal key is git's, for this once.
+    for name in ("mine.pub", GITS_KEY):
+        there = liar(refusal)
+        key = shim.key(name, "# mine", LINE)
+        line = said(shim.sign("-f", f"./{name}", "m", env=there.env))
+        if other:
+            assert ("(asked for the key in ./mine.pub)" in line) == (name != GITS_KEY)
+        assert there.methods() == [b"POST"]
+        assert key.read_text() == f"# mine\n{LINE}\n"
 
 
 def test_the_refusal_is_told_when_there_is_no_other_key(one_shim: Shim, liar: Any) -> None:
     server = liar(NOT_HELD, served_key(LINE))
-    one_shim.file()
     one_shim.key("k.pub", FETCHED, LINE)
     assert "answered 404: not held" in said(one_shim.sign("-f", "./k.pub", "m", env=server.env))
     assert server.methods() == [b"POST", b"GET"]
@@ -917,90 +823,68 @@ def test_a_command_that_cannot_be_done_says_why(
     shim: Shim, served: Served, argv: List[str], told: str
 ) -> None:
     (shim.folder / "folder").mkdir()
-    shim.file()
     assert told in said(shim(*argv, env=served))
     assert shim.files() == ["m"]
 
 
-def test_what_a_comment_holds_does_not_reach_the_terminal(shim: Shim, liar: Any) -> None:
-    server = liar(answer(f"{LINE} me\x1b[2J\u202e\x07\nssh-rsa AAAA second\n".encode()))
-    assert shim("pubkey", env=server.env).stdout.decode() == f"{LINE} me?[2J????\n"
-
-
 @pytest.mark.parametrize(
-    "line, printed",
+    "command, line, printed",
     [
-        (f"{LINE} me", f"{LINE} me"),
-        ("ecdsa-sha2-nistp256 AAAAE2Vj me", "key::ecdsa-sha2-nistp256 AAAAE2Vj me"),
-        ("sk-ssh-ed25519@openssh.com AAAAGnNr", "key::sk-ssh-ed25519@openssh.com AAAAGnNr"),
+        ("pubkey", f"{LINE} me\x1b[2J\u202e\x07\nssh-rsa AAAA second", f"{LINE} me?[2J?"),
+        ("key", f"{LINE} me", f"{LINE} me"),
+        ("key", "ecdsa-sha2-nistp256 AAAAE2Vj me", "key::ecdsa-sha2-nistp256 AAAAE2Vj me"),
     ],
 )
-def test_key_prints_what_every_git_takes(shim: Shim, liar: Any, line: str, printed: str) -> None:
-    server = liar(answer(f"{line}\n".encode()))
-    fine(shim("key", env=server.env), f"{printed}\n".encode())
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1/sign", "ftp://x/sign", "unix:/nowhere", ""])
-def test_key_gives_one_that_nobody_holds_when_the_proxy_cannot_be_asked(
-    shim: Shim, liar: Any, url: str
+def test_a_command_prints_the_key_as_every_terminal_and_git_takes_it(
+    shim: Shim, liar: Any, command: str, line: str, printed: str
 ) -> None:
-    """Git would say that user.signingKey needs to be set, and not what is wrong."""
-    server = liar(answer(b"<html>\n", server="nginx"))
-    done = shim("key", env={URL: url or server.url})
-    assert done.returncode == 0
-    assert done.stdout.decode() == f"{NOBODY} ssh-agent-proxy-any\n"
-    assert re.fullmatch(rf"{OURS}: [ -~]+\n", done.stderr.decode())
+    server = liar(answer(f"{line}\n".encode()))
+    done = shim(command, env=server.env)
+    # To yash a character is one, to the others so many bytes.
+    done.stdout = re.sub(rb"[?]+", b"?", done.stdout)
+    fine(done, f"{printed}\n".encode())
 
 
 # ---------------------------------------------------------------- settings
 
+PUBKEY_URL = "SSH_AGENT_PROXY_PUBKEY_URL"
 URLS = [
-    ("ftp://127.0.0.1/sign", "must begin with http:// or https://"),
-    ("127.0.0.1:7221/sign", "must begin with http:// or https://"),
-    ("-K/etc/passwd", "must begin with http:// or https://"),
-    ("HTTP://127.0.0.1/sign", "must begin with http:// or https://"),
-    ("unix:run/x.sock", "must begin with /"),
-    ("unix:", "must begin with /"),
-    ("unix:-K/etc/passwd", "must begin with /"),
-    ("UNIX:/run/x.sock", "or unix:/"),
-    ("http://127.0.0.1:7221", "must name a path"),
-    ("http://127.0.0.1:7221/", "must name a path"),
-    ("http:///sign", "must name a path"),
-    ("http://me:secret@127.0.0.1/sign", "must not carry a user name or password"),
-    ("http://127.0.0.1/sign\nHost: x", "is no URL"),
-    ("http://127.0.0.1/\rsign", "is no URL"),
-    ("http://127.0.0.1/a b", "is no URL"),
-    ("http://127.0.0.1/\x1b[2Jsign", "is no URL"),
-    ("http://127.0.0.1/s?x", "is no URL"),
-    ("http://127.0.0.1/{a,b}", "is no URL"),
-    ("http://ex\u00e4mple/sign", "is no URL"),
-    ("http://127.0.0.1/a\\b", "is no URL"),
-    ("http://127.0.0.1/$(id)", "is no URL"),
+    (URL, "ftp://127.0.0.1/sign", "must begin with http:// or https://"),
+    (URL, "-K/etc/passwd", "must begin with http:// or https://"),
+    (URL, "HTTP://127.0.0.1/sign", "must begin with http:// or https://"),
+    (URL, "unix:run/x.sock", "must begin with /"),
+    (URL, "unix:", "must begin with /"),
+    (URL, "UNIX:/run/x.sock", "or unix:/"),
+    (URL, "http://127.0.0.1:7221", "must name a path"),
+    (URL, "http://127.0.0.1:7221/", "must name a path"),
+    (URL, "http:///sign", "must name a path"),
+    (URL, "http://me:secret@127.0.0.1/sign", "must not carry a user name or password"),
+    (URL, "http://127.0.0.1/sign\nHost: x", "is no URL"),
+    (URL, "http://127.0.0.1/\x1b[2J\rsign", "is no URL"),
+    (URL, "http://127.0.0.1/{a,b}", "is no URL"),
+    (URL, "http://ex\u00e4mple/sign", "is no URL"),
+    (URL, "http://127.0.0.1/a\\b", "is no URL"),
+    (URL, "http://127.0.0.1:1/other", f"does not end in /sign: set {PUBKEY_URL}"),
+    (PUBKEY_URL, "http://x\ny/", "is http://x?y/"),
+    (PUBKEY_URL, "unix:x\n", "is unix:x?: the path after unix: must"),
 ]
+URL_ROWS = [(ascii(url)[1:-1], name, url, told) for name, url, told in URLS]
 
 
-@pytest.mark.parametrize("url, told", URLS, ids=[ascii(url) for url, _ in URLS])
-def test_a_url_that_cannot_be_asked_is_named(shim: Shim, url: str, told: str) -> None:
+@under(
+    "name, url, told", URL_ROWS, "http://127.0.0.1/{a,b}", "http://ex\\xe4mple/sign", "unix:x\\n"
+)
+def test_a_url_that_cannot_be_asked_is_named(shim: Shim, name: str, url: str, told: str) -> None:
     """It stands on curl's command line, and in messages."""
-    shim.file()
-    line = said(shim.sign("m", env={URL: url}))
-    assert line.startswith(f"{URL} ")
+    line = said(shim("pubkey", env={name: url}))
+    assert line.startswith(f"{name} ")
     assert told in line
     assert "secret" not in line
-
-
-PUBKEY_URLS = [
-    ({URL: "http://127.0.0.1:1/other"}, "set SSH_AGENT_PROXY_PUBKEY_URL"),
-    ({"SSH_AGENT_PROXY_PUBKEY_URL": "http://x\ny/"}, "PUBKEY_URL is http://x?y/"),
-    ({"SSH_AGENT_PROXY_PUBKEY_URL": "unix:x\n"}, "is unix:x?: the path after unix: must"),
-]
-
-
-@pytest.mark.parametrize("env, told", PUBKEY_URLS)
-def test_a_public_key_url_that_cannot_be_asked_is_named(
-    one_shim: Shim, env: Dict[str, str], told: str
-) -> None:
-    assert told in said(one_shim("pubkey", env=env))
+    done = shim("key", env={name: url})
+    assert (done.returncode, done.stdout.decode()) == (0, f"{NOBODY} ssh-agent-proxy-any\n")
+    assert done.stderr.decode() == f"{OURS}: {line}\n"
+    if name == URL and "/other" not in url:
+        assert said(shim.sign("-f", LINE, env={name: url})) == line
 
 
 def test_the_public_key_is_asked_for_where_it_is_said_to_be(
@@ -1008,15 +892,14 @@ def test_the_public_key_is_asked_for_where_it_is_said_to_be(
 ) -> None:
     elsewhere = liar(served_key(LINE))
     for url in ("http://127.0.0.1:1/other", "unix:/x"):
-        env = {URL: url, "SSH_AGENT_PROXY_PUBKEY_URL": f"http://127.0.0.1:{elsewhere.port}/x/y"}
+        env = {URL: url, PUBKEY_URL: f"http://127.0.0.1:{elsewhere.port}/x/y"}
         fine(shim("pubkey", env=env), f"{LINE} me\n".encode())
         assert elsewhere.requests[-1].startswith(b"GET /x/y HTTP/1.1\r\n")
-        env["SSH_AGENT_PROXY_PUBKEY_URL"] = f"unix:{served.socket}"
+        env[PUBKEY_URL] = f"unix:{served.socket}"
         fine(shim("pubkey", env=env), f"{keys.line('ed25519')}\n".encode())
 
 
 def test_an_empty_variable_counts_as_unset(shim: Shim, served: Served) -> None:
-    shim.file()
     names = ["TOKEN", "TOKEN_FILE", "PUBKEY_URL", "CURL"]
     empty = {f"SSH_AGENT_PROXY_{name}": "" for name in names}
     fine(shim.sign("-f", f"{shim.folder}/k", "m", env={**served, **empty}))
@@ -1044,16 +927,16 @@ def ask(shim: Shim, way: str, env: Dict[str, str]) -> Done[bytes]:
 
 
 @pytest.fixture
-def well_asked(keys: Keys, verified: Any) -> Callable[[Shim, str, Done[bytes]], None]:
+def well_asked(keys: Keys, signed: bytes) -> Callable[[Shim, str, Done[bytes]], None]:
     def check(shim: Shim, way: str, done: Done[bytes]) -> None:
         assert (done.returncode, done.stderr) == (0, b"")
         line = f"{keys.line('ed25519')}\n"
         if way in ("pubkey", "key"):
             assert done.stdout.decode() == line
         elif way in ("stdin", "streamed"):
-            verified(done.stdout)
+            assert done.stdout == signed
         else:
-            verified(shim.signature("pipe" if way == "pipe" else "m"))
+            assert shim.signature("pipe" if way == "pipe" else "m") == signed
         if way == "fetched":
             assert (shim.folder / "k.pub").read_text() == f"{FETCHED}\n{line}"
         assert os.listdir(shim.env["TMPDIR"]) == []
@@ -1067,7 +950,7 @@ def test_all_that_is_asked_reaches_the_proxy_with_its_token_over_a_port_and_a_so
 ) -> None:
     """Under that shell nothing could be signed in that way."""
     token = {"SSH_AGENT_PROXY_TOKEN": TOKENS["variable"]}
-    for env in ({**guarded, **token}, served.at("unix")):
+    for env in ({**guarded, **token}, {URL: f"unix:{served.socket}"}):
         for old in each_shim.folder.glob("*"):
             if old.is_file() or old.is_fifo():
                 old.unlink()
@@ -1125,24 +1008,18 @@ def test_the_token_is_the_first_word_of_a_file(
 
 BROKEN_TOKENS = [
     "s3cr3t s3cr3t",
-    " s3cr3t",
-    "s3cr3t\n",
     "s3cr3t\r\nX-Header: x",
     's3cr3t"\nurl = "http://127.0.0.1/',
     "s3cr3t\\",
-    "s3cr3t\x1b[2J",
     "s3cr3t\x7f",
     "s3cr3t\u00e4",
-    "s3cr3t,",
-    "s3cr3t$(id)",
     "=s3cr3t",
     "s3cr3t=s3cr3t",
-    "==",
     "*",
 ]
 
 
-@pytest.mark.parametrize("token", BROKEN_TOKENS, ids=ascii)
+@under("token", each(BROKEN_TOKENS), "s3cr3t\\xe4", "s3cr3t\\\\", "*")
 def test_what_is_no_token_is_refused_and_not_shown(shim: Shim, liar: Any, token: str) -> None:
     """It would be a header or a line of curl's configuration."""
     server = liar(answer(ARMOR))
@@ -1188,7 +1065,7 @@ def as_nobody(shim: Shim, *reached: Path) -> List[str]:
     return [need("setpriv", "util-linux"), "--reuid=65534", "--regid=65534", "--clear-groups"]
 
 
-@pytest.mark.parametrize("name", NO_TOKEN_IN, ids=ascii)
+@under("name", each(NO_TOKEN_IN), "missing", "closed", "comments")
 def test_a_token_file_without_a_token_is_told_what_is_wrong_with_it(
     shim: Shim, liar: Any, name: str
 ) -> None:
@@ -1244,22 +1121,8 @@ def test_a_home_without_a_token_is_told_only_where_one_is_wanted(
     before = as_nobody(shim, Path(shim.env["HOME"]))
     well_asked(shim, "pubkey", shim("pubkey", env=served, before=before))
     line = said(shim("pubkey", env=guarded, before=before))
-    assert "/publickey answered 401: a token is needed" in line
+    assert "/publickey answered 401: a token is needed: `ssh-agent-proxy token NAME` makes" in line
     assert HOME_TOKENS[state].replace("PATH", str(path)) in line
-
-
-@pytest.mark.parametrize("way", ["file", "stdin", "key", "fetched"])
-def test_without_a_token_the_proxys_word_and_what_to_do_are_told(
-    shim: Shim, guarded: Served, way: str
-) -> None:
-    done = ask(shim, way, guarded)
-    if way == "key":  # git would not pass a failure on
-        assert done.stdout.decode() == f"{NOBODY} ssh-agent-proxy-any\n"
-        done = Done(done.args, 1, b"", done.stderr)
-    line = said(done)
-    assert "answered 401: a token is needed: `ssh-agent-proxy token NAME` makes one" in line
-    assert "(neither SSH_AGENT_PROXY_TOKEN nor SSH_AGENT_PROXY_TOKEN_FILE is set, and " in line
-    assert not list(shim.folder.glob("*.sig"))
 
 
 def test_a_token_that_the_proxy_does_not_know_is_told_by_where_it_stands(
@@ -1281,7 +1144,6 @@ def test_the_token_is_sent_with_every_try_and_to_nobody_else(shim: Shim, liar: A
     other, tunnel = liar(answer(ARMOR)), liar(b"HTTP/1.1 200 OK\r\nServer: x\r\n\r\nno TLS")
     away = answer(b"", "307 Temporary Redirect", Location=other.url)
     server = liar(b"", NOT_HELD, served_key(OTHER), answer(armored(OTHER)), away)
-    shim.file()
     shim.key("k.pub", FETCHED, LINE)
     env = {**server.env, "SSH_AGENT_PROXY_TOKEN": "s3cr3t"}
     fine(shim.sign("-f", "./k.pub", "m", env=env))
@@ -1305,7 +1167,7 @@ OTHER_PLACES = [
 ]
 
 
-@pytest.mark.parametrize("sign_url, is_sent", rows(OTHER_PLACES))
+@under("sign_url, is_sent", OTHER_PLACES, "the same", "another port")
 def test_the_token_goes_to_the_host_of_the_sign_url_alone(
     shim: Shim, liar: Any, sign_url: str, is_sent: bool
 ) -> None:
@@ -1313,7 +1175,7 @@ def test_the_token_goes_to_the_host_of_the_sign_url_alone(
     server = liar(answer(b"a token is needed\n", "401 Unauthorized"))
     env = {
         URL: sign_url.format(port=server.port),
-        "SSH_AGENT_PROXY_PUBKEY_URL": f"http://127.0.0.1:{server.port}/publickey",
+        PUBKEY_URL: f"http://127.0.0.1:{server.port}/publickey",
         "SSH_AGENT_PROXY_TOKEN": "s3cr3t",
     }
     line = said(shim("pubkey", env=env))
@@ -1327,33 +1189,6 @@ SOURCES = {"variable": "SSH_AGENT_PROXY_TOKEN", "file": "SSH_AGENT_PROXY_TOKEN_F
 def token_from(shim: Shim, source: str) -> Dict[str, str]:
     path = shim.key("token", "s3cr3t-file", "s3cr3t-next")
     return {SOURCES[source]: str(path) if source == "file" else "s3cr3t-variable"}
-
-
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("way", ["file", "stdin", "streamed", "pubkey"])
-def test_curl_gets_the_token_neither_as_an_argument_nor_in_its_environment(
-    shim: Shim, way: str, source: str
-) -> None:
-    where = shim.folder
-    script = f"""
-        printf '%s\\n' "$@" >"{where}/argv"
-        env >"{where}/env"
-        for config; do [ "$before" != -K ] || break; before=$config; done
-        [ "$config" = - ] || exec <"$config"
-        cat >"{where}/config"
-        exit 7
-    """
-    # Were one of the shim's own variables in the environment, it would be passed on.
-    own = set(re.findall(r"[a-z_]+(?==)|(?<=read -r )[a-z_]+", SHIM.read_text()))
-    assert {"token", "rest", "word", "letter"} <= own
-    env = {**dict.fromkeys(own, "x"), **fake_curl(shim, script), **token_from(shim, source)}
-    assert "s3cr3t" not in said(ask(shim, way, {**env, **NOWHERE}))
-    assert "s3cr3t" not in (where / "argv").read_text()
-    passed_on = [line for line in (where / "env").read_text().splitlines() if "s3cr3t" in line]
-    given = ["SSH_AGENT_PROXY_TOKEN=s3cr3t-variable"]
-    assert passed_on == (given if source == "variable" else [])
-    expected = f'header = "Authorization: Bearer s3cr3t-{source}"\n'
-    assert (where / "config").read_text() == expected
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -1373,18 +1208,24 @@ TRACED = "execve,open,openat,openat2,creat,memfd_create,umask,fchmod,chmod,write
 
 
 @on_linux
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("way", ["file", "stdin", "streamed", "pubkey"])
-def test_no_argument_and_no_file_that_others_can_read_ever_holds_the_token(
-    shim: Shim, liar: Any, way: str
+def test_no_argument_no_environment_and_no_file_for_others_ever_holds_the_token(
+    shim: Shim, liar: Any, way: str, source: str
 ) -> None:
     """As the kernel saw it, programs that ended at once included."""
     server = liar(UNAVAILABLE)
     trace = shim.folder / "trace"
     shim.argv = [need("strace", "strace"), "-f", "-y", "-v", "-s", "65536", "-e", "signal=none",
                  "-o", str(trace), "-e", f"trace={TRACED}", *shim.argv]  # fmt: skip
-    assert "answered 503: no" in said(ask(shim, way, {**server.env, **token_from(shim, "file")}))
-    assert sent(server.requests[0], "Authorization") == "Bearer s3cr3t-file"
-    lines = trace.read_text().splitlines()
+    # Were one of the shim's own variables in the environment, it would be passed on.
+    own = set(re.findall(r"[a-z_]+(?==)|(?<=read -r )[a-z_]+", SHIM.read_text()))
+    assert {"token", "rest", "word", "letter"} <= own
+    env = {**dict.fromkeys(own, "x"), **server.env, **token_from(shim, source)}
+    assert "answered 503: no" in said(ask(shim, way, env))
+    assert sent(server.requests[0], "Authorization") == f"Bearer s3cr3t-{source}"
+    # That which came with the environment is passed on with it.
+    lines = trace.read_text().replace('"SSH_AGENT_PROXY_TOKEN=s3cr3t-variable"', "").splitlines()
     programs = [line for line in lines if " execve(" in line]
     assert any("/curl" in line for line in programs)
     assert not [line for line in programs if "s3cr3t" in line]
@@ -1421,7 +1262,6 @@ def test_where_the_token_cannot_be_handed_over_it_is_said_what_is_missing(
         echo "$?"; ls -A
     """
     (shim.folder / "disk").mkdir()
-    shim.file()
     shim.argv[-1] = "./shim.sh"
     env = {**server.env, "TMPDIR": "/tmp", "SSH_AGENT_PROXY_TOKEN": "s3cr3t"}
     done = shim(env=env, before=in_a_namespace(script))
@@ -1439,7 +1279,11 @@ def in_a_namespace(script: str) -> List[str]:
     return [unshare, "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
 
 
-@pytest.mark.parametrize("name", [*HOSTILE_NAMES, "sign"], ids=ascii)
+NAMES = each(HOSTILE_NAMES)
+FEW_NAMES = [name for name, value in NAMES if not value.isascii() or "\n" in value]
+
+
+@under("name", NAMES, *FEW_NAMES)
 def test_the_path_of_a_socket_may_hold_anything(
     shim: Shim, served: Served, short: Path, well_asked: Any, name: str
 ) -> None:
@@ -1454,15 +1298,9 @@ RUNNING = ": is ssh-agent-proxy running on the host, with that address, and the 
 NO_SOCKET = " is not a socket (container engines make a folder where there was nothing to mount)"
 UNANSWERED = {
     "missing": f"there is no HERE/missing here{RUNNING}mounted here?",
-    "no/folder": f"there is no HERE/no/folder here, nor HERE/no{RUNNING}mounted here?",
-    "link": f"there is no HERE/link here, for HERE/link is a link to what is not here{RUNNING}"
-    "mounted here?",
-    "m": f"HERE/m{NO_SOCKET}: SSH_AGENT_PROXY_URL must name the one that ssh-agent-proxy listens",
     "folder": f"HERE/folder{NO_SOCKET}: SSH_AGENT_PROXY_URL must name the one that",
     "stale": "nobody listens on HERE/stale: is ssh-agent-proxy running on the host?",
     "not ours": "HERE/not ours: permission denied: the socket is not open to this user",
-    "closed folder/socket": "HERE/closed folder/socket cannot be reached: permission denied in "
-    "HERE/closed folder",
     "x" * 120: "HERE/" + "x" * 120 + " is longer than the path of a socket can be",
     "\x1b[2J\n\x7fusage:": "there is no HERE/?[2J??usage  here",
     "agent": "unix:HERE/agent closed the connection without an answer: try again, and see that it "
@@ -1470,17 +1308,13 @@ UNANSWERED = {
 }
 
 
-@pytest.mark.parametrize("name", UNANSWERED, ids=ascii)
+@under("name", each(UNANSWERED), "missing", "stale", "agent")
 def test_a_socket_that_does_not_answer_is_told_why(
     shim: Shim, short: Path, served: Served, name: str
 ) -> None:
     here = short / "here"
     here.mkdir()
-    for folder in ("folder", "closed folder"):
-        (here / folder).mkdir()
-    (here / "closed folder").chmod(0o700 if os.geteuid() == 0 else 0)
-    (here / "m").touch()
-    (here / "link").symlink_to("/nowhere/socket")
+    (here / "folder").mkdir()
     (here / "agent").symlink_to(served.agent.sock)
     # The agent's is root's own.
     before = as_nobody(shim, here) if name != "agent" else []
@@ -1491,24 +1325,6 @@ def test_a_socket_that_does_not_answer_is_told_why(
         not_ours.listen(1)
         line = said(shim("pubkey", env={URL: f"unix:{here}/{name}"}, before=before))
     assert line.startswith(UNANSWERED[name].replace("HERE", str(here)))
-    (here / "closed folder").chmod(0o700)
-
-
-def test_what_answers_at_a_socket_and_is_not_ours_is_told(shim: Shim, short: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"{short}/a socket\n")
-        listener.listen(1)
-        shim.env[URL] = f"unix:{short}/a socket\n"
-        process = shim.start("pubkey")
-        connection, _ = listener.accept()
-        with connection:
-            request = read_request(connection)
-            connection.sendall(answer(b"", server="docker"))
-        stdout, stderr = process.communicate(timeout=30)
-    assert request.startswith(b"GET /publickey HTTP/1.1\r\nHost: localhost\r\n")
-    line = said(Done([], process.returncode, stdout, stderr))
-    place = f"unix:{short}/a socket?"
-    assert line.startswith(f"what answers at {place} is not ssh-agent-proxy (status 200, Server: ")
 
 
 # ---------------------------------------------------------------- curl
@@ -1520,49 +1336,35 @@ def fake_curl(shim: Shim, script: str) -> Dict[str, str]:
     return {"SSH_AGENT_PROXY_CURL": str(path)}
 
 
-def recorded(shim: Shim, **env: str) -> List[str]:
-    """What curl is called with."""
-    shim.file()
-    record = fake_curl(shim, f'printf "%s\\n" "$@" >"{shim.folder}/argv"; exit 7')
-    said(shim.sign("m", env={**env, **record}))
-    return (shim.folder / "argv").read_text().splitlines()
-
-
-def test_curl_is_told_what_it_must_keep_to(shim: Shim, served: Served) -> None:
-    argv = recorded(shim)
+def test_curl_is_told_what_it_must_keep_to(one_shim: Shim, served: Served) -> None:
+    record = fake_curl(one_shim, f'printf "%s\\n" "$@" >"{one_shim.folder}/argv"; exit 7')
+    for url in ("http://[::1]:7221/sign", f"unix:{served.socket}", ""):
+        said(one_shim.sign("m", env={**record, URL: url}))
+        argv = (one_shim.folder / "argv").read_text().splitlines()
+        assert argv[argv.index("--noproxy") + 1] == "*"
+    assert argv[-1] == "http://127.0.0.1:7221/sign"
     assert argv[0] == "-q", "only as the first option does it keep ~/.curlrc from being read"
     assert "-L" not in argv
-    assert argv[-1] == "http://127.0.0.1:7221/sign"
-    for url in ("http://[::1]:7221/sign", f"unix:{served.socket}"):
-        argv = recorded(shim, **{URL: url})
-        assert argv[argv.index("--noproxy") + 1] == "*"
+    assert "Expect:" in argv, "else a large commit waits for a 100"
     assert 1 <= int(argv[argv.index("--connect-timeout") + 1]) <= 30
     assert 240 < int(argv[argv.index("--max-time") + 1]) <= 600, "the agent's 120 s, twice"
-    Path(shim.env["HOME"], ".curlrc").write_text('url = "http://127.0.0.1:1/"\nfail-early\nhead\n')
-    fine(shim.sign("m", env=served))
+    curlrc = Path(one_shim.env["HOME"], ".curlrc")
+    curlrc.write_text('url = "http://127.0.0.1:1/"\nfail-early\nhead\n')
+    fine(one_shim.sign("m", env=served))
 
 
 def test_only_a_loopback_url_is_asked_past_the_proxy_of_the_environment(
-    shim: Shim, liar: Any
+    one_shim: Shim, liar: Any
 ) -> None:
     """The request, token and all, would go to a machine between; or not leave the network."""
     server, other = liar(answer(ARMOR)), liar(answer(ARMOR))
-    shim.file()
     proxies = dict.fromkeys(["http_proxy", "ALL_PROXY"], f"http://127.0.0.1:{other.port}")
     for host in ("127.0.0.1", "localhost", "LOCALHOST", "127.1", "sub.localhost"):
-        fine(shim.sign("m", env={**proxies, URL: f"http://{host}:{server.port}/sign"}))
+        fine(one_shim.sign("m", env={**proxies, URL: f"http://{host}:{server.port}/sign"}))
     assert other.requests == []
     for host in ("127.0.0.1.example", "host.internal", "localhost.example", "10.0.0.1"):
-        fine(shim.sign("m", env={**proxies, URL: f"http://{host}/sign"}))
+        fine(one_shim.sign("m", env={**proxies, URL: f"http://{host}/sign"}))
         assert other.requests[-1].startswith(f"POST http://{host}/sign HTTP/1.1\r\n".encode())
-
-
-def test_a_commit_is_sent_at_once_without_waiting_for_a_100(one_shim: Shim, liar: Any) -> None:
-    server = liar(answer(ARMOR))
-    one_shim.file("m", b"x" * (2 << 20))
-    fine(one_shim.sign("m", env=server.env))
-    assert sent(server.requests[0], "Expect") is None
-    assert server.requests[0].endswith(b"\r\n\r\n" + b"x" * (2 << 20))
 
 
 CURL_ENDS = {
@@ -1580,7 +1382,6 @@ CURL_ENDS = {
 
 @pytest.mark.parametrize("status", CURL_ENDS)
 def test_each_end_of_curl_is_told_in_words(one_shim: Shim, status: int) -> None:
-    one_shim.file()
     line = said(one_shim.sign("m", env=fake_curl(one_shim, f"exit {status}")))
     assert CURL_ENDS[status] in line
     if status == 7:
@@ -1592,7 +1393,6 @@ def test_each_end_of_curl_is_told_in_words(one_shim: Shim, status: int) -> None:
 @pytest.mark.parametrize("token", ["", "s3cr3t"], ids=["no token", "a token"])
 @pytest.mark.parametrize("curl", ["/nowhere/curl\x1b[2J", "/etc/passwd"])
 def test_without_curl_it_is_said_what_to_install(shim: Shim, curl: str, token: str) -> None:
-    shim.file()
     env = {"SSH_AGENT_PROXY_CURL": curl, "SSH_AGENT_PROXY_TOKEN": token}
     assert "cannot be run: install curl" in said(shim.sign("m", env=env))
 
@@ -1608,48 +1408,39 @@ LIES = [
     ("another", answer(ARMOR, server="nginx"), f"{NOT_OURS} (status 200, Server: nginx)"),
     ("a server like ours", answer(ARMOR, server="ssh-agent-proxyish/1"), NOT_OURS),
     ("a policy's page", answer(b"<html>usage: Blocked", "403 Forbidden", "x"), NOT_OURS),
-    ("a server with an escape", answer(ARMOR, server="a\x1b[2Jb"), "Server: a?[2Jb)"),
     ("a server that says usage:", answer(ARMOR, server="usage: x"), "Server: usage  x)"),
-    ("a proxy's sign-in", answer(b"", "407 Proxy Authentication Required", None), NOT_OURS),
     ("a redirect", answer(b"", "302 Found"), "answered 302: no reason given"),
     ("two lines of reason", answer(b"one\ntwo\n", "413 Too Large"), "answered 413: one"),
     ("a reason with an escape", answer(b"a\x1b]0;x\x07\xc2\x9b\n", "403 X"), "403: a?]0;x?"),
     ("a reason that says usage:", answer(b"ssh-keygen usage: x\n", "403 X"), "usage  x"),
     ("a long reason", answer(b"a" * 5000, "500 X"), "500: " + "a" * 300),
-    ("a reason without end", answer(b"busy", "503 X"), "answered 503: busy"),
     ("another success", answer(ARMOR, "201 Created"), "answered 201: -----BEGIN"),
     ("nothing in it", answer(b""), NO_SIGNATURE),
-    ("a page", answer(b"<html>\n"), NO_SIGNATURE),
-    ("half a signature", answer(ARMOR[:40]), NO_SIGNATURE),
     ("no last line", answer(ARMOR[: -len(END)]), NO_SIGNATURE),
     ("nothing between", answer(BEGIN + END), NO_SIGNATURE),
     ("an empty line", answer(BEGIN + b"\n" + END), NO_SIGNATURE),
-    ("an empty line inside", answer(ARMOR.replace(b"\n", b"\n\n", 2)), NO_SIGNATURE),
-    ("something before", answer(b"x\n" + ARMOR), NO_SIGNATURE),
     ("something after", answer(ARMOR + b"x\n"), NO_SIGNATURE),
-    ("an empty line after", answer(ARMOR + b"\n"), NO_SIGNATURE),
     ("two of them", answer(ARMOR + ARMOR), NO_SIGNATURE),
     ("no base64", answer(ARMOR.replace(b"U1NI", b"U1N!")), NO_SIGNATURE),
     ("a blank", answer(ARMOR.replace(b"U1NI", b"U1 NI")), NO_SIGNATURE),
-    ("carriage returns", answer(ARMOR.replace(b"\n", b"\r\n")), NO_SIGNATURE),
-    ("a header inside", answer(BEGIN + b"A: b\n" + TAIL), NO_SIGNATURE),
     ("bytes beyond ASCII", answer(BEGIN + b"U1\xe4\xff\n" + TAIL), NO_SIGNATURE),
     ("too short", answer(ARMOR).replace(b"Length: ", b"Length: 9"), "broke off"),
     ("no HTTP", b"SSH-2.0-OpenSSH_9.2\r\n", "does not speak HTTP"),
     ("nothing", b"", "closed the connection without an answer"),
     ("only half a head", b"HTTP/1.1 200 OK\r\nServer: ssh-agent-pro", "broke off"),
-    ("endless", answer(b"A" * 500000), "could not be kept"),
     ("a long signature", answer(BEGIN + b"U1NI\n" * 50000 + END), "could not be kept"),
 ]
+LIES_TO_SHELLS = ["another", "a reason with an escape", "a long reason", "nothing in it",
+                  "nothing between", "no last line", "two of them", "bytes beyond ASCII",
+                  "too short", "nothing", "only half a head"]  # fmt: skip
 
 
-@pytest.mark.parametrize("lie, told", rows(LIES))
+@under("lie, told", LIES, *LIES_TO_SHELLS)
 def test_what_is_no_signature_of_the_proxy_is_not_taken_for_one(
     shim: Shim, liar: Any, lie: bytes, told: str
 ) -> None:
     """It would stand in the commit, or over the signature that was there."""
     server = liar(lie)
-    shim.file()
     shim.file("m.sig", b"what was there before")
     line = said(shim.sign("m", env=server.env))
     assert told in line
@@ -1659,7 +1450,7 @@ def test_what_is_no_signature_of_the_proxy_is_not_taken_for_one(
     assert told in said(shim.sign(input=COMMIT, env=server.env))
 
 
-@pytest.mark.parametrize("name", ["another", "a page", "nothing", "no HTTP", "a long reason"])
+@pytest.mark.parametrize("name", ["another", "nothing between", "nothing", "no HTTP"])
 def test_a_streamed_lie_is_not_taken_for_a_signature(shim: Shim, liar: Any, name: str) -> None:
     lie, told = {row[0]: row[1:] for row in LIES}[name]
     server = liar(lie)
@@ -1680,7 +1471,6 @@ def test_an_answer_without_end_is_not_waited_for(shim: Shim, liar: Any) -> None:
                 connection.sendall(b"U1NI\n" * 1000)
         gone.set()
 
-    shim.file()
     assert "could not be kept" in said(shim.sign("m", env=liar(pour).env))
     assert gone.wait(5)
 
@@ -1689,8 +1479,7 @@ def test_an_answer_without_end_is_not_waited_for(shim: Shim, liar: Any) -> None:
 BY_ANOTHER = "a signature by another key than was asked for"
 FOR_ANOTHER = "a signature that is not for namespace git"
 FORGERIES = [
-    ("another key", LINE, OTHER, "git", BY_ANOTHER),
-    ("another at its end", LINE, LINE[:-3] + "AAA", "git", BY_ANOTHER),
+    ("another key", LINE, LINE[:-3] + "AAA", "git", BY_ANOTHER),
     ("another type", LINE, LINE.replace("C3Nz", "C3Nx"), "git", BY_ANOTHER),
     ("a longer key", LINE, LINE + "AAAA", "git", BY_ANOTHER),
     ("a shorter key", LINE, LINE[:-4], "git", BY_ANOTHER),
@@ -1699,28 +1488,26 @@ FORGERIES = [
     ("another namespace", LINE, LINE, "file", FOR_ANOTHER),
     ("a namespace that begins so", LINE, LINE, "github", FOR_ANOTHER),
     ("a namespace that ends so", "", LINE, "digit", FOR_ANOTHER),
-    ("another namespace and any key", "", LINE, "file", FOR_ANOTHER),
 ]
 
 
-@pytest.mark.parametrize("asked, by, namespace, told", rows(FORGERIES))
+@under("asked, by, namespace, told", FORGERIES, "another key", "a shorter key", "another namespace")
 def test_a_signature_by_another_key_or_for_something_else_is_not_written(
-    each_shim: Shim, liar: Any, asked: str, by: str, namespace: str, told: str
+    shim: Shim, liar: Any, asked: str, by: str, namespace: str, told: str
 ) -> None:
     """Git would put it into the commit as if it were the one that was asked for."""
     server = liar(answer(armored(by, namespace)))
-    each_shim.file()
-    each_shim.key("k", asked)
+    shim.key("k", asked)
     argv = ["-f", "./k", "m"] if asked else ["m"]
-    assert told in said(each_shim.sign(*argv, env=server.env))
-    assert each_shim.files() == ["k", "m"]
+    assert told in said(shim.sign(*argv, env=server.env))
+    assert shim.files() == ["k", "m"]
 
 
-SIGNERS = ["ed25519", "rsa2048", "rsa3072", "ecdsa256", "ecdsa384", "ecdsa521"]
-LARGE = pytest.param("rsa4096", marks=pytest.mark.long)
+SIGNERS = ["ed25519", "rsa2048", "rsa4096", "ecdsa256", "ecdsa384", "ecdsa521"]
+KEYS_AND_CERTIFICATES = each(name for kind in SIGNERS for name in (kind, f"{kind}-cert"))
 
 
-@pytest.mark.parametrize("name", [*SIGNERS, *(f"{name}-cert" for name in SIGNERS), LARGE])
+@under("name", KEYS_AND_CERTIFICATES, "ed25519", "rsa2048", "ecdsa256-cert")
 def test_a_signature_of_each_type_of_key_is_known_for_its_own(
     shim: Shim, liar: Any, keys: Keys, name: str
 ) -> None:
@@ -1728,7 +1515,6 @@ def test_a_signature_of_each_type_of_key_is_known_for_its_own(
     plain = name.replace("-cert", "")
     shim.file("k", keys[plain].read_bytes()).chmod(0o600)
     public = shim.key("k.pub", keys.line(plain))
-    shim.file()
     if plain != name:
         run(["ssh-keygen", "-q", "-s", keys["other"], "-I", "x", public])
         public.write_bytes((shim.folder / "k-cert.pub").read_bytes())
@@ -1761,22 +1547,8 @@ def test_a_signature_is_taken_in_any_form_that_http_allows(
     shim: Shim, liar: Any, truth: bytes
 ) -> None:
     server = liar(truth)
-    shim.file()
     fine(shim.sign("m", env=server.env))
     assert shim.signature() == ARMOR
-
-
-@pytest.mark.parametrize("second", [answer(ARMOR), b""], ids=["an answer", "none"])
-def test_an_answer_that_broke_before_its_status_is_asked_for_once_more(
-    shim: Shim, liar: Any, second: bytes
-) -> None:
-    """A proxy that was restarted would fail the commit; or it would be asked for ever."""
-    server = liar(b"", second)
-    shim.file()
-    done = shim.sign("m", env=server.env)
-    assert (done.returncode == 0) == bool(second)
-    assert len(server.requests) == 2
-    assert server.requests[0] == server.requests[1]
 
 
 @pytest.mark.long
@@ -1785,7 +1557,6 @@ def test_an_answer_that_broke_after_a_while_is_not_asked_for_again(
 ) -> None:
     """A person would be asked a second time for what they have agreed to."""
     server = liar(lambda connection: time.sleep(5.2), answer(ARMOR))
-    one_shim.file()
     assert "closed the connection without" in said(one_shim.sign("m", env=server.env))
     assert len(server.requests) == 1
 
@@ -1794,48 +1565,42 @@ def busy(seconds: str, server: str = "ssh-agent-proxy/1") -> bytes:
     return answer(b"busy\n", "503 Service Unavailable", server, **{"Retry-After": seconds})
 
 
-@pytest.mark.parametrize("way", ["file", "stdin", "fetched", "key"])
-def test_a_busy_proxy_is_waited_for(shim: Shim, liar: Any, way: str) -> None:
-    """Of a hundred commits at once some would fail."""
-    answers = [busy("0"), answer(ARMOR)]
-    if way in ("fetched", "key"):
-        answers[1:] = [served_key(LINE), answer(ARMOR)]
-    server = liar(*answers)
-    started = time.monotonic()
-    assert ask(shim, way, server.env).stderr == b""
-    assert time.monotonic() - started >= 1
-    assert server.methods() == {"key": [b"GET"] * 2, "fetched": [b"GET", b"GET", b"POST"]}.get(
-        way, [b"POST"] * 2
-    )
+KEY_THERE = served_key(LINE)
+# How it is asked, what is answered, how often it asks, and how long it waits between.
+TRIES = [
+    ("a broken connection", "file", [b"", answer(ARMOR)], 2, []),
+    ("two of them", "file", [b"", b"", answer(ARMOR)], 2, []),
+    ("one in a pipe", "pipe", [b"", answer(ARMOR)], 1, []),
+    ("busy", "file", [busy("0"), busy("7"), answer(ARMOR)], 3, ["1", "7"]),
+    ("busy for stdin", "stdin", [busy("1"), answer(ARMOR)], 2, ["1"]),
+    ("busy for the key", "key", [busy("1"), KEY_THERE], 2, ["1"]),
+    ("busy for a fetched key", "fetched", [busy("1"), KEY_THERE, answer(ARMOR)], 3, ["1"]),
+    ("busy in a pipe", "pipe", [busy("1"), answer(ARMOR)], 1, []),
+    ("busy for two minutes", "file", [busy("3600")], 14, ["9"] * 13),
+    ("another server's", "file", [busy("1", "nginx"), answer(ARMOR)], 1, []),
+    ("no agent", "file", [UNAVAILABLE, answer(ARMOR)], 1, []),
+]
 
 
-@pytest.mark.parametrize(
-    "way, answered", [("file", busy("1", "nginx")), ("file", UNAVAILABLE), ("pipe", busy("1"))]
-)
-def test_what_is_not_busy_or_cannot_be_read_again_is_not_waited_for(
-    shim: Shim, liar: Any, way: str, answered: bytes
+@under("way, answers, asked, waits", TRIES, "two of them", "busy")
+def test_what_may_be_asked_again_is_and_nothing_else(
+    shim: Shim, liar: Any, way: str, answers: List[bytes], asked: int, waits: List[str]
 ) -> None:
-    server = liar(answered)
-    said(ask(shim, way, server.env))
-    assert len(server.requests) == 1
-
-
-def test_a_proxy_that_stays_busy_is_given_up_after_two_minutes(one_shim: Shim, liar: Any) -> None:
-    """Each wait is 9 s at most, whatever the proxy says; a sleep that is none counts them."""
-    server = liar(busy("3600"))
-    one_shim.file()
-    (one_shim.folder / "bin").mkdir()
-    slept = one_shim.folder / "slept"
-    one_shim.file("bin/sleep", f'#!/bin/sh\necho "$1" >>"{slept}"\n'.encode()).chmod(0o755)
-    env = {**server.env, "PATH": f"{one_shim.folder}/bin:{os.environ['PATH']}"}
-    assert "answered 503: busy" in said(one_shim.sign("m", env=env))
-    assert slept.read_text().split() == ["9"] * 13
+    """A proxy that is busy or was restarted would fail the commit; or be asked for ever."""
+    server = liar(*answers)
+    (shim.folder / "bin").mkdir()
+    slept = shim.file("slept", b"")
+    shim.file("bin/sleep", f'#!/bin/sh\necho "$1" >>"{slept}"\n'.encode()).chmod(0o755)
+    env = {**server.env, "PATH": f"{shim.folder}/bin:{os.environ['PATH']}"}
+    done = ask(shim, way, env)
+    assert (done.stderr == b"") == (asked == len(answers))
+    assert len(server.requests) == asked
+    assert slept.read_text().split() == waits
 
 
 def test_a_wait_for_a_busy_proxy_can_be_interrupted(shim: Shim, liar: Any) -> None:
     server = liar(busy("9"))
     shim.env.update(server.env)
-    shim.file()
     process = shim.start("-Y", "sign", "m")
     wait_for(lambda: server.requests, message="the request")
     time.sleep(0.3)  # it has been answered by then, mostly
@@ -1846,37 +1611,20 @@ def test_a_wait_for_a_busy_proxy_can_be_interrupted(shim: Shim, liar: Any) -> No
     assert shim.files() == ["m"]
 
 
-def test_a_pipe_that_was_read_is_not_read_again(shim: Shim, liar: Any) -> None:
-    server = liar(b"")
-    done = ask(shim, "pipe", server.env)
-    assert "closed the connection without an answer" in said(done)
-    assert len(server.requests) == 1
-    os.unlink(shim.folder / "pipe")
-
-
-def test_the_proxys_own_reason_is_told(shim: Shim, served: Served, keys: Keys) -> None:
-    shim.file()
-    assert "namespace" in said(shim("-Y", "sign", "-n", "other", "m", env=served))
-    shim.file("empty", b"")
-    assert "answered 400: " in said(shim.sign("empty", env=served))
-
-
 # ---------------------------------------------------------------- tags
 
 TAGS = [
     ("nothing listens", TAG, ["-n", "git"], {}, True),
     ("no key", TAG, ["-f", "nokey"], {}, True),
-    ("a wrong setting", TAG, [], {URL: "ftp:"}, True),
     ("an unknown option", TAG, ["-l"], {}, True),
     ("for something else", TAG, ["-n", "file"], {}, False),
     ("a commit", COMMIT, [], {}, False),
     ("a word that begins so", b"objection\n", [], {}, False),
-    ("nothing in it", b"", [], {}, False),
     ("a second line", b"\nobject x\n", [], {}, False),
 ]
 
 
-@pytest.mark.parametrize("content, options, env, is_tag", rows(TAGS))
+@under("content, options, env, is_tag", TAGS, "no key", "a second line")
 def test_a_tag_that_git_makes_all_the_same_is_said_to_be_unsigned(
     shim: Shim, content: bytes, options: List[str], env: Dict[str, str], is_tag: bool
 ) -> None:
@@ -1890,7 +1638,7 @@ def test_a_tag_that_git_makes_all_the_same_is_said_to_be_unsigned(
 # ---------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("name", HOSTILE_NAMES, ids=ascii)
+@under("name", NAMES, *FEW_NAMES, "-")
 def test_a_file_and_a_folder_may_have_any_name(shim: Shim, served: Served, name: str) -> None:
     folder = shim.folder / f"x{name[:99]}"
     folder.mkdir()
@@ -1903,14 +1651,14 @@ def test_a_file_and_a_folder_may_have_any_name(shim: Shim, served: Served, name:
 
 
 UNSIGNED = [
-    ("missing", "usage: a\x1b[2J\nb\u202e", "cannot sign usage  a?[2J?b???: there is no such file"),
+    ("missing", "usage: a\x1b[2J\nb", "cannot sign usage  a?[2J?b: there is no such file"),
     ("closed", "closed", "cannot sign closed: permission denied"),
     ("a folder in its place", "n", "cannot write n.sig: it is a directory"),
     ("a folder that is closed", "shut/m", "cannot write shut/m.sig: is its folder writable, and"),
 ]
 
 
-@pytest.mark.parametrize("name, told", rows(UNSIGNED))
+@under("name, told", UNSIGNED, "missing", "a folder that is closed")
 def test_what_cannot_be_read_or_written_is_an_error_before_anyone_is_asked(
     shim: Shim, liar: Any, name: str, told: str
 ) -> None:
@@ -1926,108 +1674,61 @@ def test_what_cannot_be_read_or_written_is_an_error_before_anyone_is_asked(
     (shim.folder / "shut").chmod(0o755)
 
 
-def test_what_has_the_name_of_a_temporary_file_is_left_alone(shim: Shim, served: Served) -> None:
-    """Somebody else's file, or what a link of theirs points to, would be lost."""
-    shim.file()
-    precious = shim.file("precious", b"precious")
-    # The process keeps its number over exec, and with it the names that it tries first.
-    script = f"""
-        ln -s precious .{OURS}.$$.0; ln -s dangling .{OURS}.$$.1; : >.{OURS}.$$.2
-        mkfifo .{OURS}.$$.3
-        exec "$@"
-    """
-    fine(shim.sign("m", env=served, before=["sh", "-c", script, "sh"]))
-    assert shim.signature().startswith(BEGIN)
-    assert not (shim.folder / "m.sig").is_symlink()
-    assert precious.read_bytes() == b"precious"
-    assert not (shim.folder / "dangling").exists()
-    left = shim.temporary()
-    assert sorted(path[-2:] for path in left) == [".0", ".1", ".2", ".3"]
-    for path in left:
-        os.unlink(path)
-
-
-@pytest.mark.parametrize("command", ["ln -s /dev/full", "ln -s dangling", "mkfifo"])
-def test_names_that_others_have_taken_in_tmpdir_are_left_alone(
-    shim: Shim, served: Served, verified: Any, command: str
+@pytest.mark.parametrize("argv, taken", [(["m"], 6), ([], 10)], ids=["beside m", "in TMPDIR"])
+def test_names_that_others_have_taken_are_left_alone(
+    shim: Shim, served: Served, signed: bytes, argv: List[str], taken: int
 ) -> None:
-    """Who may write there too could read, or change, what is signed."""
-    script = f'for i in 0 1 2 3 4 5 6 7 8 9; do {command} "$TMPDIR/.{OURS}.$$.$i"; done; exec "$@"'
-    done = shim.sign(input=COMMIT, env=served, before=["sh", "-c", script, "sh"])
+    """Who may write there too could read, or change, what is signed; or would lose their file."""
+    precious = shim.file("precious", b"precious")
+    dangling = shim.folder / "dangling"
+    made = [f"ln -s {precious}", f"ln -s {dangling}", "mkfifo", "ln -s /dev/full", ": >"] * 2
+    folder = "." if argv else '"$TMPDIR"'
+    # The process keeps its number over exec, and with it the names that it tries first.
+    taking = [f"{made[digit]} {folder}/.{OURS}.$$.{digit}\n" for digit in range(taken)]
+    before = ["sh", "-c", f'{"".join(taking)}exec "$@"', "sh"]
+    done = shim.sign(*argv, input=COMMIT, env=served, before=before)
     assert (done.returncode, done.stderr) == (0, b"")
-    verified(done.stdout)
+    assert (shim.signature() if argv else done.stdout) == signed
+    assert precious.read_bytes() == b"precious"
+    assert not dangling.exists()
     left = [Path(path) for path in shim.temporary()]
-    assert len(left) == 10
+    assert len(left) == taken
     for path in left:
-        assert path.is_symlink() == command.startswith("ln")
         path.unlink()
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_the_signature_has_the_mode_that_the_umask_says(
-    shim: Shim, served: Served, mask: int
+PLACES = ["nothing", "a link", "a dangling link", "a file", "a device"]
+
+
+@pytest.mark.parametrize("name", ["m", GITS_FILE])
+@under("there", each(PLACES), "a file", "a device")
+def test_the_signature_is_a_new_file_whatever_stood_there(
+    shim: Shim, liar: Any, there: str, name: str
 ) -> None:
-    shim.file()
-    fine(shim.sign("m", env=served, before=["sh", "-c", f'umask {mask:o}; exec "$@"', "sh"]))
-    assert stat.S_IMODE((shim.folder / "m.sig").stat().st_mode) == 0o666 & ~mask
-
-
-def test_a_signature_or_a_link_in_its_place_is_replaced(
-    shim: Shim, served: Served, verified: Any
-) -> None:
-    shim.file()
-    old = shim.file("m.sig", b"x" * 5000)
-    old.chmod(0o400)
-    fine(shim.sign("m", env=served))
-    verified(old.read_bytes())
-    target = old.rename(shim.folder / "target")
-    target.chmod(0o600)
-    target.write_bytes(b"precious")
-    old.symlink_to(target)
-    fine(shim.sign("m", env=served))
-    assert target.read_bytes() == b"precious"
-    verified(old.read_bytes())
-    assert not old.is_symlink()
-
-
-GITS_FILE = ".git_signing_buffer_tmpAb3dEf"
-
-
-@pytest.mark.parametrize("there", ["nothing", "a link", "a dangling link", "a file", "a device"])
-def test_in_gits_own_call_the_signature_is_a_new_file_whatever_stood_there(
-    shim: Shim, liar: Any, there: str
-) -> None:
-    """A link that somebody put beside git's file would have theirs written over."""
-    shim.file(GITS_FILE)
+    """A link that somebody put beside the file would have theirs written over."""
+    shim.file(name)
     target = shim.file("target", b"precious")
-    made = shim.folder / f"{GITS_FILE}.sig"
+    made = shim.folder / f"{name}.sig"
     links = {"a link": target, "a dangling link": "dangling", "a device": "/dev/full"}
     if there in links:
         made.symlink_to(links[there])
     if there == "a file":
-        made.write_bytes(b"old")
+        shim.file(made.name, b"x" * 5000).chmod(0o400)
     before = ["sh", "-c", 'umask 027; exec "$@"', "sh"]
-    fine(shim.sign(GITS_FILE, env=liar(answer(ARMOR)).env, before=before))
+    fine(shim.sign(name, env=liar(answer(ARMOR)).env, before=before))
     assert not made.is_symlink()
     assert made.read_bytes() == ARMOR
     assert stat.S_IMODE(made.stat().st_mode) == 0o640
     assert target.read_bytes() == b"precious"
-    assert shim.files() == [GITS_FILE, f"{GITS_FILE}.sig", "target"]
+    assert shim.files() == sorted({"m", name, made.name, "target"})
 
 
-@pytest.mark.parametrize("lie", [b"", UNAVAILABLE, answer(b"<p>"), answer(armored(namespace="x"))])
+@pytest.mark.parametrize("lie", [b"", answer(b"<p>"), answer(armored(namespace="x"))])
 def test_in_gits_own_call_nothing_is_left_of_a_failure(shim: Shim, liar: Any, lie: bytes) -> None:
     """Some gits look for the file and not at the exit status."""
     shim.file(GITS_FILE)
     said(shim.sign(GITS_FILE, env=liar(lie).env))
-    assert shim.files() == [GITS_FILE]
-    server: Liar = liar(lambda connection: server.hold(connection))
-    shim.env.update(server.env)
-    process = shim.start("-Y", "sign", GITS_FILE)
-    wait_for(lambda: server.requests, message="the request")
-    process.terminate()
-    assert process.communicate(timeout=10) == (b"", b"")
-    assert shim.files() == [GITS_FILE]
+    assert shim.files() == [GITS_FILE, "m"]
 
 
 @on_linux
@@ -2060,22 +1761,6 @@ def wrote(shim: Shim, data: bytes) -> List[Path]:
     return [path for path in map(Path, shim.temporary()) if path.read_bytes() == data]
 
 
-def test_standard_input_is_read_whole_before_anyone_is_asked(shim: Shim, liar: Any) -> None:
-    """A slow producer would be cut off, and a second try would sign half."""
-    server = liar(answer(ARMOR))
-    shim.env.update(server.env)
-    process = shim.start("-Y", "sign", stdin=subprocess.PIPE)
-    assert process.stdin
-    process.stdin.write(b"slow")
-    process.stdin.flush()
-    kept = wait_for(lambda: wrote(shim, b"slow"), message="the copy")
-    assert stat.S_IMODE(kept[0].stat().st_mode) == 0o600
-    assert server.requests == []
-    assert process.communicate(b" producer", timeout=30) == (ARMOR, b"")
-    assert server.requests[0].endswith(b"\r\n\r\nslow producer")
-    assert sent(server.requests[0], "Content-Length") == "13"
-
-
 @on_linux
 @pytest.mark.parametrize("argv", [["-Y", "sign"], ["pubkey"]], ids=["sign", "pubkey"])
 def test_input_and_output_that_are_not_there_are_errors(
@@ -2092,48 +1777,58 @@ def test_input_and_output_that_are_not_there_are_errors(
 # ---------------------------------------------------------------- interruptions
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
-WAITING = {"file": ["-Y", "sign", "m"], "stdin": ["-Y", "sign"], "pubkey": ["pubkey", "k"]}
+INTERRUPTED = [
+    (signal.SIGINT, ["-Y", "sign", "m"], ""),
+    (signal.SIGINT, ["-Y", "sign"], "s3cr3t"),
+    (signal.SIGTERM, ["-Y", "sign", "m"], "s3cr3t"),
+    (signal.SIGTERM, ["-Y", "sign", GITS_FILE], ""),
+    (signal.SIGTERM, ["pubkey", "k"], "s3cr3t"),
+    (signal.SIGHUP, ["-Y", "sign"], ""),
+    (signal.SIGHUP, ["pubkey", "k"], ""),
+]
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("what", WAITING)
-@pytest.mark.parametrize("token", ["", "s3cr3t"], ids=["no token", "a token"])
+@pytest.mark.parametrize("number", [0, *SIGNALS])
+def test_standard_input_is_read_whole_before_anyone_is_asked(
+    shim: Shim, liar: Any, number: int
+) -> None:
+    """A slow producer would be cut off, and a second try would sign half."""
+    server = liar(answer(ARMOR))
+    shim.env.update(server.env)
+    process = shim.start("-Y", "sign", stdin=subprocess.PIPE)
+    assert process.stdin
+    process.stdin.write(b"slow")
+    process.stdin.flush()
+    kept = wait_for(lambda: wrote(shim, b"slow"), message="the copy")
+    assert stat.S_IMODE(kept[0].stat().st_mode) == 0o600
+    assert server.requests == []
+    if number:
+        process.send_signal(number)
+        assert process.wait(10) == SIGNALS[signal.Signals(number)]
+        process.communicate()
+        return
+    assert process.communicate(b" producer", timeout=30) == (ARMOR, b"")
+    assert server.requests[0].endswith(b"\r\n\r\nslow producer")
+    assert sent(server.requests[0], "Content-Length") == "13"
+
+
+@pytest.mark.parametrize("number, argv, token", INTERRUPTED)
 def test_an_interrupted_wait_leaves_nothing_behind(
-    shim: Shim, liar: Any, number: signal.Signals, what: str, token: str
+    each_shim: Shim, liar: Any, number: signal.Signals, argv: List[str], token: str
 ) -> None:
     """The agent's prompt would stay open, and a file in the working tree."""
     server: Liar = liar(lambda connection: server.hold(connection))
-    shim.env.update(server.env, SSH_AGENT_PROXY_TOKEN=token)
-    shim.file()
-    process = shim.start(*WAITING[what])
+    each_shim.env.update(server.env, SSH_AGENT_PROXY_TOKEN=token)
+    for name in ("m", GITS_FILE):
+        each_shim.file(name)
+    process = each_shim.start(*argv)
     wait_for(lambda: server.requests, message="the request")
     process.send_signal(number)
     assert process.communicate(timeout=10) == (b"", b"")
     assert process.returncode == SIGNALS[number]
     assert server.gone.wait(5), "curl goes on without the shim"
-    assert shim.files() == ["m"]
-    assert os.listdir(shim.env["TMPDIR"]) == []
-
-
-def test_each_shell_ends_a_wait_with_all_that_belongs_to_it(each_shim: Shim, liar: Any) -> None:
-    for what in WAITING:
-        test_an_interrupted_wait_leaves_nothing_behind(
-            each_shim, liar, signal.SIGTERM, what, "s3cr3t"
-        )
-
-
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_an_interrupted_reading_leaves_nothing_behind(shim: Shim, number: signal.Signals) -> None:
-    process = shim.start("-Y", "sign", stdin=subprocess.PIPE)
-    assert process.stdin
-    process.stdin.write(b"slow")
-    process.stdin.flush()
-    wait_for(lambda: wrote(shim, b"slow"), message="the copy")
-    process.send_signal(number)
-    process.wait(10)
-    process.communicate()
-    assert process.returncode == SIGNALS[number]
-    assert shim.temporary() == []
+    assert each_shim.files() == [GITS_FILE, "m"]
+    assert os.listdir(each_shim.env["TMPDIR"]) == []
 
 
 # ---------------------------------------------------------------- the terminal
@@ -2253,7 +1948,6 @@ def test_a_wait_is_announced_on_the_terminal_and_holds_nothing_of_gits(
         return  # it stops at the first word all the same
     gate = Gate(liar)
     shim.env.update(gate.server.env)
-    shim.file()
     started = time.monotonic()
     process = terminal.start(shim, "-Y", "sign", "m", where=where)
     assert terminal.read(20) == ANNOUNCEMENT
@@ -2278,7 +1972,6 @@ def test_a_quick_answer_is_not_announced_and_leaves_no_process_to_process_one(
     """In a container that is often a program that waits for none of them."""
     gate = Gate(liar, answer(ARMOR if success else b""))
     each_shim.env.update(gate.server.env)
-    each_shim.file()
     process = terminal.start(each_shim, "-Y", "sign", "m")
     family = the_timers_sleep(process)
     gate.opened.set()
@@ -2306,7 +1999,6 @@ def test_many_signatures_in_a_row_wait_for_no_timer(
 def test_ctrl_c_at_the_terminal_ends_all_of_it(shim: Shim, liar: Any, terminal: Terminal) -> None:
     server: Liar = liar(lambda connection: server.hold(connection))
     shim.env.update(server.env)
-    shim.file()
     process = terminal.start(shim, "-Y", "sign", "m")
     family = the_timers_sleep(process)
     wait_for(lambda: server.requests, message="the request")
@@ -2322,7 +2014,6 @@ def test_the_timer_of_a_killed_shim_ends_and_says_nothing(
 ) -> None:
     gate = Gate(liar)
     one_shim.env.update(gate.server.env)
-    one_shim.file()
     process = terminal.start(one_shim, "-Y", "sign", "m")
     family = the_timers_sleep(process)
     os.kill(family[0], signal.SIGKILL)
@@ -2338,68 +2029,45 @@ def test_the_timer_of_a_killed_shim_ends_and_says_nothing(
 
 
 def test_the_shim_needs_no_program_but_those_that_are_promised(
-    one_shim: Shim, served: Served, verified: Any
+    one_shim: Shim, served: Served, signed: bytes
 ) -> None:
     bin_folder = one_shim.folder / "bin"
     bin_folder.mkdir()
     for name in ["curl", "mktemp", "mv", "rm", "cat", "mkdir", "chmod", "sleep"]:
         (bin_folder / name).symlink_to(Path(need(name, name)).resolve())
     one_shim.argv[0] = str(Path(need("dash", "dash")).resolve())
-    one_shim.file()
     key = f"{one_shim.folder}/a/k"
     for argv in (["-Y", "sign", "-f", key, "m"], ["-Y", "sign"], ["pubkey"], ["pubkey", "k2"],
                  ["key"]):  # fmt: skip
         done = one_shim(*argv, env={**served, "PATH": str(bin_folder)}, input=COMMIT)
         assert (done.returncode, done.stderr) == (0, b""), argv
-    verified(one_shim.signature())
+    assert one_shim.signature() == signed
 
 
-def cut_short(shim: Shim, server: Liar, ends: Sequence[int]) -> None:
-    """Each part of the shim, up to one of ENDS, either signs or fails."""
-    whole = SHIM.read_bytes()
-    shim.argv[-1] = str(shim.folder / "part")
-    shim.file()
-    for end in ends:
-        shim.file("part", whole[:end])
-        done = shim.sign("m", env=server.env)
-        made = shim.folder / "m.sig"
-        if done.returncode == 0:
-            assert made.read_bytes() == ARMOR, f"cut at {end}"
-            made.unlink()
-        else:
-            assert not made.exists(), f"cut at {end}"
+EACH_LINE = pytest.param("dash", 1, marks=pytest.mark.long, id="dash-each")
+SOME_LINES = [on("dash", 20), *(on(shell, 60) for shell in SHELLS[1:])]
 
 
-def line_ends() -> List[int]:
-    """All but those of the first two lines, whose loss no program can tell."""
-    return [found.end() for found in re.finditer(b"\\n", SHIM.read_bytes())][2:]
-
-
+@pytest.mark.parametrize("shim, step", [*SOME_LINES, EACH_LINE], indirect=["shim"])
 def test_a_download_that_broke_off_never_looks_like_a_signature_made(
-    each_shim: Shim, liar: Any
+    shim: Shim, liar: Any, step: int
 ) -> None:
     """Git would take exit 0 for it, and some make an unsigned commit then."""
     size = SHIM.stat().st_size
-    cut_short(each_shim, liar(answer(ARMOR)), [*line_ends()[:-1:100], *range(size - 16, size, 3)])
+    # But for those of the first two lines, whose loss no program can tell.
+    lines = [found.end() for found in re.finditer(b"\\n", SHIM.read_bytes())][2:]
+    server = liar(answer(ARMOR))
+    shim.argv[-1] = str(shim.folder / "part")
+    for end in [*lines[:-1:step], *range(size - 16, size)]:
+        shim.file("part", SHIM.read_bytes()[:end])
+        done = shim.sign("m", env=server.env)
+        made = shim.folder / "m.sig"
+        assert made.exists() == (done.returncode == 0), f"cut at {end}"
+        if made.exists():
+            assert made.read_bytes() == ARMOR, f"cut at {end}"
+            made.unlink()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("shim", ["dash", "bash", "busybox"], indirect=True)
-def test_a_download_that_broke_off_at_any_line_never_looks_like_a_signature_made(
-    shim: Shim, liar: Any
-) -> None:
-    """The same for each line, and for each byte of the last one."""
-    size = SHIM.stat().st_size
-    cut_short(shim, liar(answer(ARMOR)), [*line_ends(), *range(size - 16, size)])
-
-
-def test_the_shim_is_written_as_the_house_has_it() -> None:
-    lines = SHIM.read_text().splitlines()
-    assert lines[0] == "#!/bin/sh"
-    assert lines[-1] == '{ main "$@"; }'
-    assert "set -eu" in lines
-    assert max(map(len, lines)) <= 100
+def test_the_shim_can_be_run_as_it_is() -> None:
+    assert SHIM.read_text().startswith("#!/bin/sh\n")
     assert os.access(SHIM, os.X_OK)
-    code = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
-    for word in ("[[", "local ", "function ", "echo "):
-        assert word not in code
