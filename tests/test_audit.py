@@ -296,22 +296,6 @@ def test_a_path_is_undone_to_what_was_sent(text: bytes, shared: Logged) -> None:
         line.has_just("outcome status peer ms reason")
 
 
-FREE_FIELDS = ["SSHSIG-Namespace", "SSHSIG-Hash", "SSHSIG-Key", "Host", "Origin", "Authorization",
-               "Expect", "X"]  # fmt: skip
-
-
-@pytest.mark.parametrize("text", rows(TEXTS))
-def test_whatever_a_header_says_the_reason_is_the_one_answered(
-    text: bytes, shared: Logged
-) -> None:
-    for name in FREE_FIELDS:
-        named = {"Host": b"localhost", "Content-Length": b"1", name: text}
-        head = b"".join(n.encode() + b": " + v + b"\r\n" for n, v in named.items())
-        answer, line = shared.ask(b"POST /sign HTTP/1.1\r\n" + head + b"\r\nx", end=True)
-        if answer.status != 200:
-            assert line.holds("reason", answer.text.rstrip("\n"), 1000), name
-
-
 def test_a_namespace_and_a_method_are_undone_to_what_was_sent(shared: Logged) -> None:
     for namespace in ODD_NAMESPACES:
         answer, line = shared.ask(post(b"x", f"SSHSIG-Namespace: {namespace}"))
