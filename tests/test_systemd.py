@@ -470,6 +470,20 @@ def test_several_at_once_are_as_good_as_one(manager: Manager) -> None:
 
 
 @alone
+def test_on_a_full_disk_no_half_of_a_file_is_left(manager: Manager) -> None:
+    # Room for the unit alone.
+    manager.run("mkdir", "-p", UNITS)
+    manager.root("mount", "-t", "tmpfs", "-o", f"size=4k,uid={UID},gid={UID}", "none", UNITS)
+    try:
+        told = manager.refuses()
+        left = manager.text("find", UNITS, "-type", "f").split()
+    finally:
+        manager.root("umount", "-l", UNITS)
+    assert "No space left on device" in told
+    assert left == [str(UNIT)]
+
+
+@alone
 def test_a_socket_that_the_sandbox_forbids_is_told_why(manager: Manager) -> None:
     manager.run("mkdir", "-m", "700", HOME / "sockets")
     manager.write(ENV, "SSH_AGENT_PROXY_ADDR=unix:~/sockets/s\n")
