@@ -271,6 +271,18 @@ def home(short: Path) -> Path:
     return path
 
 
+def copy_tree(path: Path) -> Path:
+    """The project without its history, its tests, and what was made in it."""
+    made = shutil.ignore_patterns(".git", ".venv", "dist", "tests", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, path, ignore=made)
+    return path
+
+
+@pytest.fixture
+def tree(short: Path) -> Path:
+    return copy_tree(short / "a tree")
+
+
 # ---------------------------------------------------------------- keys and agents
 
 
@@ -428,27 +440,20 @@ class ScriptedAgent:
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
-        while True:
-            try:
+        with contextlib.suppress(OSError):  # stopped
+            while True:
                 connection, _ = self.listener.accept()
-            except OSError:
-                return  # stopped
-            self.connections.append(connection)
-            threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+                self.connections.append(connection)
+                threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
 
     def _talk(self, connection: socket.socket) -> None:
-        with connection:
-            try:
-                self.handler(connection)
-            except OSError:
-                pass  # the proxy went away first
+        with connection, contextlib.suppress(OSError):  # the proxy went away first
+            self.handler(connection)
 
     def stop(self) -> None:
         for sock in [self.listener, *self.connections]:
-            try:
+            with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
             sock.close()
 
 
@@ -809,14 +814,10 @@ def read_all(connection: socket.socket, seconds: float = 10) -> bytes:
     return data
 
 
-def answers_in(data: bytes) -> int:
-    return len(re.findall(rb"^HTTP/1\.1 [1-5]\d\d ", data, re.M))
-
-
 def the_one_answer(data: bytes) -> Answer:
     """The answer in all that came over a connection: there is one, and nothing behind it."""
     answer = parse_answer(data)
-    assert answers_in(data) == 1, data
+    assert len(re.findall(rb"^HTTP/1\.1 [1-5]\d\d ", data, re.M)) == 1, data
     assert answer.headers["connection"] == "close"
     assert re.fullmatch(r"ssh-agent-proxy/\d+\.\d+\.\d+", answer.headers["server"])
     assert len(answer.body) == int(answer.headers["content-length"])

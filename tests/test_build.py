@@ -22,6 +22,7 @@ from conftest import (
     Proxy,
     cannot_run,
     clean_env,
+    copy_tree,
     http,
     need,
     run,
@@ -32,7 +33,6 @@ from test_make import (
     MAKE,
     PYTHON,
     bound_by_modes,
-    copy_project,
     files,
     link_venv,
     long_rows,
@@ -44,11 +44,6 @@ from test_make import (
 BUILD = Path("contrib", "build.py")
 long = pytest.mark.long
 FORMS = ["zipapp", *long_rows("shiv")]
-
-
-@pytest.fixture
-def tree(short: Path) -> Path:
-    return copy_project(short / "a tree")
 
 
 # ---------------------------------------------------------------- what is built
@@ -82,7 +77,7 @@ TARGETS = {"build": ["ssh-agent-proxy"], "build-all": ["ssh-agent-proxy", "ssh-a
 def test_two_clones_at_two_times_are_built_to_the_same_bytes(
     tree: Path, home: Path, short: Path, target: str
 ) -> None:
-    elsewhere = copy_project(short / "another clone")
+    elsewhere = copy_tree(short / "another clone")
     for clone in (tree, elsewhere):
         shiv_python()
         link_venv(clone, "has-shiv")
@@ -199,7 +194,7 @@ def built() -> Iterator[Callable[[str], Path]]:
         def build(form: str) -> Path:
             target = folder / form / "ssh-agent-proxy"
             if not target.exists():
-                tree = copy_project(folder / "a tree")
+                tree = copy_tree(folder / "a tree")
                 target.parent.mkdir()
                 if form == "zipapp":
                     make(tree, folder, "install", f"BINDIR={target.parent}")

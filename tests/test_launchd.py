@@ -11,7 +11,7 @@ from typing import Any, Dict, List
 
 import pytest
 from conftest import ROOT, SHIM, Agent, Proxy, http, rows, run
-from test_make import copy_project, files, make, mode, path_without, refused, snapshot, stand_in
+from test_make import files, make, mode, path_without, refused, snapshot, stand_in
 
 DOMAIN = f"gui/{os.getuid()}"
 JOB = f"{DOMAIN}/ssh-agent-proxy"
@@ -89,11 +89,6 @@ class Mac:
     def written(self) -> Dict[str, Any]:
         content: Dict[str, Any] = plistlib.loads(self.plist.read_bytes())
         return content
-
-
-@pytest.fixture
-def tree(short: Path) -> Path:
-    return copy_project(short / "a tree")
 
 
 @pytest.fixture

@@ -26,18 +26,6 @@ def long_rows(*values: Any) -> List[Any]:
     return [pytest.param(value, marks=long) for value in values]
 
 
-@pytest.fixture
-def tree(short: Path) -> Path:
-    return copy_project(short / "a tree")
-
-
-def copy_project(path: Path) -> Path:
-    """Without its history, its tests, and what was made in it."""
-    made = shutil.ignore_patterns(".git", ".venv", "dist", "tests", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, path, ignore=made)
-    return path
-
-
 def make(
     tree: Path, home: Path, *args: str, check: bool = True, **env: str
 ) -> "subprocess.CompletedProcess[bytes]":
@@ -318,7 +306,6 @@ MOMENTS = [
     pytest.param("after mktemp *", SIGTERM, "yash", marks=long),
     pytest.param("before ssh-add *", CTRL_C, "sh", marks=long),
     pytest.param("before sed *", SIGTERM, "sh", marks=long),
-    pytest.param("before git merge *", CTRL_C, "sh", marks=long),
 ]
 
 

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
-from conftest import RELAY, ROOT, Keys, cannot_run, clean_env, need, rows, run, wait_for
-from test_make import copy_project, make, mode, refused, stand_in
-
-alone = pytest.mark.alone
+from conftest import RELAY, ROOT, Keys, cannot_run, clean_env, copy_tree, need, rows, run, wait_for
+from test_make import make, refused, stand_in, without_folders
 
 UID = 4242
 HOME = Path("/home/tester")
@@ -51,7 +49,7 @@ class Manager:
         self.python = os.path.realpath(sys.executable)
         prefix = Path(os.path.realpath(sys.base_prefix))
         mount = ["-p", str(prefix)] if closed(prefix) else []
-        copy_project(self.folder / "tree")
+        copy_tree(self.folder / "tree")
         run(["chown", "-R", f"{UID}:{UID}", self.folder])
         self.process = subprocess.Popen(
             [ROOT / "tests/systemd-user", "-u", str(UID), *mount, *options, str(self.folder)],
@@ -216,7 +214,11 @@ def boot(*options: str) -> Iterator[Manager]:
     manager.stop()
 
 
-@pytest.fixture(scope="module")
+# What marks each test that has a manager: it needs the machine for itself.
+ALONE = [pytest.param(None, marks=pytest.mark.alone, id="alone")]
+
+
+@pytest.fixture(scope="module", params=ALONE)
 def booted() -> Iterator[Manager]:
     yield from boot("-j")
 
@@ -241,7 +243,6 @@ def installed(booted: Manager) -> Manager:
 # ---------------------------------------------------------------- what is installed
 
 
-@alone
 def test_it_is_installed_and_started_by_one_command(manager: Manager) -> None:
     told = manager.install()
     assert "ssh-agent-proxy.service runs: listening on 127.0.0.1:7221" in told
@@ -270,7 +271,6 @@ def no_trace_of_the_trial(manager: Manager) -> None:
     assert not manager.exists(RUNTIME / "ssh-agent-proxy-trial")
 
 
-@alone
 def test_a_trial_that_is_interrupted_leaves_no_traces(manager: Manager) -> None:
     real = manager.text("sh", "-c", "command -v systemctl")
     manager.write(HOME / "stand-in/systemctl", "#!/bin/sh\n"
@@ -282,7 +282,6 @@ def test_a_trial_that_is_interrupted_leaves_no_traces(manager: Manager) -> None:
     no_trace_of_the_trial(manager)
 
 
-@alone
 def test_systemd_has_no_complaint_and_calls_it_exposed_by_at_most_2_0(installed: Manager) -> None:
     answer = installed.run("systemd-analyze", "--user", "--man=no", "verify", UNIT)
     assert (answer.stdout, answer.stderr) == (b"", b"")
@@ -291,7 +290,6 @@ def test_systemd_has_no_complaint_and_calls_it_exposed_by_at_most_2_0(installed:
     assert answer.returncode == 0, answer.stdout.decode()
 
 
-@alone
 def test_the_running_process_is_held_to_the_units_limits(installed: Manager) -> None:
     pid = installed.main_pid()
     status = installed.root("cat", f"/proc/{pid}/status").stdout.decode()
@@ -302,7 +300,6 @@ def test_the_running_process_is_held_to_the_units_limits(installed: Manager) -> 
     assert re.search(r"(?m)^Max core file size +0 +0 ", limits)
 
 
-@alone
 def test_only_its_own_folder_can_be_written(installed: Manager) -> None:
     # As the account, where the service sees the files.
     enter = ["nsenter", "-t", installed.main_pid(), "--mount"]
@@ -318,7 +315,6 @@ def test_only_its_own_folder_can_be_written(installed: Manager) -> None:
             assert b"Read-only file system" in answer.stderr, file
 
 
-@alone
 def test_an_upgrade_and_changed_settings_which_are_kept_take_effect(manager: Manager) -> None:
     manager.install()
     version = re.compile('(?m)^VERSION = ".*"')
@@ -332,7 +328,6 @@ def test_an_upgrade_and_changed_settings_which_are_kept_take_effect(manager: Man
     assert manager.answers(7222)
 
 
-@alone
 def test_settings_that_can_not_be_read_are_not_left_out(manager: Manager) -> None:
     # systemd would start it without.
     manager.write(ENV, "SSH_AGENT_PROXY_PAYLOADS=commit\n", 0)
@@ -345,7 +340,6 @@ def test_settings_that_can_not_be_read_are_not_left_out(manager: Manager) -> Non
     assert not manager.answers()
 
 
-@alone
 def test_twice_is_as_good_as_once_whatever_the_paths(manager: Manager) -> None:
     # Not through make, whose own recipes can't have all of these in BINDIR.
     odd = HOME / """a %h $HOME ${x} "b" 'c' \\d [e]*?"""
@@ -388,7 +382,6 @@ WantedBy=default.target
 """
 
 
-@alone
 def test_the_service_of_another_program_of_that_name_is_replaced_and_kept(
     manager: Manager, keys: Keys
 ) -> None:
@@ -408,7 +401,6 @@ def test_the_service_of_another_program_of_that_name_is_replaced_and_kept(
     assert manager.outside(UNIT).read_text() == OTHER
 
 
-@alone
 def test_drop_ins_of_others_are_named_with_what_they_change(manager: Manager) -> None:
     mine = manager.drop_in("ProtectHome=no", "zz mine.conf")
     told = manager.install()
@@ -433,7 +425,6 @@ PASSED_OVER = [
 ]
 
 
-@alone
 def test_a_line_that_systemd_passes_over_is_refused(manager: Manager) -> None:
     for line in PASSED_OVER:
         manager.write(ENV, line + "\n")
@@ -442,7 +433,6 @@ def test_a_line_that_systemd_passes_over_is_refused(manager: Manager) -> None:
     assert manager.files() == [str(ENV.relative_to(HOME))]
 
 
-@alone
 def test_examples_and_other_lines_that_systemd_takes_are_handed_on(manager: Manager) -> None:
     odd = ("# a comment \\\nthat goes on\n\r\n  ; another\nODD = 31  \r\n"
            "A=\\\ngoes on\n\tB=\"two\n lines\"\nC='git'\n")  # fmt: skip
@@ -458,7 +448,6 @@ def test_examples_and_other_lines_that_systemd_takes_are_handed_on(manager: Mana
     assert expected | {f"{name}={value}" for name, value in dict(examples()).items()} <= set(got)
 
 
-@alone
 def test_several_at_once_are_as_good_as_one(manager: Manager) -> None:
     manager.make("build")
     with ThreadPoolExecutor() as pool:
@@ -469,7 +458,6 @@ def test_several_at_once_are_as_good_as_one(manager: Manager) -> None:
     assert not [name for name in manager.files() if ".new" in name]
 
 
-@alone
 def test_on_a_full_disk_no_half_of_a_file_is_left(manager: Manager) -> None:
     # Room for the unit alone.
     manager.run("mkdir", "-p", UNITS)
@@ -483,7 +471,6 @@ def test_on_a_full_disk_no_half_of_a_file_is_left(manager: Manager) -> None:
     assert left == [str(UNIT)]
 
 
-@alone
 def test_a_socket_that_the_sandbox_forbids_is_told_why(manager: Manager) -> None:
     manager.run("mkdir", "-m", "700", HOME / "sockets")
     manager.write(ENV, "SSH_AGENT_PROXY_ADDR=unix:~/sockets/s\n")
@@ -491,14 +478,12 @@ def test_a_socket_that_the_sandbox_forbids_is_told_why(manager: Manager) -> None
     assert f"can write in {RUNTIME}/ssh-agent-proxy alone: see {SANDBOX}" in told
 
 
-@alone
 def test_a_folder_that_systemd_does_not_read_is_refused(manager: Manager) -> None:
     told = manager.refuses("install-systemd", f"SYSTEMD_USER_DIR={HOME}/units")
     assert f"does not look for units in {HOME}/units" in told
     assert manager.files() == []
 
 
-@alone
 def test_an_agent_that_only_the_shell_knows_is_told_of(manager: Manager, keys: Keys) -> None:
     path = Path("/tmp/ssh-of-the-shell/agent.1")
     manager.agent(path, keys["ed25519"])
@@ -511,7 +496,6 @@ def test_an_agent_that_only_the_shell_knows_is_told_of(manager: Manager, keys: K
 # ---------------------------------------------------------------- what does not work
 
 
-@alone
 def test_a_wrong_setting_is_told_and_not_tried_again(manager: Manager) -> None:
     manager.write(ENV, "SSH_AGENT_PROXY_PAYLOADS=everything\n")
     told = manager.refuses()
@@ -524,7 +508,6 @@ def test_a_wrong_setting_is_told_and_not_tried_again(manager: Manager) -> None:
     assert [line["PRIORITY"] for line in logged(manager, "ssh-agent-proxy: SSH_AGENT")] == ["3"]
 
 
-@alone
 def test_a_program_that_does_not_run_is_no_service(manager: Manager) -> None:
     manager.source("ssh_agent_proxy.py", lambda text: "raise SystemExit('no proxy today')\n")
     assert "no proxy today" in manager.refuses()
@@ -533,11 +516,6 @@ def test_a_program_that_does_not_run_is_no_service(manager: Manager) -> None:
 
 
 # ---------------------------------------------------------------- where no manager runs
-
-
-@pytest.fixture
-def tree(short: Path) -> Path:
-    return copy_project(short / "tree")
 
 
 # The target, the stand-ins and variables, what is said.
@@ -602,13 +580,12 @@ def test_a_path_that_no_unit_can_name_is_refused(tree: Path, home: Path, value: 
 # ---------------------------------------------------------------- where there can be no sandbox
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=ALONE)
 def hardened() -> Iterator[Manager]:
     """No user namespaces, as on a hardened system; nothing is installed."""
     yield from boot("-c")
 
 
-@alone
 def test_without_user_namespaces_the_drop_in_is_left_out_and_an_older_one_removed(
     hardened: Manager
 ) -> None:
@@ -625,7 +602,6 @@ def test_without_user_namespaces_the_drop_in_is_left_out_and_an_older_one_remove
     assert hardened.main_pid() == pid
 
 
-@alone
 def test_a_drop_in_that_can_not_be_mounted_is_left_out(manager: Manager) -> None:
     # Ends as it does where users may have namespaces, but mount nothing in them.
     manager.source("contrib/systemd/sandbox.conf",
@@ -668,7 +644,6 @@ def commit(manager: Manager, key: str) -> None:
     assert 'Good "git" signature for tester@example.com' in told
 
 
-@alone
 @pytest.mark.parametrize("place", [*PLACES, "exec"])
 def test_a_commit_is_signed_by_an_agent_in(manager: Manager, keys: Keys, place: str) -> None:
     # In the whole sandbox, and by an agent that was started anew under it, too.
@@ -685,7 +660,6 @@ def test_a_commit_is_signed_by_an_agent_in(manager: Manager, keys: Keys, place: 
     commit(manager, keys.line("other"))
 
 
-@alone
 def test_status_pubkey_and_logs_tell_of_the_service(manager: Manager, keys: Keys) -> None:
     path = PLACES["runtime"]
     manager.agent(path, keys["ed25519"])
@@ -715,7 +689,6 @@ def logged(manager: Manager, start: str) -> List[Dict[str, Any]]:
     return [line for line in lines if line["MESSAGE"].startswith(start)]
 
 
-@alone
 def test_the_folder_of_a_socket_outlives_the_service(manager: Manager, keys: Keys) -> None:
     # As a container has it mounted.
     manager.agent(PLACES["runtime"], keys["ed25519"])
@@ -748,7 +721,6 @@ until [ -e "$RUNTIME_DIRECTORY/yes" ]; do sleep 0.05; done
 """
 
 
-@alone
 def test_a_prompt_is_no_yes_and_no_no_when_it_stops(manager: Manager, keys: Keys) -> None:
     # The askpass program must not get the signal that is meant for the proxy.
     manager.agent(PLACES["runtime"], keys["ed25519"])
@@ -771,7 +743,6 @@ def test_a_prompt_is_no_yes_and_no_no_when_it_stops(manager: Manager, keys: Keys
     assert manager.show("Result") == "success"
 
 
-@alone
 @pytest.mark.parametrize("name", ["KILL", "HUP", "ABRT"])
 def test_one_that_dies_answers_again_within_two_seconds(installed: Manager, name: str) -> None:
     pid = installed.main_pid()
@@ -782,7 +753,6 @@ def test_one_that_dies_answers_again_within_two_seconds(installed: Manager, name
     assert time.monotonic() - died < 2
 
 
-@alone
 def test_one_that_dies_at_each_start_is_given_up_and_installing_tries_anew(
     manager: Manager
 ) -> None:
@@ -800,7 +770,6 @@ def test_one_that_dies_at_each_start_is_given_up_and_installing_tries_anew(
 # ---------------------------------------------------------------- uninstalling
 
 
-@alone
 def test_uninstalling_leaves_the_settings_and_the_users_own_drop_in(manager: Manager) -> None:
     manager.install()
     mine = manager.drop_in("Nice=1")
@@ -817,7 +786,6 @@ def test_uninstalling_leaves_the_settings_and_the_users_own_drop_in(manager: Man
     assert manager.files() == kept
 
 
-@alone
 @pytest.mark.parametrize(("gone", "reload"), [([UNIT], False), ([UNIT, SANDBOX], True)])
 def test_uninstalling_ends_a_service_whose_files_were_removed_by_hand(
     manager: Manager, gone: List[Path], reload: bool
@@ -836,7 +804,6 @@ def test_uninstalling_ends_a_service_whose_files_were_removed_by_hand(
     assert "No service is installed" in manager.make("uninstall-systemd").stdout.decode()
 
 
-@alone
 def test_uninstalling_leaves_the_service_of_a_package(manager: Manager) -> None:
     manager.install()
     package = RUNTIME / "systemd/user"
@@ -860,7 +827,6 @@ def test_without_a_home_nothing_is_installed_at_the_root(tree: Path, home: Path)
     assert told.startswith("HOME is not set: set it, or CONFIG_DIR and SYSTEMD_USER_DIR")
 
 
-@alone
 def test_what_there_is_nothing_to_show_of_is_told(manager: Manager) -> None:
     for target in ("status", "logs"):
         assert "no service is installed: make install-systemd" in manager.refuses(target)
@@ -892,9 +858,7 @@ def test_a_package_gets_files_and_no_manager_is_asked(
     assert b"asked" not in answer.stderr
     left_out = f"Not written: {env_file[1:]} (it is each user's own)\n"
     assert (left_out in answer.stdout.decode()) == (not env)
-    found = {str(path.relative_to(package)): mode(path)
-             for path in package.rglob("*") if path.is_file()}  # fmt: skip
-    assert found == {
+    assert without_folders(package) == {
         "usr/bin/ssh-agent-proxy": 0o755,
         "usr/bin/ssh-agent-proxy-sign": 0o755,
         f"{UNIT_DIR}/ssh-agent-proxy.service": 0o644,
