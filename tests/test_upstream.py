@@ -132,16 +132,6 @@ def test_what_the_agent_holds_counts_from_the_next_request(
         assert f"key {wanted.name}" in refusal(kind, agent.sock, wanted)
 
 
-def test_a_stopped_agent_is_too_late_and_signs_once_it_goes_on(agent: Agent, keys: Keys) -> None:
-    agent.add(keys["ed25519"])
-    agent.process.send_signal(signal.SIGSTOP)
-    before = time.monotonic()
-    assert TOO_LATE in refusal(sap.AgentTimeout, agent.sock, timeout=0.5)
-    assert 0.4 < time.monotonic() - before < 5
-    agent.process.send_signal(signal.SIGCONT)
-    assert signer(agent.sock) == blob(keys, "ed25519")
-
-
 def test_an_agent_killed_and_started_again_at_its_path_signs(agent: Agent, keys: Keys) -> None:
     agent.process.kill()
     agent.process.wait(10)
@@ -752,10 +742,6 @@ def proxy(start_proxy: StartProxy, liar: Liar) -> Proxy:
     return proxy
 
 
-def close_sending_side(client: socket.socket) -> None:
-    client.shutdown(socket.SHUT_WR)
-
-
 def reset(client: socket.socket) -> None:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
@@ -767,7 +753,7 @@ CHUNKED = post_chunked(b"7\r\npayload\r\n0\r\n\r\n")
 
 @pytest.mark.parametrize("request_, before, more, leave", rows([
     ("close", POST, [], b"", socket.socket.close),
-    ("chunked, its sending side", CHUNKED, [], b"", close_sending_side),
+    ("chunked, its sending side", CHUNKED, [], b"", lambda client: client.shutdown(socket.SHUT_WR)),
     ("GET, reset", get("/publickey"), [], b"", reset),
     ("between list and signature", POST, [send(LIST)], b"", socket.socket.close),
     ("behind bytes that nobody reads", POST, [], b"GET /", socket.socket.close),
@@ -808,18 +794,6 @@ def test_neither_waiting_nor_bytes_behind_the_request_are_a_sign_that_the_client
         client.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
         sent.set()
         assert client.recv(12) == b"HTTP/1.1 200"
-
-
-def test_requests_at_a_hanging_agent_hold_up_no_other(liar: Liar, proxy: Proxy) -> None:
-    with contextlib.ExitStack() as stack:
-        for number in range(20):
-            client = stack.enter_context(connect(proxy.port))
-            client.sendall(POST)
-            liar.asked(number + 1)
-        liar.be(HONEST)
-        for method, path in (("POST", "/sign"), ("GET", "/healthz"), ("GET", "/publickey")):
-            body = b"payload" if method == "POST" else None
-            assert http(proxy.port, method, path, body, seconds=5).status == 200
 
 
 def test_an_agent_that_hangs_at_the_start_holds_up_neither_requests_nor_the_end(
