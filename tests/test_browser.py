@@ -168,7 +168,6 @@ WAYS = [
     Way("fetch cors POST with a header", "OPTIONS", "POST", "post('cors', WITH_HEADERS)"),
     Way("fetch no-cors POST", "POST", "POST", "post('no-cors')"),
     Way("fetch no-cors POST without referrer", "POST", "POST", "post('no-cors', SILENT)"),
-    Way("fetch no-cors POST kept alive", "POST", "POST", "post('no-cors', {keepalive: true})"),
     Way("fetch same-origin POST", "", "POST", "post('same-origin')"),
     Way("fetch cors PUT", "OPTIONS", "PUT", "post('cors', {method: 'PUT'})"),
     Way("beacon", "POST", "POST", "beacon"),
@@ -180,7 +179,6 @@ WAYS = [
     Way("fetch cors GET", "GET", "GET", "get('cors')", ALL),
     Way("fetch cors GET with a header", "OPTIONS", "GET", "get('cors', WITH_HEADERS)"),
     Way("fetch no-cors GET", "GET", "GET", "get('no-cors')", ALL),
-    Way("fetch no-cors GET without referrer", "GET", "GET", "get('no-cors', SILENT)"),
     Way("fetch no-cors HEAD", "HEAD", "HEAD", "get('no-cors', {method: 'HEAD'})"),
     Way("fetch same-origin GET", "", "GET", "get('same-origin')"),
     Way("img", "GET", "GET", "element('img', 'src', {}, e => e.naturalWidth || '')"),
@@ -217,10 +215,9 @@ def own_page(name: str, host: str, relay: str, refusal: int) -> Page:
 
 
 # What a file and a sandboxed frame load and report goes to another port; their origin is null.
-FILE = Page("a file", ("127.0.0.1", "elsewhere"))
 SANDBOXED = Page("a sandboxed frame", ("127.0.0.1", "elsewhere"))
 PAGES = [
-    FILE,
+    Page("a file", ("127.0.0.1", "elsewhere")),
     SANDBOXED,
     Page("another port", ("127.0.0.1", "elsewhere")),
     Page("another name", ("page.example", "elsewhere")),
@@ -333,7 +330,6 @@ class Relay(socketserver.ThreadingTCPServer):
     """Serves the pages, and hands every other request on to the proxy, byte for byte."""
 
     daemon_threads = True
-    block_on_close = False
     request_queue_size = 128
 
     def __init__(self, course: Course, proxy_port: int) -> None:
@@ -384,11 +380,9 @@ FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
     "--disable-dev-shm-usage",
-    "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
     "--disable-component-update",
-    "--disable-sync",
     # A page in the background goes on as fast, and may open windows.
     "--disable-background-timer-throttling",
     "--disable-popup-blocking",
@@ -544,8 +538,14 @@ def test_it_is_the_marks_of_a_page_that_are_refused(page: Page, world: World) ->
             assert answer.body.startswith(GOODS[wire.line])
 
 
+# They do find what there is to read.
+READERS = {"fetch cors GET", "fetch no-cors GET", "iframe", "window"}
+
+
 @pytest.mark.parametrize("page", each(LET_IN))
-def test_no_page_signs_by_a_name_that_is_let_in(page: Page, world: World) -> None:
+def test_no_page_signs_by_a_name_that_is_let_in_and_one_under_it_reads_the_key(
+    page: Page, world: World
+) -> None:
     outcomes, wires = world.seen(page)
     for wire in wires:
         method, path = wire.line.split()
@@ -557,26 +557,12 @@ def test_no_page_signs_by_a_name_that_is_let_in(page: Page, world: World) -> Non
         else:
             assert method in ("GET", "HEAD"), wire
             assert answer.status == (405 if path == "/sign" else 200)
-    if not page.same:
-        assert {outcome["read"] for outcome in outcomes} == {""}
-
-
-# It shows as well that these ways do find what there is to read.
-READERS = {"fetch cors GET", "fetch no-cors GET", "iframe", "window"}
-
-
-@pytest.mark.parametrize("page", each([page for page in LET_IN if page.same]))
-def test_a_page_under_a_name_that_is_let_in_reads_the_public_key(
-    page: Page, world: World
-) -> None:
-    outcomes, _ = world.seen(page)
-    read = {
-        way.name: outcome["read"]
-        for (way, path), outcome in zip(ATTEMPTS, outcomes)
-        if way.name in READERS and path == "/publickey"
-    }
-    assert set(read) == READERS
-    assert set(read.values()) <= {f"{world.key}\n", f"200 {world.key}\n"}
+    read = [outcome["read"] for outcome in outcomes]
+    if page.same:
+        found = {way.name for (way, _), text in zip(ATTEMPTS, read) if world.key in text}
+        assert found >= READERS
+    else:
+        assert set(read) == {""}
 
 
 @pytest.mark.parametrize("name", ["plain", "allowing"])
