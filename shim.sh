@@ -9,8 +9,7 @@ trap 'printf "ssh-agent-proxy-sign: this file is cut short: fetch it again\n" >&
 #   anything else   is handed to the real ssh-keygen
 #
 # The straight way of -Y sign stands first: once it has signed, the shell reads no further. What
-# stood in its way is mended behind it, and the way gone on from there; nothing is asked twice.
-# The variables that it reads stand above `main`.
+# stood in its way is mended behind it, nothing asked twice. The variables stand above `main`.
 
 set -eu
 
@@ -407,12 +406,10 @@ read_body() {
     while [ ${#body} -lt 65536 ] && { IFS= read -r line || [ -n "$line" ]; }; do
         body=$body$line$NEWLINE
         joined=$joined$line
+        line='' # yash leaves it as it is where it can't read on
     done
     # Where nothing holds it to that (in posh), cutting a long one would take minutes.
-    if [ ${#body} -ge 65536 ]; then
-        ended=23 body=''
-        return
-    fi
+    [ ${#body} -lt 65536 ] || ended=23 body=''
     case $body in
     *"$NEWLINE"took\ *) # what curl says is the last
         took=${body##*"$NEWLINE"took }
@@ -556,6 +553,7 @@ clean_up() {
 start_timer() {
     reap_timer
     { true >/dev/tty; } 2>/dev/null || return 0
+    trap - EXIT # a bash that USR1 ends just after the fork would do what this says
     {
         # By exec, for what redirections of another kind replace is kept open by some shells.
         exec </dev/null >/dev/tty 2>/dev/null
@@ -576,6 +574,7 @@ start_timer() {
         wait "$nap" || : # the trap may have cut the other short
     } &
     timer=$!
+    trap 'end_early 1' EXIT
 }
 
 # USR1, for the shim has no trap for it that would swallow it just after the fork. The timer is
