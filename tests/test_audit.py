@@ -111,11 +111,6 @@ def parse_line(data: bytes) -> Line:
 START = "2026-01-31T23:59:59+0100 AUDIT outcome=signed status=200 peer=127.0.0.1:4711 ms=7"
 
 
-def test_a_line_of_the_form_promised_is_undone() -> None:
-    line = parse_line(rf'{START} path="a\" b=c\\n\x1b\u202e\U000e0001\n"'.encode())
-    assert line.fields["path"] == 'a" b=c\\n\x1b\u202e\U000e0001\n'
-
-
 @pytest.mark.parametrize("bad", [
     "path=a b", r"path=a\nb", 'path="a" b"', r'path="\q"', "kind=tag kind=tag",
     'path="\u202e"', "path=" + "a" * 4009,
@@ -159,9 +154,6 @@ class Logged:
         assert not whole or whole.endswith(b"\n"), "half a line"
         return [parse_line(line) for line in whole.split(b"\n") if b" outcome=" in line]
 
-    def signed(self) -> List[Line]:
-        return [line for line in self.lines() if line.fields["outcome"] == "signed"]
-
     def connect(self) -> socket.socket:
         """For a request, which is one line in the end."""
         self.asked += 1
@@ -176,7 +168,7 @@ class Logged:
                 s.shutdown(socket.SHUT_WR)
             received = s.recv(1)
             lines = self.lines(before)
-            peer = name_of(s)
+            peer = "{}:{}".format(*s.getsockname())
             while piece := s.recv(65536):
                 received += piece
         answer = parse_answer(received)
@@ -192,11 +184,6 @@ class Logged:
         assert status == 0
         # (Where git asks, the tests do not.)
         assert not self.asked or len(self.lines()) == self.asked
-
-
-def name_of(s: socket.socket) -> str:
-    """As the log has it."""
-    return "{}:{}".format(*s.getsockname())
 
 
 Start = Callable[..., Logged]
@@ -373,7 +360,6 @@ OUTCOMES: List[Tuple[str, bytes, str, int, str]] = [
     ("TLS", b"\x16\x03\x01\x02\x00\x01", "refused", 400, NO_HEAD),
     ("no Host", b"GET / HTTP/1.1\r\n\r\n", "refused", 400, NO_HEAD),
     ("an empty body", post(b""), "refused", 400, f"{ASKED} namespace reason"),
-    ("a bad key", post(b"x", "SSHSIG-Key: x"), "refused", 400, f"{ASKED} namespace reason"),
     ("a body that ends early", post(b"x", length=9), "refused", 400, f"{ASKED} namespace reason"),
     ("a page", post(b"x", "Origin: http://evil"), "refused", 403, f"{ASKED} reason"),
     ("a namespace", post(b"x", "SSHSIG-Namespace: file"), "refused", 403, f"{ASKED} reason"),
@@ -574,12 +560,13 @@ def test_each_signed_object_is_on_record_once_with_its_id(
     repository = Repository(home, proxy.url, keys[kind].with_suffix(".pub"), id_format)
     work(repository)
     names = ("id", "kind", "subject")
-    logged = [tuple(line.fields.get(name, "") for name in names) for line in proxy.signed()]
+    signed = [line for line in proxy.lines() if line.fields["outcome"] == "signed"]
+    logged = [tuple(line.fields.get(name, "") for name in names) for line in signed]
     found = signed_in(repository)
     assert len(found) > 5
     assert {len(name) for name in found} == {40 if id_format == "sha1" else 64}
     assert sorted(logged) == sorted((name, *what) for name, what in found.items())
-    assert {line.fields["key"] for line in proxy.signed()} == {fingerprint(keys[kind])}
+    assert {line.fields["key"] for line in signed} == {fingerprint(keys[kind])}
     assert bypassing(repository, proxy) == []
 
 
