@@ -988,6 +988,7 @@ def test_the_token_is_the_first_word_of_a_file(
 
 
 BROKEN_TOKENS = [
+    "s3cr3t s3cr3t",
     "s3cr3t\r\nX-Header: x",
     's3cr3t"\nurl = "http://127.0.0.1/',
     "s3cr3t\\",
