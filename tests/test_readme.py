@@ -205,7 +205,7 @@ def host(home: Path, agent: Agent, keys: Keys) -> Dict[str, str]:
 @contextlib.contextmanager
 def serving(script: str, folder: Path, env: Dict[str, str]) -> Iterator[Proxy]:
     """The proxy that SCRIPT, run in FOLDER, starts at its end; the log has all that it says."""
-    script = re.sub("^ssh-agent-proxy ", f"{sys.executable} {PROXY} ", script, flags=re.M)
+    script = re.sub("(?m)(^|[(; ])ssh-agent-proxy ", rf"\1{sys.executable} {PROXY} ", script)
     before, _, last = script.rstrip().rpartition("\n")
     script = f'exec 1>&2; cd "{folder}"\n{before}\nexec {last}'
     proxy = Proxy(["sh", "-euc", script], env, wait=False)
