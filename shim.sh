@@ -940,6 +940,11 @@ look_for_key() {
     show "$key"
     [ -n "$key" ] || die "-f names no key"
     if is_there "$key" || is_there "$key.pub"; then
+        # Another first commit may have fetched it in this moment.
+        if read_key "$key" || read_key "$key.pub"; then
+            accept_key
+            return
+        fi
         die "no public key in $shown (git's user.signingkey) nor in $shown.pub: it is the \
 public key that is needed there, the private one stays with the agent"
     fi
