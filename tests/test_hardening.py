@@ -269,7 +269,11 @@ def test_what_macos_can_not_do_is_told_by_check_and_is_no_line_at_each_start(
     monkeypatch: pytest.MonkeyPatch, refused: int, level: int, told: str
 ) -> None:
     def answer(number: int) -> Callable[..., int]:
-        return lambda *args: ctypes.set_errno(number) or (-1 if number else 0)
+        def call(*args: object) -> int:
+            ctypes.set_errno(number)
+            return -1 if number else 0
+
+        return call
 
     libc = types.SimpleNamespace(ptrace=answer(refused), mlockall=answer(errno.ENOSYS))
     monkeypatch.setattr(ctypes, "CDLL", lambda *args, **options: libc)
