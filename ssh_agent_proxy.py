@@ -19,6 +19,7 @@ The file reads from top to bottom; each section uses only what stands above it:
     Policy          browsers, hosts, tokens, kinds of payload, consent: may this be signed?
     Hardening       what the process gives up
     Config          settings, from the environment and the command line
+    Listening       where clients come in: ports and Unix sockets
     HTTP            requests read strictly, answers, the server
     Service         the log, the service manager, signals
     Commands        serve, check, token, shim, main()
@@ -1676,6 +1677,85 @@ class Config(NamedTuple):
         return self.token_file.read(parse_tokens, private=True) if self.token_file else ()
 
 
+# ----------------------------------------------------------------------------------- Listening
+
+
+class Listener(NamedTuple):
+    """A socket that listens, and what the log calls it."""
+
+    socket: socket.socket
+    name: str
+    file: Optional[os.stat_result] = None  # a Unix socket's
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            # Closing alone leaves threads in accept, and they would take one more each.
+            self.socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            path = self.socket.getsockname()
+            # Before the close: no other file has this number yet.
+            if self.file and os.path.samestat(self.file, os.lstat(path)):
+                os.unlink(path)
+        self.socket.close()
+
+
+def listen_unix(address: UnixAddress) -> Listener:
+    """A Unix socket, which has its mode from its first instant and replaces that of a program that
+    has ended; OSError where anything else has its path."""
+    if os.path.lexists(address.path):
+        if not stat.S_ISSOCK(os.lstat(address.path).st_mode):
+            raise OSError(errno.EEXIST, "it is there, and no socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            if probe.connect_ex(address.path) != errno.ECONNREFUSED:  # whoever it is, it lives
+                raise OSError(errno.EEXIST, "another program listens there")
+        os.unlink(address.path)
+    sock = socket.socket(socket.AF_UNIX)
+    umask = os.umask(0o777 & ~address.mode)
+    try:
+        sock.bind(address.path)
+    finally:
+        os.umask(umask)
+    sock.listen(1024)
+    return Listener(sock, str(address), os.lstat(address.path))
+
+
+def listen_tcp(family: int, where: Any) -> Listener:
+    """A socket at an address of getaddrinfo's; OSError."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    if os.name == "posix":  # on Windows it would let two programs have the same port
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    if sys.platform == "linux":
+        # IP_FREEBIND: an address that comes later (docker0, a VPN) can be listed from the start.
+        sock.setsockopt(socket.IPPROTO_IP, 15, 1)
+    sock.bind(where)
+    sock.listen(1024)
+    return Listener(sock, str(Address(*sock.getsockname()[:2])))
+
+
+def listen(address: Union[Address, UnixAddress]) -> list[Listener]:
+    """Listening sockets at ADDRESS, for a name at all it has; ProxyError where there is none."""
+    listeners: list[Listener] = []
+    try:
+        if isinstance(address, UnixAddress):
+            return [listen_unix(address)]
+        for family, _, _, _, where in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            try:
+                listeners.append(listen_tcp(family, where))
+            except OSError as e:
+                if e.errno == errno.EADDRINUSE:
+                    raise OSError(e.errno, f"port {address.port} is in use") from e
+                error = e  # it may be a name's other address, which this system has no use for
+        if not listeners:
+            raise error
+    except (OSError, UnicodeError) as e:
+        why = getattr(e, "strerror", "no such name") or e
+        raise ProxyError(f"cannot listen on {address}: {why} (SSH_AGENT_PROXY_ADDR sets it)") from e
+    return listeners
+
+
 # ---------------------------------------------------------------------------------------- HTTP
 
 MAX_HEAD = 16 * 1024
@@ -2131,82 +2211,6 @@ class Handler:
             self.client.gap = LINGER_GAP
             while self.stream.read1(BUFFER // 4):
                 pass
-
-
-class Listener(NamedTuple):
-    """A socket that listens, and what the log calls it."""
-
-    socket: socket.socket
-    name: str
-    file: Optional[os.stat_result] = None  # a Unix socket's
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            # Closing alone leaves threads in accept, and they would take one more each.
-            self.socket.shutdown(socket.SHUT_RDWR)
-        with contextlib.suppress(OSError):
-            path = self.socket.getsockname()
-            # Before the close: no other file has this number yet.
-            if self.file and os.path.samestat(self.file, os.lstat(path)):
-                os.unlink(path)
-        self.socket.close()
-
-
-def listen_unix(address: UnixAddress) -> Listener:
-    """A Unix socket, which has its mode from its first instant and replaces that of a program that
-    has ended; OSError where anything else has its path."""
-    if os.path.lexists(address.path):
-        if not stat.S_ISSOCK(os.lstat(address.path).st_mode):
-            raise OSError(errno.EEXIST, "it is there, and no socket")
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)
-            if probe.connect_ex(address.path) != errno.ECONNREFUSED:  # whoever it is, it lives
-                raise OSError(errno.EEXIST, "another program listens there")
-        os.unlink(address.path)
-    sock = socket.socket(socket.AF_UNIX)
-    umask = os.umask(0o777 & ~address.mode)
-    try:
-        sock.bind(address.path)
-    finally:
-        os.umask(umask)
-    sock.listen(1024)
-    return Listener(sock, str(address), os.lstat(address.path))
-
-
-def listen_tcp(family: int, where: Any) -> Listener:
-    """A socket at an address of getaddrinfo's; OSError."""
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    if os.name == "posix":  # on Windows it would let two programs have the same port
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    if sys.platform == "linux":
-        # IP_FREEBIND: an address that comes later (docker0, a VPN) can be listed from the start.
-        sock.setsockopt(socket.IPPROTO_IP, 15, 1)
-    sock.bind(where)
-    sock.listen(1024)
-    return Listener(sock, str(Address(*sock.getsockname()[:2])))
-
-
-def listen(address: Union[Address, UnixAddress]) -> list[Listener]:
-    """Listening sockets at ADDRESS, for a name at all it has; ProxyError where there is none."""
-    listeners: list[Listener] = []
-    try:
-        if isinstance(address, UnixAddress):
-            return [listen_unix(address)]
-        for family, _, _, _, where in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
-            try:
-                listeners.append(listen_tcp(family, where))
-            except OSError as e:
-                if e.errno == errno.EADDRINUSE:
-                    raise OSError(e.errno, f"port {address.port} is in use") from e
-                error = e  # it may be a name's other address, which this system has no use for
-        if not listeners:
-            raise error
-    except (OSError, UnicodeError) as e:
-        why = getattr(e, "strerror", "no such name") or e
-        raise ProxyError(f"cannot listen on {address}: {why} (SSH_AGENT_PROXY_ADDR sets it)") from e
-    return listeners
 
 
 class Server:

@@ -24,7 +24,7 @@ DOCSTRING = ast.get_docstring(TREE, clean=False) or ""
 PURE = ("Wire", "Agent protocol", "SSHSIG", "Payload")
 
 PLAN = ["Head", "Wire", "Agent protocol", "SSHSIG", "Payload", "Upstream", "Policy", "Hardening",
-        "Config", "HTTP", "Service", "Commands"]  # fmt: skip
+        "Config", "Listening", "HTTP", "Service", "Commands"]  # fmt: skip
 
 # What may stand at the top; the second line is what tools put there.
 PLANNED = {"ssh_agent_proxy.py", "shim.sh", "tests", "contrib", "docs", "Makefile", "README.md",
