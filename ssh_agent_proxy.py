@@ -1741,7 +1741,9 @@ def listen(address: Union[Address, UnixAddress]) -> list[Listener]:
     try:
         if isinstance(address, UnixAddress):
             return [listen_unix(address)]
-        for family, _, _, _, where in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+        found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+        # A name may have an address twice: two lines in /etc/hosts do that.
+        for family, where in dict.fromkeys((family, where) for family, _, _, _, where in found):
             try:
                 listeners.append(listen_tcp(family, where))
             except OSError as e:
@@ -1806,8 +1808,9 @@ def read_line(stream: BinaryIO, limit: int, what: str) -> str:
     """A line of at most LIMIT bytes off STREAM, a character for each, without its CR LF. A bare CR
     or LF is where two readers disagree on what a line is: RequestError 400."""
     line = stream.readline(limit)
-    if line.endswith(b"\r\n") and line.find(b"\r") == len(line) - 2:
-        return line[:-2].decode("latin-1")
+    text = line[:-2]
+    if line.endswith(b"\r\n") and b"\r" not in text:
+        return text.decode("latin-1")
     if len(line) == limit:
         raise RequestError(431, f"{what} is too large")
     if b"\n" in line or b"\r" in line[:-1]:
@@ -1925,7 +1928,8 @@ class Client(io.RawIOBase):
         self.socket = sock
         self.since = time.monotonic()  # when its last byte came
         self.limit = self.since + HEAD_SECONDS
-        self.gap: float = GAP_SECONDS  # 0: what is here now, or nothing; below 0: not even that
+        self.gap: float = GAP_SECONDS  # 0: what is here now, or nothing
+        self.given_up = False  # its place went to another: nothing more of the request is read
         self.begun = False  # it has sent something
 
     def readable(self) -> bool:
@@ -1933,6 +1937,8 @@ class Client(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> Optional[int]:
         """None where nothing is here and gap is 0; RequestError 408, ClientGone."""
+        if self.given_up:
+            raise ClientGone("its place was given to another connection")
         left = min(self.limit - time.monotonic(), self.gap)
         if left < 0:
             raise RequestError(408, "the request took too long to arrive")
@@ -1971,14 +1977,14 @@ NOTED = dict.fromkeys(("subject", "author", "committer", "encoding", "tagger", "
 class State(enum.Enum):
     """What becomes of a connection. It changes under the server's lock, where the arrows say:
 
-        READING ──────claim─────> WORKING ──linger──> LEAVING
-           └──make_room, admit──> PUT_OFF ──linger──┘
+        READING ──────claim─────> WORKING ──conclude──> ANSWERED
+           └──make_room, admit──> PUT_OFF ──conclude──┘
     """
 
     READING = "its client is waited for, and its place may be given to another connection"
     WORKING = "it is read whole, and keeps its place until it is answered"
     PUT_OFF = "it has no place, and may have to be told so"
-    LEAVING = "it is answered, has no place, and its client may still be sending"
+    ANSWERED = "one thread has answered it, or is about to: no other does"
 
 
 class Handler:
@@ -2002,21 +2008,37 @@ class Handler:
 
     def handle(self, address: Any) -> None:
         self.peer = peer_fields(self.request, address)
-        admitted = self.proxy.admit(self)
-        answer = self.answer() if admitted else BUSY
+        if not self.proxy.admit(self):
+            if self.has_sent(0.1):  # one that sends nothing is told too, and is no line in the log
+                self.record(BUSY)
+            self.send(BUSY)
+            self.part()
+            return
+        answer = self.answer()
         if not self.proxy.claim(self):
             answer = BUSY
-        if admitted and not self.client.begun:
-            return  # without a request there is no answer
-        if self.state is not State.LEAVING:  # else the thread that took its place has answered
+        if self.client.begun:  # without a request there is no answer
+            self.conclude(answer)
+            self.part()
+
+    def conclude(self, answer: Answer) -> None:
+        """Gives ANSWER, unless another thread has given one: whoever took the connection's place,
+        or ends the proxy."""
+        with self.proxy.lock:
+            concluded = self.state is State.ANSWERED
+            self.state = State.ANSWERED
+        if not concluded:
             self.record(answer)
             self.send(answer)
-        self.part()
 
     def answer(self) -> Answer:
         """What the client gets, errors included."""
         try:
             return self.decide()
+        except ConfigError as e:  # where a file of ours is, and what is in it, is for the log alone
+            self.reason = str(e)
+            setting = self.reason.partition(":")[0]
+            return plain(503, f"the file of {setting} can't be used: the proxy's log says why")
         except ProxyError as e:
             status = e.status if isinstance(e, RequestError) else STATUSES.get(type(e), 503)
             if isinstance(e, ClientGone):
@@ -2027,9 +2049,9 @@ class Handler:
             LOG.debug("where it happened", exc_info=True)
             return plain(500, "internal error: the proxy's log says more")
 
-    def has_sent(self) -> bool:
+    def has_sent(self, seconds: float = 0) -> bool:
         """Are there bytes that we have not read? Then it is not the client that is waited for."""
-        return bool(select.select([self.request], [], [], 0)[0])
+        return bool(select.select([self.request], [], [], seconds)[0])
 
     def end_silence(self) -> bool:
         """Ends a connection without a request; what comes this moment is still read."""
@@ -2093,12 +2115,8 @@ class Handler:
         return answer(self, head)
 
     def find_token(self, head: Head) -> Optional[Token]:
-        """The token that the request holds, None where none is needed; 401, or 503."""
-        try:
-            tokens = self.proxy.config.tokens()
-        except ConfigError as e:
-            self.reason = str(e)
-            raise RequestError(503, "the proxy's token file can't be used: its log says why") from e
+        """The token that the request holds, None where none is needed; 401."""
+        tokens = self.proxy.config.tokens()
         return check_token(head.fields.get("authorization"), tokens) if tokens else None
 
     def answer_sign(self, head: Head) -> Answer:
@@ -2204,6 +2222,7 @@ class Handler:
         make the system throw it away."""
         self.client.limit = time.monotonic() + LINGER_SECONDS
         self.client.gap = 0
+        self.client.given_up = False
         with contextlib.suppress(ProxyError):
             if self.whole and not self.stream.peek(1):
                 return
@@ -2284,10 +2303,9 @@ class Server:
         # While we hold the lock, its own thread neither answers nor closes.
         self.places.remove(victim)
         victim.state = State.PUT_OFF
-        victim.client.gap = -1
+        victim.client.given_up = True
         if not victim.end_silence():
-            victim.record(BUSY)
-            victim.send(BUSY)
+            victim.conclude(BUSY)
             self.linger(victim)
         return True
 
@@ -2307,9 +2325,8 @@ class Server:
             return handler.state is State.WORKING
 
     def linger(self, handler: Handler) -> None:
-        """HANDLER has answered and gives its place back; it reads on until its client is done."""
+        """HANDLER is answered and gives its place back; it reads on until its client is done."""
         with self.lock:
-            handler.state = State.LEAVING
             self.places.discard(handler)
             self.lingering[handler] = None
             if len(self.lingering) > LINGERERS:
@@ -2326,6 +2343,13 @@ class Server:
         with self.lock:
             for handler in self.places:
                 handler.end_silence()
+
+    def give_up(self) -> None:
+        """Before the process ends: what it has not finished is on record, and its client told."""
+        with self.lock:
+            for handler in self.places:
+                if handler.client.begun:
+                    handler.conclude(plain(503, "the proxy is about to end"))
 
 
 # ------------------------------------------------------------------------------------- Service
@@ -2629,6 +2653,7 @@ def serve(config: Config) -> int:
     while (server.places or server.lingering) and time.monotonic() < end:
         if select.select([signals], [], [], 0.02)[0]:
             break  # a second signal: at once
+    server.give_up()
     agents.commands.end()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # Python would be killed by one on its way out

@@ -226,6 +226,20 @@ def test_each_address_is_listened_on_and_none_of_loopback_is_warned_about(
     assert proxy.lines("loopback") == []
 
 
+def test_a_name_that_has_an_address_twice_is_listened_on_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two lines in /etc/hosts do that."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    found = socket.getaddrinfo("127.0.0.1", port, type=socket.SOCK_STREAM)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: 2 * found)
+    listeners = p.listen(p.Address("localhost", port))
+    for listener in listeners:
+        listener.close()
+    assert [listener.name for listener in listeners] == [f"127.0.0.1:{port}"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="IP_FREEBIND is Linux's")
 @pytest.mark.parametrize("host", ["192.0.2.1", "[2001:db8::1]", "0.0.0.0"])
 def test_an_address_beyond_loopback_is_listened_on_though_it_comes_later_and_warned_about(

@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
-from conftest import PROXY, Agent, Keys, Proxy, clean_env, http, one_line, private_file, rows
+from conftest import (
+    PROXY,
+    Agent,
+    Keys,
+    Proxy,
+    audited,
+    clean_env,
+    http,
+    one_line,
+    private_file,
+    rows,
+)
 
 import ssh_agent_proxy as p
 
@@ -197,11 +208,13 @@ def test_a_running_proxy_follows_the_pins_file(
     file.write_text("broken")
     answer = http(proxy.port, "GET", "/publickey")
     assert answer.status == 503
-    assert f"--pubkey-file: can't use '{file}'" in answer.text
+    assert f"--pubkey-file: can't use '{file}': " in audited(proxy, 3)["reason"]
     file.unlink()
     for answer in http(proxy.port, "GET", "/publickey"), http(proxy.port, "POST", "/sign", b"x"):
         assert answer.status == 503
-        assert f"--pubkey-file: can't use '{file}': No such file" in answer.text
+        # Where it is concerns nobody but its owner.
+        assert answer.text == "the file of --pubkey-file can't be used: the proxy's log says why\n"
+    assert f"--pubkey-file: can't use '{file}': No such file" in audited(proxy, 5)["reason"]
 
 
 # What the file holds (none: it is a folder, or what is said), and why it can't be used.

@@ -34,15 +34,18 @@ from conftest import (
     get,
     http,
     listens,
+    log_fields,
+    parse_answer,
     post,
     raw,
     read_all,
+    request_lines,
     rows,
     the_one_answer,
     tuned,
     wait_for,
 )
-from test_http import Clients, Scripted, clients, gate, gated
+from test_http import START, Clients, Scripted, clients, gate, gated
 
 import ssh_agent_proxy
 from ssh_agent_proxy import AUDIT, LOG, ServiceManager, StderrHandler
@@ -75,13 +78,21 @@ def begin(proxy: Proxy, gate: Scripted, clients: Clients) -> socket.socket:
     return client
 
 
-def test_a_second_signal_ends_it_at_once(gate: Scripted, gated: Proxy, clients: Clients) -> None:
-    begin(gated, gate, clients)
+def test_a_second_signal_ends_it_at_once_and_says_so(
+    gate: Scripted, gated: Proxy, clients: Clients
+) -> None:
+    """The person may have touched the key by then: what became of it is on record."""
+    client = begin(gated, gate, clients)
+    clients.open(gated.port, START)
     gated.process.send_signal(signal.SIGTERM)
     gated.wait_log(" INFO stopping")
     assert gated.process.poll() is None
     gated.process.send_signal(signal.SIGINT)
     assert end(gated, 5) == 0  # of the ten seconds that it would wait
+    assert parse_answer(read_all(client)).text == "the proxy is about to end\n"
+    ends = [log_fields(line) for line in request_lines(gated.log())]
+    assert [line["reason"] for line in ends] == 2 * ["the proxy is about to end"]
+    assert {(line["outcome"], line["status"]) for line in ends} == {("failed", "503")}
 
 
 def test_what_does_not_end_is_waited_for_with_a_bound(
