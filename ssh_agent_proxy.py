@@ -75,6 +75,9 @@ class WireError(ProxyError):
 class AgentError(ProxyError):
     """The agent can't be used now: nobody answers there, or it lists no key to sign with."""
 
+class PinnedKeyMissing(AgentError):
+    """The agent lists keys, and the one that alone may sign is not among them."""
+
 class AgentTimeout(ProxyError):
     """The agent did not answer in time."""
 
@@ -598,12 +601,13 @@ class Watch:
             # Linux shows a close even behind bytes that nobody reads; elsewhere it has to be read.
             self.poll.register(client, getattr(select, "POLLRDHUP", select.POLLIN))
 
-    def wait(self, seconds: float = 1e9) -> list[int]:
+    def wait(self, seconds: Optional[float] = None) -> list[int]:
         """The file descriptors in POLL that are ready, [] after SECONDS."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise AgentTimeout(f"{self.what} did not answer in time")
-        milliseconds = 1000 * min(left, seconds) + 1
+        seconds = left if seconds is None else min(left, seconds)
+        milliseconds = 1000 * seconds + 1  # not before the deadline, or the last turns would spin
         ready = [descriptor for descriptor, _ in self.poll.poll(milliseconds)]
         if self.client and self.client.fileno() in ready:
             self._look_at(self.client)
@@ -611,15 +615,17 @@ class Watch:
 
     def _look_at(self, client: socket.socket) -> None:
         """ClientGone, unless it is bytes that made it ready."""
-        with contextlib.suppress(ConnectionError):
-            if not hasattr(select, "POLLRDHUP") and client.recv(1, socket.MSG_PEEK):
-                # Nobody will read them, and they hide a close: it shows when the answer is sent.
-                self.poll.unregister(client)
-                return
+        sent = b""
+        if not hasattr(select, "POLLRDHUP"):
+            with contextlib.suppress(ConnectionError):
+                sent = client.recv(1, socket.MSG_PEEK)
+        if sent:  # nobody will read it, and it hides a close, which shows when the answer is sent
+            self.poll.unregister(client)
+            return
         raise ClientGone("the client went away before it was answered")
 
 
-class Commands(set[int]):
+class ProcessGroups(set[int]):
     """The process groups that run for us; none is started any more once they are ended."""
 
     def __init__(self) -> None:
@@ -643,10 +649,10 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
     """One connection to an agent, or one run of a command."""
 
     def __init__(self, upstream: Upstream, deadline: float, client: Optional[socket.socket] = None,
-                 commands: Optional[Commands] = None) -> None:  # fmt: skip
+                 groups: Optional[ProcessGroups] = None) -> None:  # fmt: skip
         super().__init__(f"the {upstream}", deadline, client)
         self.upstream = upstream
-        self.commands = Commands() if commands is None else commands
+        self.groups = ProcessGroups() if groups is None else groups
         self.process: Any = None
         self.stderr_lines = 0
         try:
@@ -665,7 +671,7 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
                 self._connect()
             self.poll.register(self.socket, select.POLLIN)
         except BaseException:
-            self.__exit__()
+            self.end()
             raise
 
     def _connect(self) -> None:
@@ -682,16 +688,16 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         self.socket.close()
         self.socket, theirs = socket.socketpair()
         self.socket.setblocking(False)
-        with theirs, self.commands.lock:
+        with theirs, self.groups.lock:
             self._check_end()
             self.process = subprocess.Popen(
                 self.upstream.command, stdin=theirs.fileno(), stdout=theirs.fileno(),
                 stderr=subprocess.PIPE, start_new_session=True, env=self.upstream.env,
             )  # fmt: skip
-            self.commands.add(self.process.pid)
+            self.groups.add(self.process.pid)
         self.poll.register(self.process.stderr, select.POLLIN)
 
-    def wait(self, seconds: float = 1e9) -> list[int]:
+    def wait(self, seconds: Optional[float] = None) -> list[int]:
         ready = super().wait(seconds)
         if self.process and self.process.stderr.fileno() in ready and not self._log_stderr():
             self.poll.unregister(self.process.stderr)
@@ -730,9 +736,9 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         while len(reply) < 4 + size:
             piece = self._receive()
             if not piece and not reply:
-                raise AgentError(self._hung_up("without an answer"))
+                raise AgentError(self._end_and_explain("without an answer"))
             if not piece:
-                raise WireError(self._hung_up("in the middle of its answer"))
+                raise WireError(self._end_and_explain("in the middle of its answer"))
             reply += piece
             if len(reply) >= 4:
                 size = int.from_bytes(reply[:4], "big")
@@ -743,12 +749,12 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
             raise WireError(f"{self.what} sent {too_many} bytes more than it announced")
         return reply[4:]
 
-    def _hung_up(self, when: str) -> str:
-        """What is to be said of it; a command that is about to end is given the time to."""
+    def _end_and_explain(self, when: str) -> str:
+        """How it hung up; a command that is about to end is given the time to."""
         self.socket.close()
         if not self.process or not self._log_until_silent():
             return f"{self.what} hung up {when}"
-        self.__exit__()
+        self.end()
         self._check_end()
         status = self.process.returncode
         how = f"ended with exit status {status}"
@@ -780,18 +786,21 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         return self.process.returncode, output
 
     def _check_end(self) -> None:
-        if self.commands.ended:
+        if self.groups.ended:
             raise AgentError("the proxy is about to end")
 
     def __exit__(self, *error: object) -> None:
-        """Ends a command with its whole group."""
+        self.end()
+
+    def end(self) -> None:
+        """Closes the connection, and ends a command that still runs, with its whole group."""
         self.socket.close()
         if self.process and self.process.returncode is None:
             _kill_group(self.process.pid, signal.SIGTERM)
             self._log_until_silent()
             _kill_group(self.process.pid, signal.SIGKILL)
         if self.process:
-            self.commands.discard(self.process.pid)
+            self.groups.discard(self.process.pid)
             self.process.wait()
             self.process.stderr.close()
 
@@ -835,14 +844,14 @@ def list_keys(exchange: Exchange) -> list[Listed]:
 
 
 def choose(listed: Sequence[Listed], wanted: Wanted) -> Listed:
-    """The key among those LISTED that is WANTED; KeyNotHeld, or AgentError where it is pinned."""
+    """The key among those LISTED that is WANTED; KeyNotHeld, or PinnedKeyMissing."""
     for candidate in listed:
         if wanted.fits(candidate.key):
             return Listed(candidate.key, wanted.comment or candidate.comment)
     others = f"the agent does not hold it, but {count(len(listed), 'other')}"
     if wanted.pinned:
         why = f"the pinned key {wanted.name} is missing: {others}; add it there"
-        raise AgentError(f"{why}, or change {wanted.pinned}")
+        raise PinnedKeyMissing(f"{why}, or change {wanted.pinned}")
     raise KeyNotHeld(f"no key {wanted.name}: {others}; add it there, or sign with another")
 
 
@@ -854,7 +863,7 @@ def request_signature(exchange: Exchange, wanted: Wanted, namespace: str, hash_a
     signature = parse_sign_response(exchange.ask(sign_request(key.blob, data, key.flags)))
     if signature is None:
         if wanted.key:
-            choose(list_keys(exchange), wanted)  # "not held" is another thing than "refused"
+            choose(list_keys(exchange), wanted)  # raises where it is not held, which is not refused
         raise AgentRefused(f"the agent refused to sign with {key.name} (declined, late, locked?)")
     check_signature(key, signature)
     return key, armor(sshsig(key.blob, namespace, hash_algorithm, signature))
@@ -875,7 +884,7 @@ class Agents:
         self.timeout = timeout
         self.tell = tell  # the service manager
         self.last: Optional[Upstream] = None  # the agent in use, as the log last named it
-        self.commands = Commands()
+        self.groups = ProcessGroups()
 
     @contextlib.contextmanager
     def exchange(self, client: Optional[socket.socket] = None) -> Iterator[Exchange]:
@@ -888,7 +897,9 @@ class Agents:
                 yield exchange
                 self.tell(f"using the {exchange.upstream}")
         except AgentError as e:
-            error = AgentError(f"{e}{self.hint()}")
+            # Whether another agent has that one key is not looked for.
+            hint = "" if isinstance(e, PinnedKeyMissing) else self.hint()
+            error = type(e)(f"{e}{hint}")
             self.tell(str(error))
             raise error from e
 
@@ -897,7 +908,7 @@ class Agents:
         if not hasattr(socket, "AF_UNIX") or not hasattr(select, "poll"):
             raise AgentError("this Python has no Unix sockets to reach an agent by")
         if self.upstream:
-            return Exchange(self.upstream, deadline, client, self.commands)
+            return Exchange(self.upstream, deadline, client, self.groups)
         for path in self.places:
             with contextlib.suppress(AgentError):
                 return Exchange(Upstream(path), deadline, client)
@@ -993,15 +1004,16 @@ def choose_key(named: Optional[str], pin: Wanted) -> Wanted:
             wanted = Wanted(parse_key_line(named).key)
         except WireError as e:
             raise RequestError(400, f"SSHSIG-Key: {e}") from e
-    key = pin.key or wanted.key
-    if key:
-        same = pin.fits(key) and wanted.fits(key)
+    if pin.key:
+        same = wanted.fits(pin.key)
+    elif wanted.key:
+        same = pin.fits(wanted.key)  # with a token's fingerprint, or without a pin
     else:
         same = pin.fingerprint in ("", wanted.fingerprint)
     if not same:
         raise RequestError(403, f"this proxy signs with {pin.name} only, not with {wanted.name}: "
                                 f"use that key, or change {pin.pinned}")  # fmt: skip
-    return Wanted(key, wanted.fingerprint, pin.pinned, pin.comment)
+    return Wanted(pin.key or wanted.key, wanted.fingerprint, pin.pinned, pin.comment)
 
 
 def parse_kinds(text: str) -> tuple[str, ...]:
@@ -1152,9 +1164,9 @@ class Consent:
             who = token.digest.hex()
             names.append(f"token {token.name}")
         seconds = self.seconds(payload)
-        holds = f"for {seconds:g} s, and every {payload.kind}" if seconds else ""
+        scope = f"for {seconds:g} s, and every {payload.kind}" if seconds else ""
         facts = {"asked by": ", ".join(names), "key": key.name, "namespace": namespace,
-                 "a yes holds": holds}  # fmt: skip
+                 "a yes holds": scope}  # fmt: skip
         prompt = consent_prompt(payload, facts)
         self.obtain(prompt, (who, payload.kind, namespace, key.line), seconds, client)
 
@@ -1172,19 +1184,19 @@ class Consent:
             try:
                 queue.wait(0)  # nobody is asked for a client that has left
                 if not self.holds(what):
-                    self.put(prompt, deadline, client)
+                    self.show(prompt, deadline, client)
                     self.agreed[what] = boottime() + seconds
             finally:
                 self.lock.release()
         except (AgentError, AgentTimeout, AgentRefused) as e:
             raise RequestError(403, f"not confirmed: {e}") from e
 
-    def put(self, prompt: str, deadline: float, client: socket.socket) -> None:
+    def show(self, prompt: str, deadline: float, client: socket.socket) -> None:
         """Shows PROMPT; AgentRefused unless the answer is a yes."""
         words = (*self.askpass.command, os.fsdecode(prompt.encode()))
         program = self.askpass._replace(command=words)
         try:
-            with Exchange(program, deadline, client, self.agents.commands) as exchange:
+            with Exchange(program, deadline, client, self.agents.groups) as exchange:
                 status, answer = exchange.result(1024)
         except ClientGone:
             time.sleep(1)  # or a click on its way to this prompt would hit the next
@@ -1487,14 +1499,15 @@ class File(NamedTuple):
             if len(data) > MAX_FILE:
                 raise ConfigError(f"larger than {MAX_FILE >> 10} KiB")
             fresh = 0 <= time.time() - found.st_mtime < 1
-            if not private or data.endswith(b"\n") or not fresh:
+            being_written = private and fresh and not data.endswith(b"\n")
+            if not being_written:
                 return parse(data.decode("utf-8", "replace"))
         except (OSError, ProxyError) as e:
             why = f"{e.strerror}" if isinstance(e, OSError) else f"{e}"
             if private and isinstance(e, FileNotFoundError):
                 why += f" (`{PROGRAM} token NAME` makes it)"
             raise ConfigError(f"{self.setting}: can't use {printable(self.path)!r}: {why}") from e
-        time.sleep(0.1)  # someone may be writing it: half a token, or half a leash
+        time.sleep(0.1)  # what is there may be half a token, or half a leash
         return self.read(parse, private)
 
 
@@ -1668,9 +1681,12 @@ class Config(NamedTuple):
         pin, setting = self.pubkey, PREFIX + "PUBKEY"
         if self.pubkey_file and not pin:
             pin, setting = self.pubkey_file.read(parse_pin), self.pubkey_file.setting
-        if token and token.key and not (pin and pin.key.fingerprint == token.key):
-            return Wanted(fingerprint=token.key, pinned="the key= of this token")
-        return Wanted(pin.key, "", setting, pin.comment) if pin else Wanted()
+        leash = token.key if token else ""
+        if pin and leash in ("", pin.key.fingerprint):  # a key known whole saves a listing
+            return Wanted(pin.key, "", setting, pin.comment)
+        if leash:
+            return Wanted(fingerprint=leash, pinned="the key= of this token")
+        return Wanted()
 
     def tokens(self) -> Sequence[Token]:
         """Those who may ask; none where everyone may."""
@@ -1991,7 +2007,7 @@ class Handler:
     """One connection: one request, one answer, one line in the log."""
 
     def __init__(self, connection: socket.socket, proxy: "Server") -> None:
-        self.request = connection
+        self.connection = connection
         self.proxy = proxy
         self.accepted = time.monotonic()
         self.client = Client(connection)
@@ -2007,7 +2023,7 @@ class Handler:
         self.noted: dict[str, str] = {}  # what is known of the request, in the order of its checks
 
     def handle(self, address: Any) -> None:
-        self.peer = peer_fields(self.request, address)
+        self.peer = peer_fields(self.connection, address)
         if not self.proxy.admit(self):
             if self.has_sent(0.1):  # one that sends nothing is told too, and is no line in the log
                 self.record(BUSY)
@@ -2051,21 +2067,21 @@ class Handler:
 
     def has_sent(self, seconds: float = 0) -> bool:
         """Are there bytes that we have not read? Then it is not the client that is waited for."""
-        return bool(select.select([self.request], [], [], seconds)[0])
+        return bool(select.select([self.connection], [], [], seconds)[0])
 
     def end_silence(self) -> bool:
         """Ends a connection without a request; what comes this moment is still read."""
         if self.client.begun or self.has_sent():
             return False
         with contextlib.suppress(OSError):
-            self.request.shutdown(socket.SHUT_RD)
+            self.connection.shutdown(socket.SHUT_RD)
         return True
 
     def read_body(self, head: Head, hash_algorithm: str) -> tuple[bytes, Payload]:
         """The digest of the body, hashed as it arrives, and what it is."""
         if head.minor and "expect" in head.fields:
             with contextlib.suppress(OSError):  # it went away: reading will tell
-                self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         hasher = hashlib.new(hash_algorithm)
         total, nul, kept = 0, False, bytearray()
         for left in chunk_sizes(self.stream) if head.chunked else [head.length or 0]:
@@ -2133,7 +2149,7 @@ class Handler:
             wanted = self.ask_person(self.proxy.consent, payload, namespace, wanted)
         if self.find_token(head) != self.token:
             raise RequestError(403, "the line of this token was changed meanwhile: try again")
-        with self.proxy.agents.exchange(self.request) as exchange:
+        with self.proxy.agents.exchange(self.connection) as exchange:
             key, block = request_signature(exchange, wanted, namespace, hash_algorithm, digest)
         self.outcome = "signed"
         self.noted["key"] = key.fingerprint
@@ -2147,16 +2163,16 @@ class Handler:
         lists first by then has not been agreed to."""
         key = wanted.key
         if not key:
-            with self.proxy.agents.exchange(self.request) as exchange:
+            with self.proxy.agents.exchange(self.connection) as exchange:
                 key = choose(list_keys(exchange), wanted).key
-        consent.ask(payload, namespace, key, self.peer, self.token, self.request)
+        consent.ask(payload, namespace, key, self.peer, self.token, self.connection)
         return wanted._replace(key=key)
 
     def answer_publickey(self, head: Head) -> Answer:
         wanted = self.choices(head)[2]
         if not self.proxy.claim(self):
             return BUSY
-        with self.proxy.agents.exchange(self.request) as exchange:
+        with self.proxy.agents.exchange(self.connection) as exchange:
             listed = choose(list_keys(exchange), wanted)
         self.noted["key"] = listed.key.fingerprint
         line = f"{listed.key.line} {printable(listed.comment)}".rstrip()
@@ -2212,10 +2228,10 @@ class Handler:
         if self.noted.get("method") == "HEAD":
             body = b""
         with contextlib.suppress(OSError):  # it went away: the log has what it would have got
-            self.request.settimeout(ANSWER_SECONDS)
-            self.request.sendall(head.encode() + body)
+            self.connection.settimeout(ANSWER_SECONDS)
+            self.connection.sendall(head.encode() + body)
             # Here, not at the close: a client that reads to the end need not wait for what is left.
-            self.request.shutdown(socket.SHUT_WR)
+            self.connection.shutdown(socket.SHUT_WR)
 
     def part(self) -> None:
         """Lets the answer reach a client that is still sending: bytes that nobody has read would
@@ -2333,7 +2349,7 @@ class Server:
                 oldest = next(iter(self.lingering))
                 del self.lingering[oldest]
                 with contextlib.suppress(OSError):
-                    oldest.request.shutdown(socket.SHUT_RDWR)
+                    oldest.connection.shutdown(socket.SHUT_RDWR)
 
     def stop(self) -> None:
         """No further connections, and an end to those on which no request has begun."""
@@ -2654,7 +2670,7 @@ def serve(config: Config) -> int:
         if select.select([signals], [], [], 0.02)[0]:
             break  # a second signal: at once
     server.give_up()
-    agents.commands.end()
+    agents.groups.end()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # Python would be killed by one on its way out
     return 0

@@ -128,7 +128,7 @@ def test_what_the_agent_holds_counts_from_the_next_request(
     if naming == "not at all":
         assert signer(agent.sock, wanted) == blob(keys, "other")
     else:
-        kind = sap.AgentError if naming == "pinned" else sap.KeyNotHeld
+        kind = sap.PinnedKeyMissing if naming == "pinned" else sap.KeyNotHeld
         assert f"key {wanted.name}" in refusal(kind, agent.sock, wanted)
 
 
@@ -505,6 +505,17 @@ def test_no_agent_is_hinted_at_that_is_of_no_use(
     before = time.monotonic()
     assert refusal(sap.AgentError, mine.sock, places=places) == LISTS_NONE
     assert time.monotonic() - before < 10
+
+
+def test_for_a_pinned_key_no_other_agent_is_hinted_at(
+    places: List[Path], start_agent: StartAgent, keys: Keys
+) -> None:
+    """It would be named for keys that are not the one."""
+    mine, other = start_agent(), start_agent(places[0])
+    for agent in (mine, other):
+        agent.add(keys["other"])
+    why = refusal(sap.PinnedKeyMissing, mine.sock, named(keys, "pinned"), places=places)
+    assert why.endswith("but 1 other; add it there, or change --pubkey")
 
 
 # ---------------------------------------------------------------- an agent that lies
