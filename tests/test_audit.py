@@ -696,7 +696,7 @@ def test_the_refusals_are_found_in_the_journal(short: Path) -> None:
     tool = short / "journalctl"
     tool.write_text(
         "#!/bin/sh\n"
-        'case " $* " in *" --user -u ssh-agent-proxy -o cat "*) ;; *) exit 1 ;; esac\n'
+        'case " $* " in *" --user-unit ssh-agent-proxy -o cat "*) ;; *) exit 1 ;; esac\n'
         f"exec cat {short}/journal\n"
     )
     tool.chmod(0o755)
