@@ -1277,7 +1277,7 @@ that it is the socket of ssh-agent-proxy, whose log tells more, and not an agent
 # One request, with the data as it comes.
 stream() {
     ended=0
-    { answer=$(stream_curl --limit-rate 1M "$@" <&3); } 2>/dev/null || ended=$?
+    { answer=$(stream_curl "$@" --limit-rate 1M <&3); } 2>/dev/null || ended=$?
     shift_key
     read_answer 2>/dev/null <<END_OF_ANSWER
 $answer
