@@ -1,7 +1,7 @@
 #!/bin/sh
 # ssh-agent-proxy-sign: stands in for ssh-keygen, as git's gpg.ssh.program, where no SSH agent is.
 trap 'printf "ssh-agent-proxy-sign: this file is cut short: fetch it again\n" >&2; exit 1' EXIT
-# (Until what it was called for is done: half a download must not look like a signature made.)
+# (It is taken off when the work is done: half a download must not look like a signature made.)
 #
 #   -Y sign ...     asks ssh-agent-proxy for the signature, over HTTP or its Unix socket
 #   pubkey [PATH]   prints the public key that signs, or writes it to PATH
@@ -86,7 +86,7 @@ sign() {
 # What is wrong whatever is signed.
 prepare() {
     [ -z "$prepared" ] || return 0
-    if [ "$namespace:$hash$refused" != git: ] || [ $# -gt 1 ]; then # git asks for one at a time
+    if [ "$namespace:$hash$refused" != git: ] || [ $# -gt 1 ]; then # more than git asks for
         [ -n "$checked" ] || leave request || return
     fi
     sign_url=${SSH_AGENT_PROXY_URL:-http://127.0.0.1:7221/sign}
@@ -123,8 +123,8 @@ is_gits_own() {
     return 1
 }
 
-# $held: a new file $1, never one that is there. `set -C` alone would open a device that a link
-# names. $2 is where that is seen: $1, or the descriptor where others may have put something there.
+# $held: a new file $1, never one that is there. As `set -C` opens a device that a link names all
+# the same, what was opened is looked at, by $2: $1, or /dev/fd/4 where others may write.
 create() {
     [ ! -e "$1" ] && [ ! -L "$1" ] || return 1
     held=$1
@@ -134,7 +134,7 @@ create() {
     [ -n "$held" ]
 }
 
-# The signature of file $1 (- is standard input) in $body.
+# The signature of file $1 (- is standard input) in $body. Where it is granted, it is there already.
 obtain() {
     if [ -z "$granted" ]; then
         choose_key || return
@@ -326,6 +326,7 @@ ask() {
         --connect-timeout "$CONNECT_SECONDS" --max-time "$ANSWER_SECONDS" ${1+"$@"}
     if [ -n "$held" ]; then
         [ ! -s "$held" ] || true >"$held" # only then, for that makes ext4 write it out
+        job=begun # a signal may come before its number is known
         {
             exec </dev/null >>"$held" 2>/dev/null
             run_curl "$@" "$url"
@@ -353,8 +354,7 @@ is_loopback() {
     case $host in
     '[::1]'[:/]*) return 0 ;;
     esac
-    host=${host%%[:/]*}
-    case $host in
+    case ${host%%[:/]*} in
     [Ll][Oo][Cc][Aa][Ll][Hh][Oo][Ss][Tt] | *.[Ll][Oo][Cc][Aa][Ll][Hh][Oo][Ss][Tt]) return 0 ;;
     *[!0-9.]*) return 1 ;;
     127.*) return 0 ;;
@@ -390,7 +390,7 @@ read_answer() {
         [Ss][Ee][Rr][Vv][Ee][Rr]) server=$rest ;;
         [Rr][Ee][Tt][Rr][Yy]-[Aa][Ff][Tt][Ee][Rr]) retry_after=$rest ;;
         took\ *) took=${name#took } ;;
-        ?) # an empty line still has its own
+        [!!-~]) # the carriage return of an empty line
             case $answered in
             1??) answered='' server='' retry_after='' ;; # only the one before the answer
             *) head_ends=yes ;;
@@ -536,6 +536,7 @@ end_early() {
 }
 
 clean_up() {
+    [ "$job" != begun ] || job=${!:-0} && job=${job#0} # 0: to some shells there was none yet
     if [ -n "$job" ]; then
         kill -s KILL "$job" 2>/dev/null || :
         wait "$job" 2>/dev/null || :
@@ -553,32 +554,30 @@ clean_up() {
 start_timer() {
     reap_timer
     { true >/dev/tty; } 2>/dev/null || return 0
-    trap - EXIT # a bash that USR1 ends just after the fork would do what this says
+    [ -n "${KSH_VERSION:-}" ] || trap '' USR1 # until the timer traps it, which ksh could not then
     {
         # By exec, for what redirections of another kind replace is kept open by some shells.
         exec </dev/null >/dev/tty 2>/dev/null
         trap '' HUP INT TERM TTOU # the last, for a background job may write all the same
-        ending='' nap=''
+        ending='' nap='' text=''
         trap 'ending=yes; [ -z "$nap" ] || kill -s KILL "$nap" || :' USR1
-        announcement="$PROGRAM: waiting for ssh-agent-proxy: touch your key?$NEWLINE"
+        announcement="$PROGRAM: waiting for ssh-agent-proxy: touch your key?"
         # USR1 may not come: the shim was killed, or it is ignored in this place.
-        while
-            sleep "$ANNOUNCE_SECONDS" &
+        while # a stopped terminal holds up a nap alone (and no printf, which to some is a program)
+            { trap '' TTOU; [ -z "$text" ] || echo "$text"; exec sleep "$ANNOUNCE_SECONDS"; } &
             nap=$!
-            [ -z "$ending" ] || kill -s KILL "$nap"
+            { [ -z "$ending" ] && kill -s 0 "$job"; } || kill -s KILL "$nap"
             wait "$nap" && kill -s 0 "$$" && kill -s 0 "$job"
         do
-            printf '%s' "$announcement"
-            announcement=''
+            text=$announcement announcement=''
         done
         wait "$nap" || : # the trap may have cut the other short
     } &
     timer=$!
-    trap 'end_early 1' EXIT
+    trap - USR1
 }
 
-# USR1, for the shim has no trap for it that would swallow it just after the fork. The timer is
-# still there to be ended, so that its number is no one else's.
+# The timer is still there to be ended, so that its number is no one else's.
 stop_timer() {
     [ -n "$timer" ] || return 0
     kill -s USR1 "$timer" 2>/dev/null || :
@@ -610,6 +609,7 @@ hold() {
     return 1
 }
 
+# Once for each of them.
 while [ "$next" = beside ] && hold "${subject%/*}/.$PROGRAM.$$"; do
     ! sign "$@" || finish
 done
@@ -640,13 +640,13 @@ sign_input() {
     remove_gits_key
     clean_up
     trap - HUP INT TERM # nothing is left to be left behind, and this may block
-    { printf '%s' "$body"; } 2>/dev/null || leave no_output
+    { printf '%s' "$body" >&1; } 2>/dev/null || leave no_output # (zsh would miss that it is shut)
 }
 
 # $held for the answer and $data for what is signed: two files in TMPDIR, where others may write,
-# or in $scratch, a folder of our own there.
+# or in $scratch, a folder of our own there, also where descriptors can't be seen (no /proc).
 make_scratch() {
-    if hold "${TMPDIR:-/tmp}/.$PROGRAM.$$" /dev/fd/4; then
+    if [ -e /dev/fd/3 ] && hold "${TMPDIR:-/tmp}/.$PROGRAM.$$" /dev/fd/4; then
         data=$held scratch=$held
         hold "${TMPDIR:-/tmp}/.$PROGRAM.$$" /dev/fd/4
         return
@@ -746,11 +746,7 @@ kept" ;;
 # $shown: foreign text made fit for one line of a message. A terminal obeys control characters,
 # and not only ASCII ones; git takes "usage:" for the word of an OpenSSH that is too old.
 show() {
-    hundred='??????????????????????????????????????????????????'
-    hundred=$hundred$hundred
-    # shellcheck disable=SC2295 # a pattern
-    rest=${1#$hundred$hundred$hundred}
-    [ "$rest" = "$1" ] || set -- "${1%"$rest"}"
+    [ ${#1} -le 300 ] || set -- "$(printf '%.300s' "$1")" # some shells take long to cut it
     rest=$1
     shown=''
     while [ -n "$rest" ]; do
@@ -851,7 +847,7 @@ check_request() {
     show "${hash%:}"
     case $hash in
     '' | sha256: | sha512:) ;;
-    *) die "-O hashalg=$shown is unknown (sha256 and sha512 are not)" ;;
+    *) die "-O hashalg=$shown is unknown: it is sha256 or sha512" ;;
     esac
     shift "$consumed"
     for operand; do
@@ -883,15 +879,22 @@ explain_token() {
 
 # Why there is no token in $holder.
 explain_holder() {
-    show "$holder"
     if [ ! -e "$holder" ]; then
         explain_missing "$holder" "is it mounted?"
-    elif [ -d "$holder" ]; then
-        fail "$shown is a folder (container engines make one where there was nothing to mount)"
-    elif [ ! -r "$holder" ]; then
-        fail "$shown cannot be read: permission denied"
-    else
+    elif can_be_read "$holder"; then
         fail "$shown holds none"
+    else
+        return 1
+    fi
+}
+
+# Is what is at path $1 a file that can be read?
+can_be_read() {
+    show "$1"
+    if [ -d "$1" ]; then
+        fail "$shown is a folder (container engines make one where there was nothing to mount)"
+    elif [ ! -r "$1" ]; then
+        fail "$shown cannot be read: permission denied"
     fi
 }
 
@@ -945,6 +948,10 @@ look_for_key() {
             accept_key
             return
         fi
+        for file in "$key" "$key.pub"; do
+            [ ! -e "$file" ] || can_be_read "$file" || die "git's user.signingkey: $problem"
+        done
+        show "$key"
         die "no public key in $shown (git's user.signingkey) nor in $shown.pub: it is the \
 public key that is needed there, the private one stays with the agent"
     fi
@@ -981,13 +988,13 @@ END_OF_KEY
 # Takes the key that was fetched for git's, and puts it where git has it from, if that can be.
 adopt_key() {
     wanted=$found marked=yes
-    write_key "$source" "$FETCHED, replaced when the key there changes$NEWLINE$line" || :
+    write_key "$source" "$FETCHED, replaced when the key there changes$NEWLINE$fetched" || :
 }
 
-# The public key that the proxy signs with: $found, and with its comment $line.
+# The public key that the proxy signs with: $found, and with its comment $fetched.
 fetch_key() {
     find_pubkey_url || return 1
-    asked_for=$wanted
+    asked_for=$wanted # which take_key is about to change
     ask_again=ask_for_key
     ask_for_key
     settle || return 1
@@ -1006,9 +1013,9 @@ END_OF_BODY
         return 1
         ;;
     esac
-    line=$found
+    fetched=$found
     show "$rest"
-    [ -z "$shown" ] || line="$found $shown"
+    [ -z "$shown" ] || fetched="$found $shown"
 }
 
 ask_for_key() {
@@ -1180,7 +1187,8 @@ explain_answer() {
 ${shown:-none}) but another program there, or a network policy's page: \
 SSH_AGENT_PROXY_URL says where to look"
     elif [ -n "$answered" ] && [ "$answered" != 200 ]; then
-        show "${body%%"$NEWLINE"*}"
+        reason=${body%%"$NEWLINE"*} # (posh would not cut it within other quotes)
+        show "$reason"
         fail "$place answered $answered: ${shown:-no reason given}" || :
         [ "$answered" != 401 ] || advise_token
         return 1
@@ -1210,10 +1218,15 @@ no $shown here: put it into one of them"
 # curl's exit status, when there is no (whole) answer.
 explain_silence() {
     case $url:$place in
-    http://localhost/*:unix:*) ! explain_socket || return 1 ;;
+    http://localhost/*:unix:*)
+        if is_of_socket; then
+            return 1
+        fi
+        ;;
     esac
     show "${SSH_AGENT_PROXY_CURL:-curl}"
     case $ended in
+    3) fail "$place cannot be asked: its port is no port, or it names no host" ;;
     7)
         fail "nothing listens at $place (connection refused): is ssh-agent-proxy running on the \
 host, and its port reachable from here? SSH_AGENT_PROXY_URL says where to look"
@@ -1243,7 +1256,7 @@ SSH_AGENT_PROXY_CURL which one to run"
 }
 
 # Is it for the socket that there is no answer? Then $problem says why.
-explain_socket() {
+is_of_socket() {
     show "$asked_socket"
     case $ended in
     6) problem="$shown is longer than the path of a socket can be" ;;
@@ -1335,7 +1348,7 @@ is_shim() {
 prepare_to_ask() {
     set_out
     exec 3</dev/null
-    hold "${TMPDIR:-/tmp}/.$PROGRAM.$$" /dev/fd/4 || :
+    [ ! -e /dev/fd/3 ] || hold "${TMPDIR:-/tmp}/.$PROGRAM.$$" /dev/fd/4 || :
     sign_url=${SSH_AGENT_PROXY_URL:-http://127.0.0.1:7221/sign}
     is_url "$sign_url" || explain_url SSH_AGENT_PROXY_URL "$sign_url" || return
     find_token || explain_token || return
@@ -1349,15 +1362,23 @@ pubkey() {
     esac
     prepare_to_ask || die "$problem"
     if [ $# -eq 0 ]; then
-        clean_up
-        trap - HUP INT TERM
-        if ! { printf '%s\n' "$line"; } 2>/dev/null; then
-            exec >/dev/null # as for a signature
-            die "the key could not be written"
-        fi
+        print_key "$fetched"
     else
         show "$1"
-        write_key "$1" "$line" || die "cannot write $shown"
+        # What is there may be a device, or /dev/stdout, which nobody wants to see replaced.
+        if [ -L "$1" ] || { [ -e "$1" ] && [ ! -f "$1" ]; }; then
+            die "cannot write $shown: it is no file (\`$PROGRAM pubkey >$shown\` may be meant)"
+        fi
+        write_key "$1" "$fetched" || die "cannot write $shown: is its folder there and writable?"
+    fi
+}
+
+print_key() {
+    clean_up
+    trap - HUP INT TERM # nothing is left to be left behind, and this may block
+    if ! { printf '%s\n' "$1" >&1; } 2>/dev/null; then
+        exec >/dev/null # as for a signature
+        die "the key could not be written"
     fi
 }
 
@@ -1366,14 +1387,12 @@ pubkey() {
 key() {
     [ $# -eq 0 ] || die "key takes no arguments"
     if ! prepare_to_ask; then
-        line="ssh-ed25519 $NOBODY ssh-agent-proxy-any"
+        fetched="ssh-ed25519 $NOBODY ssh-agent-proxy-any"
         say "$problem"
     fi
-    clean_up
-    trap - HUP INT TERM
-    case $line in
-    ssh-*) printf '%s\n' "$line" ;;
-    *) printf 'key::%s\n' "$line" ;;
+    case $fetched in
+    ssh-*) print_key "$fetched" ;;
+    *) print_key "key::$fetched" ;;
     esac
 }
 
