@@ -126,9 +126,11 @@ def wakeups(pid: int) -> int:
     """How often all threads of a process together gave up the processor to wait for something."""
     number = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
-        match = re.search(r"^voluntary_ctxt_switches:\s+(\d+)", (task / "status").read_text(), re.M)
-        assert match
-        number += int(match.group(1))
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+            status = (task / "status").read_text()
+            match = re.search(r"^voluntary_ctxt_switches:\s+(\d+)", status, re.M)
+            assert match
+            number += int(match.group(1))
     return number
 
 

@@ -1835,10 +1835,10 @@ def test_an_interrupted_wait_leaves_nothing_behind(
     assert os.listdir(each_shim.env["TMPDIR"]) == []
 
 
-@pytest.mark.long
-def test_an_interruption_at_any_moment_leaves_no_curl_alone(shim: Shim, liar: Any) -> None:
-    """Just after the fork its number is not known yet. (To yash, now and then, it never is.)"""
-    if shim.argv[0] == "yash":
+@on_linux
+def test_an_interruption_just_after_the_fork_leaves_no_curl_alone(shim: Shim, liar: Any) -> None:
+    """Its number is not known yet. (Those two may miss a signal in their own `wait`, and go on.)"""
+    if shim.argv[0] in ("yash", "zsh"):
         return
     ended = []
 
@@ -1848,9 +1848,11 @@ def test_an_interruption_at_any_moment_leaves_no_curl_alone(shim: Shim, liar: An
 
     server = liar(hold)
     shim.env.update(server.env)
-    for number in range(60):
+    for _ in range(40):
         process = shim.start("-Y", "sign", "m")
-        threading.Event().wait(number % 15 / 1000)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not children.read_text() and process.poll() is None:
+            pass  # some microseconds matter
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=10)
     wait_for(lambda: len(ended) == len(server.requests), message="the end of each curl")
