@@ -476,37 +476,6 @@ def test_an_agent_at_fault_is_a_failure(
     is_right(answer, line, outcome, status, f"{ASKED} namespace reason")
 
 
-def test_an_agent_that_refuses_is_a_refusal(start: Start, agent: Agent, keys: Keys) -> None:
-    agent.add(keys["ed25519"], "-c")  # it would ask, and has nobody to ask through
-    answer, line = start("--upstream", agent.sock).ask(post(commit()))
-    is_right(answer, line, "refused", 403, NOT_SIGNED)
-
-
-def test_clients_that_leave_are_gone_and_one_that_finds_no_place_is_busy(
-    start: Start, scripted_agent: Any, keys: Keys
-) -> None:
-    waiting: List[socket.socket] = []
-
-    def stall(connection: socket.socket) -> None:
-        while asked := read_message(connection):
-            if asked[0] == 13:  # SSH_AGENTC_SIGN_REQUEST
-                waiting.append(connection)
-
-    proxy = start("--upstream", scripted_agent(stall))
-    sent = post(commit(), f"SSHSIG-Key: {keys.line('ed25519')}")
-    with contextlib.ExitStack() as stack:
-        for _ in range(128):
-            stack.enter_context(proxy.connect()).sendall(sent)
-        wait_for(lambda: len(waiting) == 128, message="all wait for the agent")
-        answer, line = proxy.ask(get("/healthz"))
-        is_right(answer, line, "busy", 503, NO_HEAD)
-    wait_for(lambda: len(proxy.lines()) == 129, message="the others' lines")
-    gone = [line for line in proxy.lines() if line.fields["outcome"] == "gone"]
-    assert len(gone) == 128
-    for line in gone:
-        line.has_just(NOT_SIGNED)
-
-
 # ---------------------------------------------------------------- what real git makes of it
 
 BEGIN = b"-----BEGIN SSH SIGNATURE-----\n"

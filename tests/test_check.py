@@ -286,13 +286,6 @@ def blob(line: str) -> bytes:
     return p.parse_key_line(line).key.blob
 
 
-UNUSABLE = [
-    (p.string(b"ssh-dss") + b"x", b"dsa@test"),
-    (p.string(b"ssh-\x1b[31m\n\xff") + b"x", b"\x1b[31m"),
-    (b"", b""),
-]
-
-
 def answering(*answers: bytes) -> Handler:
     """For a scripted agent: those answers, one to each request of a connection."""
 
@@ -303,18 +296,6 @@ def answering(*answers: bytes) -> Handler:
             connection.sendall(answer)
 
     return handle
-
-
-def test_unusable_keys_are_passed_over(scripted_agent: Scripted, keys: Keys) -> None:
-    path = scripted_agent(answering(identities(*UNUSABLE)))
-    told = of_agent("--upstream", path)
-    told.fails(f"'{path}'", "none of a type", NAME + "UPSTREAM")
-    ours = (blob(keys.line("ed25519")), b"usable")
-    told = of_agent("--upstream", scripted_agent(answering(identities(*UNUSABLE, ours))))
-    name = fingerprint(keys["ed25519"])
-    assert told.one(" holds ").endswith(f" {name} usable")
-    assert told.one("signing with ").startswith(f"ok   signing with {name} ")
-    assert told.marked("warn") == []
 
 
 # What an agent may answer at all is for the tests of the protocol.

@@ -160,31 +160,6 @@ def test_all_that_git_makes_of_commits_is_signed(signing: Signing) -> None:
     assert repository.text("log", "-3", "--format=%G?", "side").split() == ["G"] * 3
 
 
-@pytest.mark.parametrize(
-    "kind, way",
-    [
-        pytest.param("rsa3072", "file", marks=pytest.mark.long),
-        ("ecdsa256", "command"),
-        ("ecdsa521", "file"),
-    ],
-)
-def test_a_commit_with_another_type_of_key_is_verified(
-    kind: str, way: str, signing: Signing, agent: Agent, keys: Keys
-) -> None:
-    agent.delete_all()
-    agent.add(keys[kind])
-    signing.trust(keys.line(kind))
-    signing.configure("user.signingkey", f"{keys[kind]}.pub")
-    if way == "command":
-        name_the_key(way, signing, keys)
-    repository = signing.repository()
-    if way == "command" and git_version() < (2, 35):  # it takes none but ssh-… from a command
-        refused(repository, signing)
-    else:
-        repository.commit("one")
-        assert repository.signatures() == ["G"]
-
-
 # ---------------------------------------------------------------- git push --signed
 
 

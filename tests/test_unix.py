@@ -473,25 +473,6 @@ def test_tokens_are_asked_for_here_too(
     assert (noted["token"], noted["pid"]) == ("box", str(os.getpid()))
 
 
-@pytest.mark.parametrize("how", ["close", "shutdown"])
-def test_a_client_that_goes_away_ends_the_agents_wait(
-    how: str, short: Path, gate: Scripted, scripted_agent: Callable[..., Path],
-    start_unix: Callable[..., Proxy], clients: Clients,
-) -> None:  # fmt: skip
-    path = short / "proxy"
-    proxy = start_unix(f"unix:{path}", upstream=scripted_agent(gate))
-    (s,) = clients.open(path, post(b"x", f"SSHSIG-Key: {gate.key.line}"))
-    wait_for(lambda: gate.signing == 1)
-    if how == "close":
-        s.close()
-    else:
-        s.shutdown(socket.SHUT_WR)
-    # Promised is a second; the bound is for machines that are busy.
-    assert audited(proxy)["outcome"] == "gone"
-    if how == "shutdown":
-        assert the_one_answer(read_all(s)).status == 400
-
-
 def test_a_place_is_taken_from_one_address_for_another(
     short: Path, agent_with_key: Agent, start_unix: Callable[..., Proxy], clients: Clients
 ) -> None:
