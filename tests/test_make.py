@@ -175,7 +175,7 @@ TEST_RUNS = [
 def test_make_test_says_which_tests_were_not_run(
     few_tests: Path, home: Path, target: str, env: Any, status: int, counted: str, says: str
 ) -> None:
-    answer = make(few_tests, home, target, "ARGS=-n 2", check=False, **env)
+    answer = make(few_tests, home, target, "ARGS=-n 2", "NPM_PACKAGES=", check=False, **env)
     told = answer.stdout.decode()
     assert answer.returncode == status, told
     assert re.search(rf"(?m)^=+ {counted} in ", told), told
