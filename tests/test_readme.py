@@ -172,7 +172,7 @@ def test_the_json_is_json() -> None:
     cells = re.findall(r'`("\w+": [\[{].*?)` \|', PAGES[README])
     documents = [f"{{{cell}}}" for cell in cells] + blocks(ALL, "json")
     assert [list(json.loads(d)) for d in documents][:2] == [["runArgs"], ["containerEnv"]]
-    assert len(documents) == 3
+    assert len(documents) == 5
 
 
 def test_the_figures_are_those_of_the_whole_table() -> None:
@@ -303,7 +303,7 @@ def test_the_socket_shown_signs_for_its_owner(home: Path, host: Dict[str, str]) 
         assert f"listening on unix:{path} " in proxy.log()
         assert path.parent.stat().st_mode & 0o777 == 0o700
         assert ask(path, post(b"x")).status == 200
-        _, fetch = blocks(section("## A mounted socket", CONTAINERS), "sh")
+        _, fetch = blocks(section("### A mounted socket", CONTAINERS), "sh")
         fetch = fetch.replace("/run/ssh-agent-proxy/socket", str(path))
         run(["sh", "-eu"], env=host, input=fetch.encode())
     assert (home / ".local/bin/ssh-agent-proxy-sign").read_bytes() == SHIM.read_bytes()
