@@ -58,6 +58,7 @@ source=''    # the file it stands in
 marked=''    # not empty: we wrote that file, and may replace it
 nobody=''    # not empty: git names the key that nobody holds
 once=''      # not empty: the data can be read only once
+past='*'     # for which hosts on loopback no http_proxy is used
 
 # --- -Y sign ----------------------------------------------------------------------------------
 
@@ -70,11 +71,10 @@ leave() {
 # For -Y sign with all the arguments: true once everything is signed, else $next is set.
 sign() {
     shift "$consumed"
-    case $#:${1-} in
-    0: | 1:-) leave input || return ;;
-    esac
+    [ $# -gt 0 ] && [ "$*" != - ] || leave input || return
     while [ $# -gt 0 ]; do
-        name_file "$1"
+        file=$1 subject=$1
+        [ "${1#/}" != "$1" ] || subject=./$1 # never an option, never standard input
         prepare "$@" || return
         sign_file || return
         consumed=$((consumed + 1))
@@ -89,16 +89,18 @@ prepare() {
     if [ "$namespace:$hash$refused" != git: ] || [ $# -gt 1 ]; then # more than git asks for
         [ -n "$checked" ] || leave request || return
     fi
-    sign_url=${SSH_AGENT_PROXY_URL:-http://127.0.0.1:7221/sign}
+    sign_url=${SSH_AGENT_PROXY_URL:-} named_in=SSH_AGENT_PROXY_URL
+    note=${HOME:-}/.config/ssh-agent-proxy/url # which `setup` writes
+    if [ -z "$sign_url" ] && [ -e "$note" ]; then
+        named_in=$note
+        { read -r sign_url rest || :; } 2>/dev/null <"$note" || :
+    elif [ -z "$sign_url" ]; then
+        named_in='' sign_url=http://127.0.0.1:7221/sign
+    fi
     is_url "$sign_url" || leave url || return
     find_token || leave token || return
+    [ -z "${HTTP_PROXY:-}" ] || [ -n "${http_proxy+set}" ] || leave proxy || return
     prepared=yes
-}
-
-# $file as the caller named it, and $subject, never taken for an option or for standard input.
-name_file() {
-    file=$1 subject=$1
-    [ "${1#/}" != "$1" ] || subject=./$1
 }
 
 sign_file() {
@@ -242,9 +244,7 @@ read_token() {
     while [ -z "$token" ] && [ -n "$more" ]; do
         read -r token rest || more='' # the last line may lack its end
         token=${token%[! -~]}         # a carriage return
-        case $token in
-        '#'*) token='' ;;
-        esac
+        [ "${token#\#}" = "$token" ] || token='' # a comment
     done <"$1"
     [ -n "$token" ]
 }
@@ -320,7 +320,7 @@ ask() {
         set -- --noproxy '*' --unix-socket "$asked_socket" ${1+"$@"}
         url=http://localhost$requested
         ;;
-    *) ! is_loopback "$url" || set -- --noproxy '*' ${1+"$@"} ;;
+    *) ! is_loopback "$url" || set -- --noproxy "$past" ${1+"$@"} ;;
     esac
     set -- -q -s -g -i -w '\ntook %{time_total}\n' --suppress-connect-headers -H Expect: \
         --connect-timeout "$CONNECT_SECONDS" --max-time "$ANSWER_SECONDS" ${1+"$@"}
@@ -674,8 +674,9 @@ fi
 
 # What follows is read only where neither way did lead to the end. The variables:
 #
-# SSH_AGENT_PROXY_URL         the sign endpoint, http://127.0.0.1:7221/sign when unset, or the
-#                             proxy's Unix socket: unix:/path
+# SSH_AGENT_PROXY_URL         the sign endpoint, or the proxy's Unix socket: unix:/path; when unset
+#                             the line in ~/.config/ssh-agent-proxy/url, else
+#                             http://127.0.0.1:7221/sign
 # SSH_AGENT_PROXY_PUBKEY_URL  the public key endpoint, derived from it when unset
 # SSH_AGENT_PROXY_TOKEN       the bearer token, where the proxy wants one
 # SSH_AGENT_PROXY_TOKEN_FILE  a file with it, when the one above is unset; when both are, it is
@@ -708,8 +709,7 @@ mend() {
     show "${place-}"
     case $next in
     request) check_request "$@" ;;
-    url) explain_url SSH_AGENT_PROXY_URL "$sign_url" || die "$problem" ;;
-    token) explain_token || die "$problem" ;;
+    url | token | proxy) prepare_anyway || die "$problem" ;;
     file) refuse_file ;;
     beside) hold "${subject%/*}/.$PROGRAM.$$" || refuse_folder ;;
     folder) refuse_folder ;;
@@ -856,9 +856,25 @@ check_request() {
     checked=yes
 }
 
+# What nothing but the environment decides, mended or explained in $problem.
+prepare_anyway() {
+    until prepare; do
+        case $next in
+        url)
+            show "$named_in"
+            explain_url "$shown" "$sign_url" || return
+            ;;
+        token) explain_token || return ;;
+        proxy) take_http_proxy ;;
+        esac
+    done
+}
+
+# What is wrong with URL $2, which stands in $1.
 explain_url() {
     show "$2"
     case $2 in
+    '') fail "$1 holds no URL that can be read" ;;
     unix:*) fail "$1 is $shown: the path after unix: must begin with /" ;;
     http://*@* | https://*@*) fail "$1 must not carry a user name or password" ;;
     *[!][A-Za-z0-9:/._~%+,=-]*) fail "$1 is $shown: that is no URL of a proxy" ;;
@@ -1135,7 +1151,7 @@ settle() {
     while ! is_granted; do
         if is_broken || is_busy; then
             "$ask_again"
-        else
+        elif ! seek_way; then
             show "$place"
             place=$shown
             explain_answer
@@ -1174,18 +1190,119 @@ is_busy() {
     [ "$waited" -le "$BUSY_SECONDS" ] || return 1
     sleep "$seconds" >/dev/null 2>&1 &
     job=$!
+    if [ "$waited" -ge "$ANNOUNCE_SECONDS" ]; then
+        ANNOUNCE_SECONDS=0 # now, and
+        start_timer
+        ANNOUNCE_SECONDS=$BUSY_SECONDS # not again while it is waited for
+    fi
     job_ends
+    stop_timer
 }
+
+# --- Getting through --------------------------------------------------------------------------
+
+# What a signature or a key was asked for by, where that led nowhere:
+way=''    # knocked: /healthz was, through http_proxy; open: our proxy has answered there
+tried=''  # the URLs that were guessed
+sought='' # not empty: there is no further way
+
+# HTTP_PROXY, which curl does not look at, for it may be a header that a CGI's client has chosen.
+take_http_proxy() {
+    if [ -z "${REQUEST_METHOD:-}" ] && { leads_out "$HTTP_PROXY" || is_gateway "$HTTP_PROXY"; }; then
+        export http_proxy="$HTTP_PROXY"
+    else
+        unset HTTP_PROXY
+    fi
+}
+
+# $proxy: host and port of http_proxy $1.
+name_proxy() {
+    proxy=${1#*://}
+    proxy=${proxy%%[/?#]*}
+    proxy=${proxy##*@}
+}
+
+# Does http_proxy $1 point to loopback, as in agents' sandboxes?
+leads_out() {
+    name_proxy "$1"
+    is_loopback "http://$proxy/"
+}
+
+is_gateway() {
+    name_proxy "$1"
+    case $proxy in
+    gateway.docker.internal | gateway.docker.internal:*) return 0 ;;
+    esac
+    return 1
+}
+
+# Nothing was reached: is there another way, and was it asked there?
+seek_way() {
+    is_unreached && [ -z "$sought" ] || return 1
+    sought=yes
+    if leads_out "${http_proxy:-}"; then
+        case $place in
+        http://*) is_loopback "$place" && knock ;;
+        *) return 1 ;;
+        esac
+    else
+        may_guess && guess
+    fi
+}
+
+# Is the name unknown, or was no connection made in time?
+is_unreached() {
+    case $answered:$ended:$took in
+    :6:* | :7:* | :28:[0-9].*) return 0 ;;
+    esac
+    return 1
+}
+
+# Does our own proxy answer through http_proxy, which is told no token before that?
+knock() {
+    way=knocked past='' elsewhere=yes
+    ask "${place%/*}/healthz" /healthz
+    is_ours || return
+    way=open
+    "$ask_again"
+}
+
+# Only in a container, and not where there is a token, which a wrong host could keep.
+may_guess() {
+    [ -z "$named_in" ] && [ "${place%/*}" = "${sign_url%/*}" ] && [ -z "${token:+set}" ] &&
+        [ ! -e "$holder" ] || return 1
+    is_gateway "${HTTP_PROXY:-}" || [ -e /.dockerenv ] || [ -e /run/.containerenv ]
+}
+
+# Asks the names that engines give to the host: true where our proxy has answered.
+guess() {
+    tried=$sign_url
+    if is_gateway "${http_proxy:-}"; then
+        set -- host.docker.internal
+        export no_proxy='' NO_PROXY=''
+    else
+        set -- host.docker.internal host.containers.internal
+        export no_proxy='*'
+    fi
+    for host; do
+        sign_url=http://$host:7221/sign
+        find_pubkey_url
+        "$ask_again"
+        ! is_ours || return 0
+        tried="$tried, $sign_url"
+        [ -z "$once" ] || is_unreached || break # the data is gone
+    done
+    return 1
+}
+
+# --- What the answer says ---------------------------------------------------------------------
 
 # Why there is no signature, and no key: $problem.
 explain_answer() {
     if [ -n "$answered" ] && [ -z "$head_ends" ]; then
         fail "the answer from $place broke off: try again"
     elif [ -n "$answered" ] && ! is_ours; then
-        show "$server"
-        fail "what answers at $place is not ssh-agent-proxy (status $answered, Server: \
-${shown:-none}) but another program there, or a network policy's page: \
-SSH_AGENT_PROXY_URL says where to look"
+        explain_stranger
     elif [ -n "$answered" ] && [ "$answered" != 200 ]; then
         reason=${body%%"$NEWLINE"*} # (posh would not cut it within other quotes)
         show "$reason"
@@ -1194,6 +1311,63 @@ SSH_AGENT_PROXY_URL says where to look"
         return 1
     else
         explain_silence
+    fi
+}
+
+# It was somebody else who has answered: on the way, or in the proxy's place.
+explain_stranger() {
+    show "$server"
+    stranger="status $answered, Server: ${shown:-none}"
+    show "${tried:-$place}"
+    case $way:$answered in
+    knocked:403 | :403)
+        if name_permission; then
+            fail "the way to $shown is not open here ($stranger): ask the person who can open it \
+for $permission"
+            return
+        fi
+        ;;
+    knocked:407)
+        fail "the proxy of http_proxy, the only way to $shown, wants the user and the password \
+that the sandbox has put into http_proxy ($stranger): they are missing or wrong there"
+        return
+        ;;
+    knocked:50[0234])
+        fail "nothing listens at $shown on the host's side of http_proxy ($stranger): is \
+ssh-agent-proxy running on the host, on that port?"
+        return
+        ;;
+    open:*)
+        fail "the way to $shown through http_proxy broke off ($stranger): try again"
+        return
+        ;;
+    esac
+    fail "what answers at $shown is not ssh-agent-proxy ($stranger) but another program there, or \
+a network policy's page: SSH_AGENT_PROXY_URL says where to look"
+}
+
+# $permission: what the policy that refused $place has to be told, in its own settings' words.
+name_permission() {
+    host=${place#*://}
+    host=${host%%/*}
+    port=${host##*:}
+    case $host in
+    *]) ;;
+    *) host=${host%:*} ;;
+    esac
+    if is_gateway "${http_proxy:-}"; then
+        permission="\`sbx policy allow network localhost:$port --method POST --path /sign\` and \
+\`sbx policy allow network localhost:$port --method GET --path /publickey\`, run on the host"
+    elif [ -n "${CODEX_NETWORK_PROXY_ACTIVE:-}" ]; then
+        permission="\"$host\" = \"allow\" among the network domains of Codex's permissions, and \
+allow_local_binding = true there"
+    elif [ -n "${SANDBOX_RUNTIME:-}" ]; then
+        permission="{\"sandbox\":{\"network\":{\"allowedDomains\":[\"$host\"]}}} in Claude Code's \
+settings.json"
+    elif [ -n "$way" ] || ! is_loopback "$place"; then
+        permission="the host $host in its list of what may be reached"
+    else
+        return 1 # there was nothing in between
     fi
 }
 
@@ -1224,22 +1398,21 @@ explain_silence() {
         fi
         ;;
     esac
+    if is_unreached; then
+        explain_unreached
+        return
+    fi
     show "${SSH_AGENT_PROXY_CURL:-curl}"
     case $ended in
     3) fail "$place cannot be asked: its port is no port, or it names no host" ;;
-    7)
-        fail "nothing listens at $place (connection refused): is ssh-agent-proxy running on the \
-host, and its port reachable from here? SSH_AGENT_PROXY_URL says where to look"
-        ;;
     5) fail "the http_proxy for $place has a name that is not known here" ;;
-    6) fail "the host of $place is not known here: SSH_AGENT_PROXY_URL says where to look" ;;
     2) fail "$shown does not know an option of curl 7.68: it must be that or newer" ;;
     1 | 8) fail "what answers at $place does not speak HTTP: another program there?" ;;
     18) fail "the answer from $place broke off: try again" ;;
     23) fail "the answer from $place could not be kept: the disk is full, or it is longer than any \
 signature" ;;
-    28) fail "no answer from $place in time ($CONNECT_SECONDS s to connect, $ANSWER_SECONDS s in \
-all): does a prompt of the agent wait on the host?" ;;
+    28) fail "no answer from $place in time ($ANSWER_SECONDS s): does a prompt of the agent wait \
+on the host?" ;;
     35 | 51 | 53 | 54 | 58 | 59 | 60 | 77 | 83 | 90 | 91)
         fail "$place: no trusted TLS connection (curl's exit status $ended)"
         ;;
@@ -1253,6 +1426,31 @@ SSH_AGENT_PROXY_CURL which one to run"
         ;;
     *) fail "$shown ended with exit status $ended, asking $place" ;;
     esac
+}
+
+# Neither directly nor, where that was tried, by another way.
+explain_unreached() {
+    show "${tried:-$place}"
+    if [ -n "${CODEX_SANDBOX_NETWORK_DISABLED:-}" ]; then
+        fail "$shown cannot be reached, for Codex gives its sandbox no network here: ask the \
+person for network_access = true under [sandbox_workspace_write] in Codex's config.toml"
+    elif [ -n "$tried" ]; then
+        fail "ssh-agent-proxy was not found at $shown: is it running on the host, and can this \
+container reach it there? SSH_AGENT_PROXY_URL says where to look"
+    elif [ "$way" = open ]; then
+        fail "the way to $shown through http_proxy broke off: try again"
+    elif [ -n "$way" ]; then
+        fail "nothing listens at $shown here, and the proxy of http_proxy, which could lead out, \
+cannot be reached"
+    else
+        case $ended in
+        6) fail "the host of $shown is not known here: SSH_AGENT_PROXY_URL says where to look" ;;
+        7) fail "nothing listens at $shown (connection refused): is ssh-agent-proxy running on \
+the host, and its port reachable from here? SSH_AGENT_PROXY_URL says where to look" ;;
+        28) fail "no connection to $shown in time ($CONNECT_SECONDS s): does a firewall drop it? \
+SSH_AGENT_PROXY_URL says where to look" ;;
+        esac
+    fi
 }
 
 # Is it for the socket that there is no answer? Then $problem says why.
@@ -1349,10 +1547,7 @@ prepare_to_ask() {
     set_out
     exec 3</dev/null
     [ ! -e /dev/fd/3 ] || hold "${TMPDIR:-/tmp}/.$PROGRAM.$$" /dev/fd/4 || :
-    sign_url=${SSH_AGENT_PROXY_URL:-http://127.0.0.1:7221/sign}
-    is_url "$sign_url" || explain_url SSH_AGENT_PROXY_URL "$sign_url" || return
-    find_token || explain_token || return
-    fetch_key
+    prepare_anyway && fetch_key
 }
 
 pubkey() {
