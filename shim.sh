@@ -799,35 +799,11 @@ fail() {
     return 1
 }
 
-# Why nothing is found at path $1, and $2: what to do where that is simply not there.
+# Why nothing is found at path $1, in the words of the system, and $2: what to do.
 explain_missing() {
-    missing=$1
-    while :; do
-        case $missing in
-        [!/]*/* | /*/*) folder=${missing%/*} ;;
-        *)
-            folder=${missing%%[!/]*} # the root or none
-            break
-            ;;
-        esac
-        [ ! -d "$folder" ] || break
-        missing=$folder
-    done
+    reason=$(ls -d -L -- "$1" 2>&1 >/dev/null) || :
     show "$1"
-    sought=$shown
-    show "$missing"
-    if [ ! -x "${folder:-.}" ]; then
-        show "${folder:-.}"
-        fail "$sought cannot be reached: permission denied in $shown"
-    elif [ -e "$missing" ]; then
-        fail "there is no $sought here, for $shown is no folder"
-    elif [ -L "$missing" ]; then
-        fail "there is no $sought here, for $shown is a link to what is not here: $2"
-    elif [ "$missing" != "$1" ]; then
-        fail "there is no $sought here, nor $shown: $2"
-    else
-        fail "there is no $sought here: $2"
-    fi
+    fail "$shown: ${reason##*: }: $2"
 }
 
 # --- What was refused -------------------------------------------------------------------------
@@ -1201,53 +1177,41 @@ is_busy() {
 
 # --- Getting through --------------------------------------------------------------------------
 
-# What a signature or a key was asked for by, where that led nowhere:
-way=''    # knocked: /healthz was, through http_proxy; open: our proxy has answered there
-tried=''  # the URLs that were guessed
-sought='' # not empty: there is no further way
+way=''    # knocked: our proxy was looked for through http_proxy; open: it was found there
+tried=''  # the URLs guessed, by none of which it was found
+sought='' # not empty: no further way is known
 
 # HTTP_PROXY, which curl does not look at, for it may be a header that a CGI's client has chosen.
 take_http_proxy() {
-    if [ -z "${REQUEST_METHOD:-}" ] && { leads_out "$HTTP_PROXY" || is_gateway "$HTTP_PROXY"; }; then
+    see_where_it_leads "$HTTP_PROXY"
+    if [ -n "$leads" ] && [ -z "${REQUEST_METHOD:-}" ]; then
         export http_proxy="$HTTP_PROXY"
     else
         unset HTTP_PROXY
     fi
 }
 
-# $proxy: host and port of http_proxy $1.
-name_proxy() {
-    proxy=${1#*://}
-    proxy=${proxy%%[/?#]*}
-    proxy=${proxy##*@}
-}
-
-# Does http_proxy $1 point to loopback, as in agents' sandboxes?
-leads_out() {
-    name_proxy "$1"
-    is_loopback "http://$proxy/"
-}
-
-is_gateway() {
-    name_proxy "$1"
-    case $proxy in
-    gateway.docker.internal | gateway.docker.internal:*) return 0 ;;
+# $leads: to loopback, as in agents' sandboxes, to Docker's gateway, or elsewhere does http_proxy $1?
+see_where_it_leads() {
+    leads=${1#*://}
+    leads=${leads%%[/?#]*}
+    leads=${leads##*@}
+    case $leads in
+    gateway.docker.internal | gateway.docker.internal:*) leads=gateway ;;
+    *) is_loopback "http://$leads/" && leads=loopback || leads='' ;;
     esac
-    return 1
 }
 
 # Nothing was reached: is there another way, and was it asked there?
 seek_way() {
     is_unreached && [ -z "$sought" ] || return 1
     sought=yes
-    if leads_out "${http_proxy:-}"; then
-        case $place in
-        http://*) is_loopback "$place" && knock ;;
-        *) return 1 ;;
-        esac
-    else
-        may_guess && guess
-    fi
+    see_where_it_leads "${http_proxy:-}"
+    case $leads:$place in
+    loopback:http://*) is_loopback "$place" && knock ;;
+    loopback:*) return 1 ;;
+    *) may_guess && guess ;;
+    esac
 }
 
 # Is the name unknown, or was no connection made in time?
@@ -1271,18 +1235,17 @@ knock() {
 may_guess() {
     [ -z "$named_in" ] && [ "${place%/*}" = "${sign_url%/*}" ] && [ -z "${token:+set}" ] &&
         [ ! -e "$holder" ] || return 1
-    is_gateway "${HTTP_PROXY:-}" || [ -e /.dockerenv ] || [ -e /run/.containerenv ]
+    [ "$leads" = gateway ] || [ -e /.dockerenv ] || [ -e /run/.containerenv ]
 }
 
-# Asks the names that engines give to the host: true where our proxy has answered.
+# By the names that engines give to the host: does our proxy answer there?
 guess() {
     tried=$sign_url
-    if is_gateway "${http_proxy:-}"; then
+    set -- host.docker.internal host.containers.internal
+    export no_proxy='*' NO_PROXY='*'
+    if [ "$leads" = gateway ]; then
         set -- host.docker.internal
-        export no_proxy='' NO_PROXY=''
-    else
-        set -- host.docker.internal host.containers.internal
-        export no_proxy='*'
+        no_proxy='' NO_PROXY=''
     fi
     for host; do
         sign_url=http://$host:7221/sign
@@ -1319,31 +1282,18 @@ explain_stranger() {
     show "$server"
     stranger="status $answered, Server: ${shown:-none}"
     show "${tried:-$place}"
+    problem="what answers at $shown is not ssh-agent-proxy ($stranger) but another program there, \
+or a network policy's page: SSH_AGENT_PROXY_URL says where to look"
     case $way:$answered in
-    knocked:403 | :403)
-        if name_permission; then
-            fail "the way to $shown is not open here ($stranger): ask the person who can open it \
-for $permission"
-            return
-        fi
-        ;;
-    knocked:407)
-        fail "the proxy of http_proxy, the only way to $shown, wants the user and the password \
-that the sandbox has put into http_proxy ($stranger): they are missing or wrong there"
-        return
-        ;;
-    knocked:50[0234])
-        fail "nothing listens at $shown on the host's side of http_proxy ($stranger): is \
-ssh-agent-proxy running on the host, on that port?"
-        return
-        ;;
-    open:*)
-        fail "the way to $shown through http_proxy broke off ($stranger): try again"
-        return
-        ;;
+    knocked:403 | :403) ! name_permission || problem="the way to $shown is not open here \
+($stranger): ask the person who can open it for $permission" ;;
+    knocked:407) problem="the proxy of http_proxy, the only way to $shown, wants the user and the \
+password that the sandbox has put into http_proxy ($stranger): they are missing or wrong there" ;;
+    knocked:50[0234]) problem="nothing listens at $shown on the host's side of http_proxy \
+($stranger): is ssh-agent-proxy running on the host, on that port?" ;;
+    open:*) problem="the way to $shown through http_proxy broke off ($stranger): try again" ;;
     esac
-    fail "what answers at $shown is not ssh-agent-proxy ($stranger) but another program there, or \
-a network policy's page: SSH_AGENT_PROXY_URL says where to look"
+    return 1
 }
 
 # $permission: what the policy that refused $place has to be told, in its own settings' words.
@@ -1355,7 +1305,8 @@ name_permission() {
     *]) ;;
     *) host=${host%:*} ;;
     esac
-    if is_gateway "${http_proxy:-}"; then
+    see_where_it_leads "${http_proxy:-}"
+    if [ "$leads" = gateway ]; then
         permission="\`sbx policy allow network localhost:$port --method POST --path /sign\` and \
 \`sbx policy allow network localhost:$port --method GET --path /publickey\`, run on the host"
     elif [ -n "${CODEX_NETWORK_PROXY_ACTIVE:-}" ]; then
