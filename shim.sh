@@ -993,6 +993,9 @@ fetch_key() {
     read -r word blob rest <<END_OF_BODY
 $body
 END_OF_BODY
+    case $body in
+    *"$NEWLINE"?*) word='' ;; # it is one line
+    esac
     if ! take_key "$word" "$blob"; then
         fail "$shown answered 200 without a public key"
         return 1
@@ -1247,8 +1250,8 @@ guess() {
         set -- host.docker.internal
         no_proxy='' NO_PROXY=''
     fi
-    for host; do
-        sign_url=http://$host:7221/sign
+    for candidate; do
+        sign_url=http://$candidate:7221/sign
         find_pubkey_url
         "$ask_again"
         ! is_ours || return 0
@@ -1285,8 +1288,8 @@ explain_stranger() {
     problem="what answers at $shown is not ssh-agent-proxy ($stranger) but another program there, \
 or a network policy's page: SSH_AGENT_PROXY_URL says where to look"
     case $way:$answered in
-    knocked:403 | :403) ! name_permission || problem="the way to $shown is not open here \
-($stranger): ask the person who can open it for $permission" ;;
+    knocked:403 | :403) ! name_permission || problem="a network policy refuses \
+$shown ($stranger): the person who set it up has to $permission" ;;
     knocked:407) problem="the proxy of http_proxy, the only way to $shown, wants the user and the \
 password that the sandbox has put into http_proxy ($stranger): they are missing or wrong there" ;;
     knocked:50[0234]) problem="nothing listens at $shown on the host's side of http_proxy \
@@ -1296,29 +1299,29 @@ password that the sandbox has put into http_proxy ($stranger): they are missing 
     return 1
 }
 
-# $permission: what the policy that refused $place has to be told, in its own settings' words.
+# $permission: what has to be done where $place is refused, in the words of that place's settings.
 name_permission() {
-    host=${place#*://}
-    host=${host%%/*}
-    port=${host##*:}
-    case $host in
-    *]) ;;
-    *) host=${host%:*} ;;
-    esac
     see_where_it_leads "${http_proxy:-}"
+    refused_host=${place#*://}
+    refused_host=${refused_host%%/*}
+    port=${refused_host##*:}
+    case $refused_host in
+    *]) ;;
+    *) refused_host=${refused_host%:*} ;;
+    esac
     if [ "$leads" = gateway ]; then
-        permission="\`sbx policy allow network localhost:$port --method POST --path /sign\` and \
-\`sbx policy allow network localhost:$port --method GET --path /publickey\`, run on the host"
+        permission="run \`sbx policy allow network localhost:$port --method POST --path /sign\` and \
+\`sbx policy allow network localhost:$port --method GET --path /publickey\` on the host"
     elif [ -n "${CODEX_NETWORK_PROXY_ACTIVE:-}" ]; then
-        permission="\"$host\" = \"allow\" among the network domains of Codex's permissions, and \
-allow_local_binding = true there"
+        permission="set \"$refused_host\" = \"allow\" in the network domains of its permissions \
+and allow_local_binding = true, in Codex's config.toml"
     elif [ -n "${SANDBOX_RUNTIME:-}" ]; then
-        permission="{\"sandbox\":{\"network\":{\"allowedDomains\":[\"$host\"]}}} in Claude Code's \
-settings.json"
+        permission="set {\"sandbox\":{\"network\":{\"allowedDomains\":[\"$refused_host\"]}}} in \
+Claude Code's settings.json"
     elif [ -n "$way" ] || ! is_loopback "$place"; then
-        permission="the host $host in its list of what may be reached"
+        permission="allow the host $refused_host in it"
     else
-        return 1 # there was nothing in between
+        return 1 # there is nothing in between
     fi
 }
 
