@@ -6,13 +6,28 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Set, Tuple
 
 import pytest
-from conftest import SHIM, Agent, Keys, Proxy, clean_env, fingerprint, http, rows, run
+from conftest import (
+    SHIM,
+    Agent,
+    Keys,
+    Proxy,
+    clean_env,
+    fingerprint,
+    http,
+    message,
+    private_file,
+    read_message,
+    rows,
+    run,
+)
 
 BEGIN = b"-----BEGIN SSH SIGNATURE-----\n"
 COMMITTER = "committer@example.com"
@@ -262,22 +277,6 @@ def test_every_way_to_name_the_key_signs_with_that_key(
     repository.git("verify-tag", "v1")
 
 
-@pytest.mark.parametrize("way", ["missing file", "command"])
-def test_first_commits_at_once_are_all_signed_and_fetch_one_whole_key_file(
-    way: str, signing: Signing, keys: Keys
-) -> None:
-    name_the_key(way, signing, keys)
-    repositories = [signing.repository(str(n)) for n in range(6)]
-    with ThreadPoolExecutor(len(repositories)) as pool:
-        list(pool.map(lambda repository: repository.commit("one"), repositories))
-    assert [r.signatures() for r in repositories] == [["G"]] * 6
-    assert signing.left_behind() == set()
-    if way == "missing file":
-        folder = signing.home / "keys"
-        assert os.listdir(folder) == ["signing.pub"]
-        assert (folder / "signing.pub").read_text().splitlines()[1] == keys.line("ed25519")
-
-
 def test_with_a_key_command_the_next_commit_is_signed_with_a_rotated_key(
     signing: Signing, agent: Agent, keys: Keys
 ) -> None:
@@ -430,3 +429,71 @@ def test_a_commit_in_an_empty_environment(signing: Signing) -> None:
                cwd=repository.path).stderr == b""  # fmt: skip
     assert repository.signatures() == ["G"]
     assert os.listdir(temporary) == []
+
+
+# ---------------------------------------------------------------- many at once
+
+
+@pytest.mark.parametrize("way", ["missing file", "command"])
+def test_first_commits_at_once_are_all_signed_and_fetch_one_whole_key_file(
+    way: str, signing: Signing, keys: Keys
+) -> None:
+    name_the_key(way, signing, keys)
+    repositories = [signing.repository(str(n)) for n in range(20)]
+    with ThreadPoolExecutor(len(repositories)) as pool:
+        list(pool.map(lambda repository: repository.commit("one"), repositories))
+    assert [r.signatures() for r in repositories] == [["G"]] * 20
+    assert signing.left_behind() == set()
+    if way == "missing file":
+        folder = signing.home / "keys"
+        assert os.listdir(folder) == ["signing.pub"]
+        assert (folder / "signing.pub").read_text().splitlines()[1] == keys.line("ed25519")
+
+
+@pytest.mark.long
+def test_a_hundred_commits_with_one_token_and_a_slow_agent_are_all_signed_each_its_own(
+    signing: Signing,
+    agent: Agent,
+    keys: Keys,
+    start_proxy: Callable[..., Proxy],
+    scripted_agent: Callable[..., Path],
+) -> None:
+    """More than the token's half of the places: some are told to come again."""
+
+    def slowly(connection: socket.socket) -> None:
+        with socket.socket(socket.AF_UNIX) as real:
+            real.connect(str(agent.sock))
+            while request := read_message(connection):
+                real.sendall(message(request))
+                answer = read_message(real)
+                if request[0] == 13:  # SSH_AGENTC_SIGN_REQUEST
+                    time.sleep(4)
+                connection.sendall(message(answer))
+
+    agent.add(keys["ed25519"])
+    tokens = private_file(signing.home / "tokens", "0123456789abcdef one\n")
+    proxy = start_proxy("--token-file", tokens, upstream=scripted_agent(slowly))
+    signing.use(proxy.url)
+    signing.env["SSH_AGENT_PROXY_TOKEN"] = "0123456789abcdef"
+    repository = signing.repository()
+    repository.commit("base", "--no-gpg-sign")
+    folders = [signing.home / f"worktree-{n}" for n in range(100)]
+    for folder in folders:
+        repository.git("worktree", "add", "-q", folder)
+    argv = ["git", "commit", "-q", "--allow-empty", "-m"]
+    with ThreadPoolExecutor(len(folders)) as pool:
+        list(pool.map(lambda f: run([*argv, f.name], env=signing.env, cwd=f), folders))
+    there = repository.text("log", "--branches=worktree*", "--not", "main", "--format=%G? %D %s")
+    assert sorted(there.splitlines()) == sorted(f"G {f.name} {f.name}" for f in folders)
+    assert "busy: too many requests of this token" in proxy.log()
+    assert signing.left_behind() == set()
+
+
+@pytest.mark.long
+def test_a_rebase_of_two_hundred_commits_is_signed_throughout(signing: Signing) -> None:
+    repository = signing.repository()
+    for number in range(201):
+        repository.git("commit", "-q", "--allow-empty", "--no-gpg-sign", "-m", number)
+    repository.git("rebase", "-q", "--force-rebase", "HEAD~200")
+    assert repository.signatures() == ["G"] * 200 + ["N"]
+    assert repository.subjects() == [str(number) for number in reversed(range(201))]
