@@ -685,14 +685,8 @@ fi
 
 main() {
     case ${1-} in
-    pubkey)
-        shift
-        pubkey ${1+"$@"}
-        ;;
-    key)
-        shift
-        key ${1+"$@"}
-        ;;
+    pubkey) shift && pubkey ${1+"$@"} ;;
+    key) shift && key ${1+"$@"} ;;
     *)
         [ "$operation" = sign ] || hand_over "$@"
         mend "$@"
@@ -871,19 +865,15 @@ explain_token() {
 
 # Why there is no token in $holder.
 explain_holder() {
-    if [ ! -e "$holder" ]; then
-        explain_missing "$holder" "is it mounted?"
-    elif can_be_read "$holder"; then
-        fail "$shown holds none"
-    else
-        return 1
-    fi
+    can_be_read "$holder" && fail "$shown holds none"
 }
 
 # Is what is at path $1 a file that can be read?
 can_be_read() {
     show "$1"
-    if [ -d "$1" ]; then
+    if [ ! -e "$1" ]; then
+        explain_missing "$1" "is it mounted?"
+    elif [ -d "$1" ]; then
         fail "$shown is a folder (container engines make one where there was nothing to mount)"
     elif [ ! -r "$1" ]; then
         fail "$shown cannot be read: permission denied"
@@ -1014,11 +1004,11 @@ END_OF_BODY
 }
 
 ask_for_key() {
-    place=$pubkey_url elsewhere=''
-    find_origin "$pubkey_url"
-    asked=$origin
-    find_origin "$sign_url"
-    [ "$asked" = "$origin" ] || elsewhere=yes # the token is none of its business
+    place=$pubkey_url elsewhere=yes # the token is none of the business of
+    host=${sign_url#*://}
+    case $pubkey_url in
+    "$sign_url" | "${sign_url%%://*}://${host%%/*}/"*) elsewhere='' ;; # anyone but this
+    esac
     ask "$pubkey_url" /publickey
 }
 
@@ -1033,19 +1023,9 @@ find_pubkey_url() {
     unix:*) pubkey_url=$sign_url ;;
     */sign) pubkey_url=${sign_url%sign}publickey ;;
     *)
-        fail "SSH_AGENT_PROXY_URL is $sign_url, which does not end in /sign: set \
-SSH_AGENT_PROXY_PUBKEY_URL to where the public key is"
-        ;;
-    esac
-}
-
-# $origin: what of URL $1 says who is asked.
-find_origin() {
-    origin=$1
-    case $1 in
-    http*)
-        origin=${1#*://}
-        origin=${1%%://*}://${origin%%/*}
+        show "$named_in"
+        fail "$shown is $sign_url, which does not end in /sign: set SSH_AGENT_PROXY_PUBKEY_URL to \
+where the public key is"
         ;;
     esac
 }
@@ -1304,11 +1284,8 @@ name_permission() {
     see_where_it_leads "${http_proxy:-}"
     refused_host=${place#*://}
     refused_host=${refused_host%%/*}
-    port=${refused_host##*:}
-    case $refused_host in
-    *]) ;;
-    *) refused_host=${refused_host%:*} ;;
-    esac
+    port=${refused_host##*[!0-9]}
+    refused_host=${refused_host%:*[0-9]}
     if [ "$leads" = gateway ]; then
         permission="run \`sbx policy allow network localhost:$port --method POST --path /sign\` and \
 \`sbx policy allow network localhost:$port --method GET --path /publickey\` on the host"
@@ -1343,98 +1320,69 @@ no $shown here: put it into one of them"
     fail "$refusal ($advice)"
 }
 
-# curl's exit status, when there is no (whole) answer.
+# There is no (whole) answer: curl's exit status says why.
 explain_silence() {
-    case $url:$place in
-    http://localhost/*:unix:*)
-        if is_of_socket; then
-            return 1
-        fi
-        ;;
-    esac
-    if is_unreached; then
-        explain_unreached
-        return
-    fi
     show "${SSH_AGENT_PROXY_CURL:-curl}"
-    case $ended in
-    3) fail "$place cannot be asked: its port is no port, or it names no host" ;;
-    5) fail "the http_proxy for $place has a name that is not known here" ;;
-    2) fail "$shown does not know an option of curl 7.68: it must be that or newer" ;;
-    1 | 8) fail "what answers at $place does not speak HTTP: another program there?" ;;
-    18) fail "the answer from $place broke off: try again" ;;
-    23) fail "the answer from $place could not be kept: the disk is full, or it is longer than any \
-signature" ;;
-    28) fail "no answer from $place in time ($ANSWER_SECONDS s): does a prompt of the agent wait \
-on the host?" ;;
-    35 | 51 | 53 | 54 | 58 | 59 | 60 | 77 | 83 | 90 | 91)
-        fail "$place: no trusted TLS connection (curl's exit status $ended)"
-        ;;
-    0 | 52 | 55 | 56) fail "$place closed the connection without an answer: try again, and look at \
-ssh-agent-proxy's log on the host" ;;
-    120) fail "$shown could not be handed the token: it takes a place for temporary files, such as \
-/tmp, or for standard input /dev/fd" ;;
-    126 | 127)
-        fail "$shown cannot be run: install curl (the package is called that), or say in \
-SSH_AGENT_PROXY_CURL which one to run"
-        ;;
-    *) fail "$shown ended with exit status $ended, asking $place" ;;
-    esac
-}
-
-# Neither directly nor, where that was tried, by another way.
-explain_unreached() {
+    curl=$shown
     show "${tried:-$place}"
-    if [ -n "${CODEX_SANDBOX_NETWORK_DISABLED:-}" ]; then
-        fail "$shown cannot be reached, for Codex gives its sandbox no network here: ask the \
-person for network_access = true under [sandbox_workspace_write] in Codex's config.toml"
-    elif [ -n "$tried" ]; then
-        fail "ssh-agent-proxy was not found at $shown: is it running on the host, and can this \
-container reach it there? SSH_AGENT_PROXY_URL says where to look"
-    elif [ "$way" = open ]; then
-        fail "the way to $shown through http_proxy broke off: try again"
-    elif [ -n "$way" ]; then
-        fail "nothing listens at $shown here, and the proxy of http_proxy, which could lead out, \
-cannot be reached"
-    else
-        case $ended in
-        6) fail "the host of $shown is not known here: SSH_AGENT_PROXY_URL says where to look" ;;
-        7) fail "nothing listens at $shown (connection refused): is ssh-agent-proxy running on \
+    ! is_unreached || ended=un$ended
+    case ${place%%:*}:${tried:+tried}$way:$ended:${CODEX_SANDBOX_NETWORK_DISABLED:+codex} in
+    unix:*:un6:*) fail "${place#unix:} is longer than the path of a socket can be" ;;
+    unix:*:un7:*) explain_socket "${place#unix:}" ;;
+    unix:*:0:* | unix:*:5[256]:*) fail "$place closed the connection without an answer: try \
+again, and see that it is the socket of ssh-agent-proxy, whose log tells more, and not an agent's \
+own" ;;
+    unix:*:4:* | unix:*:48:*) fail "$curl was built without Unix sockets" ;;
+    *:un*:codex) fail "$shown cannot be reached, for Codex gives its sandbox no network here: the \
+person who set it up has to set network_access = true under [sandbox_workspace_write] in Codex's \
+config.toml" ;;
+    *:tried:un*) fail "ssh-agent-proxy was not found at $shown: is it running on the host, and \
+can this container reach it there? SSH_AGENT_PROXY_URL says where to look" ;;
+    *:open:un*) fail "the way to $shown through http_proxy broke off: try again" ;;
+    *:knocked:un* | *:knocked:5:*) fail "nothing listens at $shown here, and what http_proxy \
+names, which could lead out, cannot be reached" ;;
+    *:un6:*) fail "the host of $shown is not known here: SSH_AGENT_PROXY_URL says where to look" ;;
+    *:un7:*) fail "nothing listens at $shown (connection refused): is ssh-agent-proxy running on \
 the host, and its port reachable from here? SSH_AGENT_PROXY_URL says where to look" ;;
-        28) fail "no connection to $shown in time ($CONNECT_SECONDS s): does a firewall drop it? \
-SSH_AGENT_PROXY_URL says where to look" ;;
-        esac
-    fi
+    *:un28:*) fail "no connection to $shown in time ($CONNECT_SECONDS s): does a firewall drop \
+it? SSH_AGENT_PROXY_URL says where to look" ;;
+    *:28:*) fail "no answer from $place in time ($ANSWER_SECONDS s): does a prompt of the agent \
+wait on the host?" ;;
+    *:3:*) fail "$place cannot be asked: its port is no port, or it names no host" ;;
+    *:5:*) fail "the http_proxy for $place has a name that is not known here" ;;
+    *:2:*) fail "$curl does not know an option of curl 7.68: it must be that or newer" ;;
+    *:[18]:*) fail "what answers at $place does not speak HTTP: another program there?" ;;
+    *:18:*) fail "the answer from $place broke off: try again" ;;
+    *:23:*) fail "the answer from $place could not be kept: the disk is full, or it is longer \
+than any signature" ;;
+    *:35:* | *:5[13489]:* | *:60:* | *:77:* | *:83:* | *:9[01]:*) fail "$place: no trusted TLS \
+connection (curl's exit status $ended)" ;;
+    *:0:* | *:5[256]:*) fail "$place closed the connection without an answer: try again, and look \
+at ssh-agent-proxy's log on the host" ;;
+    *:120:*) fail "$curl could not be handed the token: it takes a place for temporary files, \
+such as /tmp, or for standard input /dev/fd" ;;
+    *:12[67]:*) fail "$curl cannot be run: install curl (the package is called that), or say in \
+SSH_AGENT_PROXY_CURL which one to run" ;;
+    *) fail "$curl ended with exit status $ended, asking $place" ;;
+    esac
 }
 
-# Is it for the socket that there is no answer? Then $problem says why.
-is_of_socket() {
-    show "$asked_socket"
-    case $ended in
-    6) problem="$shown is longer than the path of a socket can be" ;;
-    7)
-        if [ ! -e "$asked_socket" ]; then
-            explain_missing "$asked_socket" "is ssh-agent-proxy running on the host, with that \
-address, and the socket's folder mounted here?" || :
-        elif [ ! -S "$asked_socket" ]; then
-            problem="$shown is not a socket (container engines make a folder where there was \
-nothing to mount): SSH_AGENT_PROXY_URL must name the one that ssh-agent-proxy listens on"
-        elif [ ! -w "$asked_socket" ]; then
-            problem="$shown: permission denied: the socket is not open to this user (where \
+# Why nobody answers at the socket $1.
+explain_socket() {
+    show "$1"
+    if [ ! -e "$1" ]; then
+        explain_missing "$1" "is ssh-agent-proxy running on the host, with that address, and the \
+socket's folder mounted here?"
+    elif [ ! -S "$1" ]; then
+        fail "$shown is not a socket (container engines make a folder where there was nothing to \
+mount): SSH_AGENT_PROXY_URL must name the one that ssh-agent-proxy listens on"
+    elif [ ! -w "$1" ]; then
+        fail "$shown: permission denied: the socket is not open to this user (where \
 ssh-agent-proxy has a token file, its address can open it to a group by ?mode=0660)"
-        else
-            problem="nobody listens on $shown: is ssh-agent-proxy running on the host? (It makes \
-the socket anew at each start: mount the folder, not the socket alone)"
-        fi
-        ;;
-    0 | 52 | 55 | 56) problem="$place closed the connection without an answer: try again, and see \
-that it is the socket of ssh-agent-proxy, whose log tells more, and not an agent's own" ;;
-    4 | 48)
-        show "${SSH_AGENT_PROXY_CURL:-curl}"
-        problem="$shown was built without Unix sockets"
-        ;;
-    *) return 1 ;;
-    esac
+    else
+        fail "nobody listens on $shown: is ssh-agent-proxy running on the host? (It makes the \
+socket anew at each start: mount the folder, not the socket alone)"
+    fi
 }
 
 # --- Where there is no file for standard input and the answer ----------------------------------

@@ -674,6 +674,8 @@ NO_KEYS = [
     ("nothing", answer(b""), "200 without a public key"),
     ("half a line", answer(b"ssh-rsa\n"), "200 without a public key"),
     ("a header", answer(b"ssh-rsa A:\n"), "200 without a public key"),
+    ("two keys", served_key(f"{LINE}\n{OTHER}"), "200 without a public key"),
+    ("an authority", served_key(f"cert-authority {LINE}"), "200 without a public key"),
     ("nobody's key", served_key(NOBODY), "a key that nobody can have"),
     ("anybody's key", served_key(ANYBODY), "a key that nobody can have"),
 ]
@@ -822,7 +824,7 @@ def test_a_command_that_cannot_be_done_says_why(
 @pytest.mark.parametrize(
     "command, line, printed",
     [
-        ("pubkey", f"{LINE} me\x1b[2J\u202e\x07\nssh-rsa AAAA second", f"{LINE} me?[2J?"),
+        ("pubkey", f"{LINE} me\x1b[2J\u202e\x07", f"{LINE} me?[2J?"),
         ("key", f"{LINE} me", f"{LINE} me"),
         ("key", "ecdsa-sha2-nistp256 AAAAE2Vj me", "key::ecdsa-sha2-nistp256 AAAAE2Vj me"),
     ],
