@@ -107,9 +107,9 @@ PIP_INSTALL = "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-
 
 # (shiv too: what make build-shiv makes is tested.)
 venv-test: venv
-	@[ -e "$(VENV)/has-pytest-xdist" ] || { set -ex; \
-	    $(PIP_INSTALL) pytest pytest-xdist shiv; \
-	    : >"$(VENV)/has-pytest-xdist"; : >"$(VENV)/has-shiv"; }
+	@[ -e "$(VENV)/has-test-tools" ] || { set -ex; \
+	    $(PIP_INSTALL) pytest pytest-xdist pyyaml shiv; \
+	    : >"$(VENV)/has-test-tools"; : >"$(VENV)/has-shiv"; }
 
 # What only npm has: the sandbox that coding agents run commands in, and what packages a dev
 # container feature. With a Node of its own from PyPI, for Debian's npm comes in 361 packages. A

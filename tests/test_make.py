@@ -146,7 +146,7 @@ def test_of_a_program(): need("no-such-program", "its-package")
 @pytest.fixture
 def few_tests(tree: Path) -> Path:
     """The project with few tests, and with this run's own venv as make leaves one."""
-    link_venv(tree, "has-pytest-xdist")
+    link_venv(tree, "has-test-tools")
     (tree / "tests").mkdir()
     shutil.copy(ROOT / "tests" / "conftest.py", tree / "tests")
     (tree / "tests" / "test_few.py").write_text(FEW_TESTS)
