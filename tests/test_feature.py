@@ -59,7 +59,7 @@ class Image:
         return run(whole, env=env, check=False)
 
     def signs(self, proxy: Proxy, user: str = "0:0") -> bool:
-        """Is a commit that USER makes in there signed, before a start of the container and after?"""
+        """Is a commit that USER makes in there signed, before the container starts and after?"""
         ours = {"user": user, "SSH_AGENT_PROXY_URL": f"{proxy.url}/sign"}
         done = [self.run(*argv, **ours) for argv in (FIRST, START, FIRST)]
         assert not any(one.returncode for one in done), done
