@@ -165,23 +165,23 @@ read_options() {
             shift
             break
             ;;
-        -[CDEFIKMNOPRVYZabfmnrstwz]) # those with a value
+        -[CDEFIMNOPRVYZabfmnrstwz]) # those with a value
             [ $# -gt 1 ] || refuse "$1 lacks its value" ''
             take_option "$1" "${2-}"
             [ $# -eq 1 ] || shift
             ;;
-        -[CDEFIKMNOPRVYZabfmnrstwz]*) # glued to it
+        -[CDEFIMNOPRVYZabfmnrstwz]*) # glued to it
             shift
             set -- "$letter" "$rest" ${1+"$@"}
             continue
             ;;
-        -[!-][!-]*) # more of them
+        -[qvU]) ;; # nothing is said anyway, and it is always an agent that signs
+        -? | --* | -?-*) refuse "there is no signing with " "$1" ;;
+        -?*) # more of them (by ?, for to mksh [!-] is a byte, and would be met for ever)
             shift
             set -- "$letter" "-$rest" ${1+"$@"}
             continue
             ;;
-        -[qvU]) ;; # nothing is said anyway, and it is always an agent that signs
-        -?*) refuse "there is no signing with " "$1" ;;
         *) break ;;
         esac
         shift
