@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import os
 import random
@@ -482,6 +483,7 @@ BLOCKS = [
 ]
 
 
+@functools.cache
 def openssh() -> int:
     """The number of the ssh-keygen here, which has no option of its own that tells it."""
     said = run(["ssh", "-V"]).stderr.decode()
