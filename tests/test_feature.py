@@ -48,17 +48,18 @@ class Image:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target)
 
-    def run(self, *argv: str, user: str = "0:0", **env: Any) -> Any:
+    def run(self, *argv: str, user: str = "", **env: Any) -> Any:
         script = 'cd "$1"; mount --rbind /dev dev; mount -t proc proc proc; shift; exec chroot "$@"'
         apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
         apart += ["--user", "--map-root-user"] if os.geteuid() else []
         env = {**clean_env(self.root / "tmp/home"), "HOME": "/tmp", "TMPDIR": "/tmp", **env}
         env["PATH"] = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
         del env["GIT_CONFIG_NOSYSTEM"]
-        whole = [*apart, "sh", "-euc", script, "-", self.root, f"--userspec={user}", ".", *argv]
+        apart += ["sh", "-euc", script, "-", str(self.root)]
+        whole = [*apart, *([f"--userspec={user}"] if user else []), ".", *argv]
         return run(whole, env=env, check=False)
 
-    def signs(self, proxy: Proxy, user: str = "0:0") -> bool:
+    def signs(self, proxy: Proxy, user: str = "") -> bool:
         """Is a commit that USER makes in there signed, before the container starts and after?"""
         ours = {"user": user, "SSH_AGENT_PROXY_URL": f"{proxy.url}/sign"}
         done = [self.run(*argv, **ours) for argv in (FIRST, START, FIRST)]
