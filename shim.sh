@@ -907,14 +907,12 @@ accept_key() {
     chosen=yes
     case ${wanted#* } in
     "$NOBODY") wanted='' nobody=yes ;;
-    "$ANYBODY") refuse_key ;;
-    esac
-}
-
-refuse_key() {
-    show "$source"
-    die "the key in ${shown:-user.signingkey} is 32 zero bytes, for which anyone can forge a \
+    "$ANYBODY")
+        show "$source"
+        die "the key in ${shown:-user.signingkey} is 32 zero bytes, for which anyone can forge a \
 signature: take it out of there, and out of every file of allowed signers"
+        ;;
+    esac
 }
 
 look_for_key() {
@@ -1075,15 +1073,13 @@ look_at_refusal() {
 
 # Says with a refusal which key it was that was asked for; git's own file of it is gone by then.
 name_key() {
-    case $answered in
-    403 | 404) ;;
-    *) return 0 ;;
-    esac
-    if is_ours && [ -n "$wanted" ] && [ -n "$source" ] &&
-        ! is_gits_own "$source" .git_signing_key_tmp; then
+    case $server:$answered:$wanted in
+    ssh-agent-proxy/*:40[34]:?*)
         show "$source"
-        problem="$problem (asked for the key in $shown)"
-    fi
+        [ -z "$shown" ] || is_gits_own "$source" .git_signing_key_tmp ||
+            problem="$problem (asked for the key in $shown)"
+        ;;
+    esac
 }
 
 is_ours() {
@@ -1152,7 +1148,7 @@ is_busy() {
     if [ "$waited" -ge "$ANNOUNCE_SECONDS" ]; then
         ANNOUNCE_SECONDS=0 # now, and
         start_timer
-        ANNOUNCE_SECONDS=$BUSY_SECONDS # not again while it is waited for
+        ANNOUNCE_SECONDS=$BUSY_SECONDS # not again
     fi
     job_ends
     stop_timer
