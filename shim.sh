@@ -6,6 +6,7 @@ trap 'printf "ssh-agent-proxy-sign: this file is cut short: fetch it again\n" >&
 #   -Y sign ...     asks ssh-agent-proxy for the signature, over HTTP or its Unix socket
 #   pubkey [PATH]   prints the public key that signs, or writes it to PATH
 #   key             prints it for git's gpg.ssh.defaultKeyCommand
+#   setup           sets git up, and says whether the next commit will be signed
 #   anything else   is handed to the real ssh-keygen
 #
 # The straight way of -Y sign stands first: once it has signed, the shell reads no further. What
@@ -687,6 +688,7 @@ main() {
     case ${1-} in
     pubkey) shift && pubkey ${1+"$@"} ;;
     key) shift && key ${1+"$@"} ;;
+    setup) shift && setup ${1+"$@"} ;;
     *)
         [ "$operation" = sign ] || hand_over "$@"
         mend "$@"
@@ -1487,6 +1489,686 @@ key() {
     ssh-*) print_key "$fetched" ;;
     *) print_key "key::$fetched" ;;
     esac
+}
+
+# --- setup ------------------------------------------------------------------------------------
+
+# What git is told stands in a file of our own, which git's file names in its last lines: so that
+# nothing of anyone's is replaced. What a repository's configuration names is never run or trusted.
+
+MARK="# $PROGRAM setup"
+TAB=$(printf '\t')
+OWN_PATH="${TAB}path = ~/.config/ssh-agent-proxy/gitconfig"
+EVERYWHERE='gitdir:**' # in [include] the next `git config --global include.path` would replace it
+WITH_REMOTE='hasconfig:remote.*.url:**'
+PACKAGES='openssh-client (Debian, Ubuntu), openssh (Fedora, Arch) or openssh-keygen (Alpine)'
+PLACES='docs/containers.md#where-gitconfig-cant-be-written'
+
+setup() {
+    read_setup_options ${1+"$@"}
+    set_out
+    scratch=$(make_temporary -d "${TMPDIR:-/tmp}/$PROGRAM.XXXXXX") ||
+        stop "no folder can be made in ${TMPDIR:-/tmp}: set TMPDIR to one that can be written"
+    scratch=$(cd "$scratch" && pwd)
+    find_files
+    [ -z "$undo" ] || undo_setup
+    find_program
+    find_git
+    find_identity
+    make_repository
+    read_values
+    [ -n "$unwritable" ] || write_settings
+    find_what_wins
+    obtain_key
+    judge_key
+    case $trusted:$written$sign_anyway in
+    ?*:) ;;
+    *) prove ;;
+    esac
+    give_verdict
+}
+
+read_setup_options() {
+    undo='' remote_only='' sign_anyway='' to_trust='' written='' unverified='' condition=$EVERYWHERE
+    set -- ${1+"$@"} ''
+    while [ $# -gt 1 ]; do
+        case $1:$2 in
+        --undo:*) undo=yes ;;
+        --remote-only:*) remote_only=yes ;;
+        --sign:*) sign_anyway=yes ;;
+        --trust:SHA256:???????????????????????????????????????????)
+            to_trust=$2
+            shift
+            ;;
+        *)
+            show "$1"
+            say "setup does not take $shown; it takes [--remote-only] [--trust SHA256:...] [--sign], \
+or --undo"
+            trap - EXIT
+            exit 2
+            ;;
+        esac
+        shift
+    done
+}
+
+tell() {
+    printf '%s\n' "$1" || :
+}
+
+stop() {
+    tell "FAIL $1"
+    clean_up
+    trap - EXIT HUP INT TERM
+    exit 1
+}
+
+# The settings stay, and with them a commit fails as long as it can't be signed.
+stop_signing() {
+    tell "FAIL $1"
+    stop "git commits nothing until that is mended; then run \`$PROGRAM setup\` again"
+}
+
+# --- setup: who runs it, and where -------------------------------------------------------------
+
+# $config: git's file, as `git config --global` finds it; $other_config: which git reads as well.
+# $own: the folder of ours; $unwritable: why they can't be written.
+find_files() {
+    unwritable='' own=${HOME:-}/.config/ssh-agent-proxy
+    config=${GIT_CONFIG_GLOBAL-${HOME:-}/.gitconfig} other_config=''
+    if [ -z "${GIT_CONFIG_GLOBAL+set}" ]; then
+        other_config=${XDG_CONFIG_HOME:-${HOME:-}/.config}/git/config
+        if [ ! -e "$config" ] && [ -e "$other_config" ]; then
+            other_config=$config
+            config=${XDG_CONFIG_HOME:-$HOME/.config}/git/config
+        fi
+    fi
+    show "${HOME:-}"
+    case ${HOME:-} in
+    '') unwritable="HOME is not set" ;;
+    [!/]*) unwritable="HOME is $shown, which is not the whole path of a folder" ;;
+    *) [ -d "$HOME" ] || unwritable="HOME is $shown, and that is no folder here" ;;
+    esac
+    if [ -z "$unwritable" ]; then
+        can_be_written "$config" && can_be_written "$own/gitconfig" || unwritable=$problem
+    fi
+}
+
+# Can file $1 be written, or made?
+can_be_written() {
+    show "$1"
+    nearest=$1
+    until [ -e "$nearest" ] || [ -L "$nearest" ] || [ -z "$nearest" ]; do
+        nearest=${nearest%/*}
+    done
+    if [ "$nearest" = "$1" ]; then
+        [ -f "$1" ] || fail "$shown is no regular file" || return
+        { true >>"$1"; } 2>/dev/null || fail "$shown cannot be written"
+    else
+        [ -w "$nearest/" ] || fail "$shown cannot be made"
+    fi
+}
+
+# $program: this very file, by the path it was called by, for git to run from anywhere.
+find_program() {
+    case $0 in
+    /*) program=$0 ;;
+    */* | *.sh | "$PROGRAM"*) program=$PWD/${0#./} ;;
+    *) program='' ;; # a shell's name
+    esac
+    is_shim "$program" ||
+        stop "git needs this program as a file: save it as ~/.local/bin/$PROGRAM, and run that"
+    quote "$program"
+    [ -x "$program" ] || stop "$shown is not executable: chmod +x $quoted"
+}
+
+# $quoted: $1 as one word for a shell, and for git, which splits its key command likewise.
+quote() {
+    show "$1"
+    quoted='' rest=$1
+    while :; do
+        case $rest in
+        *"'"*) quoted="$quoted${rest%%"'"*}'\\''" ;;
+        *) break ;;
+        esac
+        rest=${rest#*"'"}
+    done
+    quoted="'$quoted$rest'"
+}
+
+forget_repository() {
+    unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_PREFIX \
+        GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_NAMESPACE GIT_CONFIG GIT_CEILING_DIRECTORIES \
+        GIT_GRAFT_FILE GIT_SHALLOW_FILE GIT_REPLACE_REF_BASE GIT_DEFAULT_HASH || :
+}
+
+# git outside any repository, in an empty one of ours, and where the caller stands.
+outside() (
+    forget_repository
+    cd / && export GIT_DIR=/dev/null && exec git "$@" 2>"$scratch/error"
+)
+inside() (
+    forget_repository
+    cd "$scratch/repository" && exec git -c core.hooksPath=/dev/null -c core.fsmonitor=false \
+        -c gc.auto=0 -c maintenance.auto=false -c log.showSignature=false "$@" 2>"$scratch/error"
+)
+here() (
+    unset GIT_CONFIG || : # it would count for `git config` alone
+    exec git "$@" 2>"$scratch/error"
+)
+
+# $reason, $shown: the first line of the shim's in what git said, or git's first one.
+read_error() {
+    reason=''
+    while IFS= read -r line || [ -n "$line" ]; do
+        case $line in
+        *"$PROGRAM: "*) reason=${line#*"$PROGRAM: "} && break ;;
+        ?*) reason=${reason:-${line#*: }} ;;
+        esac
+        line=''
+    done <"$scratch/error"
+    show "$reason"
+}
+
+# $version.
+find_git() {
+    outcome=0
+    version=$(outside version) || outcome=$?
+    read_error
+    case $outcome:$version in
+    0:git\ version\ [0-9]*) ;;
+    12[67]:*) stop "git is not installed, or not on the path: its package is called git" ;;
+    *) stop "git does not run: $shown" ;;
+    esac
+    version=${version#git version }
+    version=${version%%[!0-9.]*}
+    ! is_older 2 34 || stop "git $version cannot sign with SSH keys well: it takes 2.34 or newer"
+}
+
+# Is git older than version $1.$2.$3?
+is_older() {
+    rest=$version.0.0.
+    for part; do
+        number=${rest%%.*}
+        number=${number#0} # of 08, which to some shells is a wrong octal number
+        rest=${rest#*.}
+        [ "${number:-0}" -eq "$part" ] || break
+    done
+    [ "${number:-0}" -lt "$part" ]
+}
+
+# $email, as git would use it outside a repository; one that it makes up is none.
+find_identity() {
+    set -- -c user.name=x
+    [ -n "${EMAIL:-}" ] || set -- "$@" -c user.useConfigOnly=true
+    identity=$(outside "$@" var GIT_COMMITTER_IDENT) || {
+        read_error
+        stop "git has no mail address for you ($shown): git config --global user.email YOU@EXAMPLE.COM"
+    }
+    email=${identity%>*}
+    email=${email##*<}
+    show "$email"
+    case $email in
+    *@*@* | *[!][A-Za-z0-9._%+=/"'"@-]*) ;;
+    ?*@?*) email_is_good=yes ;;
+    esac
+    [ -n "${email_is_good-}" ] ||
+        stop "the mail address '$shown' cannot stand in a file of allowed signers: \
+git config --global user.email YOU@EXAMPLE.COM"
+    for ident in GIT_COMMITTER_IDENT GIT_AUTHOR_IDENT; do
+        outside var "$ident" >/dev/null || {
+            read_error
+            stop "git has no name for you ($shown): git config --global user.name 'YOUR NAME'"
+        }
+    done
+}
+
+make_repository() {
+    (
+        forget_repository
+        cd "$scratch" && exec git init -q --template= repository 2>"$scratch/error"
+    ) || {
+        read_error
+        stop "git cannot make a repository in ${TMPDIR:-/tmp}: $shown"
+    }
+    inside config remote.origin.url https://never-asked.invalid/
+}
+
+# --- setup: what is set, and what is written ---------------------------------------------------
+
+# get WHERE KEY [--bool or --path]: $value, fit to be shown in $shown, and $from, where it is set.
+get() {
+    value='' shown='' from=''
+    found=$("$1" config --show-origin ${3:+"$3"} --get "$2") || return 1
+    value=${found#*"$TAB"}
+    show "${found%%"$TAB"*}"
+    from=$shown
+    show "$value"
+}
+
+# What git is told outside repositories, where our lines do not count: $their_key, when it can be
+# used; $key_file, one of ours, when not; $signers; and $overridden.
+read_values() {
+    overridden='' their_key='' key_file='' signers=$own/allowed_signers
+    override gpg.format ssh
+    override gpg.ssh.program "$program"
+    override gpg.ssh.defaultKeyCommand ''
+    override commit.gpgsign true
+    if get outside user.signingkey && ! find_their_key; then
+        key_file=$own/key.pub
+        override user.signingkey ''
+    fi
+    ! get outside gpg.ssh.allowedSignersFile --path || case $value in
+    "$signers") ;;
+    /*)
+        if [ -f "$value" ] && [ -r "$value" ]; then
+            signers=$value
+        else
+            override gpg.ssh.allowedSignersFile ''
+        fi
+        ;;
+    *) override gpg.ssh.allowedSignersFile '' ;;
+    esac
+}
+
+# Adds what file sets $1 otherwise than to $2.
+override() {
+    get outside "$1" || return 0
+    case $from:$value in
+    "command line:"* | *":$2" | *"$PROGRAM"*) ;;
+    *) overridden="$overridden${overridden:+; }$1 = '$shown' ($from)" ;;
+    esac
+}
+
+# $their_key: that of user.signingkey $value. A path that depends on the folder is none.
+find_their_key() {
+    stated=$value
+    case $value in
+    [~]/*) stated=$HOME/${value#??} ;;
+    esac
+    case $stated in
+    /*) read_key "$stated" || read_key "$stated.pub" ;;
+    *) is_key "$stated" ;;
+    esac || return
+    their_key=$wanted wanted=''
+    case ${their_key#* } in
+    "$NOBODY" | "$ANYBODY") their_key='' ;;
+    esac
+    [ -n "$their_key" ]
+}
+
+# Everything that is written before the proof.
+write_settings() {
+    present=''
+    find_lines "$config"
+    find_lines "$other_config"
+    choose_condition
+    write_own_file
+    [ -n "$present" ] || append_lines || {
+        rm -f -- "$own/gitconfig"
+        rmdir -- "$own" 2>/dev/null || :
+        stop "$shown cannot be written: what to do there is in $PLACES"
+    }
+    show "$config"
+    tell "ok   git's settings are in ~/.config/ssh-agent-proxy/gitconfig, which $shown includes"
+    [ -z "$overridden" ] || tell "warn it overrides $overridden"
+    tags="git tag -m and -s sign, -a does not"
+    if is_older 2 43 2; then
+        tell "warn tags: $tags; when signing fails, git $version makes the tag all the same, \
+unsigned: 2.43.2 does not"
+    elif [ -n "$written" ]; then
+        tell "ok   tags: $tags"
+    fi
+}
+
+# $present: the condition of our lines in file $1, if they stand there.
+find_lines() {
+    above=''
+    [ -f "$1" ] || return 0
+    while IFS= read -r line || [ -n "$line" ]; do
+        case $above$line in
+        '[includeIf "'*"\"]$OWN_PATH")
+            present=${above#*'"'}
+            present=${present%'"'*}
+            ;;
+        esac
+        above=$line
+        line=''
+    done <"$1"
+}
+
+choose_condition() {
+    condition=${present:-$EVERYWHERE}
+    [ -z "$remote_only" ] || condition=$WITH_REMOTE
+    case $present in
+    '' | "$condition") ;;
+    *) stop "git signs in every repository by now: run \`$PROGRAM setup --undo\` first" ;;
+    esac
+    [ "$condition" = "$WITH_REMOTE" ] || return 0
+    ! is_older 2 36 || stop "--remote-only takes git 2.36 or newer, and this is $version"
+    if get outside commit.gpgsign --bool && [ "$value" = true ]; then
+        tell_cure "commit.gpgsign is true, so that git signs without a remote too" commit.gpgsign
+        stop "nothing was written: mend that first"
+    fi
+}
+
+write_own_file() {
+    quote "$program"
+    set -- gpg.format ssh gpg.ssh.program "$program" gpg.ssh.defaultKeyCommand "$quoted key" \
+        commit.gpgsign true tag.forceSignAnnotated true ${key_file:+user.signingkey "$key_file"}
+    [ "$signers" != "$own/allowed_signers" ] || set -- "$@" gpg.ssh.allowedSignersFile "$signers"
+    printf '%s\n' "# written by $PROGRAM setup, which takes it away again with --undo" \
+        >"$scratch/gitconfig"
+    while [ $# -gt 0 ]; do
+        outside config --file "$scratch/gitconfig" "$1" "$2"
+        shift 2
+    done
+    keep gitconfig "$(cat "$scratch/gitconfig")" || {
+        rmdir -- "$own" 2>/dev/null || :
+        show "$own"
+        stop "$shown cannot be written: what to do there is in $PLACES"
+    }
+}
+
+# Writes $2 and a line end to file $1 of ours, where that is not what it holds.
+keep() {
+    [ "$(cat "$own/$1" 2>/dev/null)" != "$2" ] || return 0
+    write_key "$own/$1" "$2" && written=yes
+}
+
+append_lines() {
+    written=yes
+    text="$MARK${NEWLINE}[includeIf \"$condition\"]$NEWLINE$OWN_PATH"
+    if ends_in_a_line "$config"; then
+        text=$NEWLINE$text # and no line end, by which --undo knows it
+    else
+        text=$text$NEWLINE
+    fi
+    show "$config"
+    { printf '%s' "$text" >>"$config"; } 2>/dev/null
+}
+
+# Does the last line of file $1 lack its end?
+ends_in_a_line() {
+    [ -n "$(tail -c 1 "$1" 2>/dev/null)" ]
+}
+
+# --- setup: what wins over it ------------------------------------------------------------------
+
+failed='' # not empty: a FAIL was told
+
+# expect WHERE KEY VALUE [--bool]
+expect() {
+    get "$1" "$2" ${4:+"$4"} || get "$1" "$2" || :
+    if [ "$value" != "$3" ]; then
+        tell_cure "$2 is ${shown:-not set}" "$2"
+        failed=yes
+    fi
+}
+
+# Of setting $2, $from where it stands, and what $1 says of it.
+tell_cure() {
+    cure="git config --local --unset-all $2"
+    case $from in
+    "command line:"*) cure="take it out of GIT_CONFIG_COUNT or GIT_CONFIG_PARAMETERS in this shell" ;;
+    file:/*)
+        quote "${from#file:}"
+        cure="git config --file $quoted --unset-all $2"
+        ;;
+    file:*config.worktree) cure="git config --worktree --unset-all $2" ;;
+    esac
+    tell "FAIL $1 ($from): $cure"
+}
+
+find_what_wins() {
+    if [ -n "$unwritable" ]; then
+        get inside gpg.format || :
+        is_set=$value
+        get inside commit.gpgsign --bool || :
+        [ "$is_set:$value" = ssh:true ] || stop "$unwritable: what to do there is in $PLACES"
+    fi
+    get inside gpg.ssh.program || :
+    case $value in
+    /* | [!/]*[!/]*) ! is_shim "$(command -v "$value")" || program=$value ;; # however it is spelled
+    esac
+    expect inside gpg.format ssh
+    expect inside gpg.ssh.program "$program"
+    expect inside commit.gpgsign true --bool
+    [ -z "$failed" ] || stop "the next commit will not be signed until that is mended"
+    look_here
+}
+
+# What this repository sets otherwise: a key or signers of its own are its own affair.
+look_here() {
+    differing=''
+    if ! here rev-parse --git-dir >/dev/null; then
+        words=$(cat "$scratch/error")
+        read_error
+        case $words in
+        *"not a git repository"*) return 0 ;;
+        *"safe.directory "*)
+            words=${words##*safe.directory }
+            show "${words%%"$NEWLINE"*}"
+            tell "FAIL git refuses this repository, which is another user's; if you trust it: \
+git config --global --add safe.directory $shown"
+            ;;
+        *) tell "FAIL git cannot use this repository: $shown" ;;
+        esac
+        failed=yes
+        return
+    fi
+    [ "$condition" = "$EVERYWHERE" ] || here config --get-regexp '^remote\..*\.url$' >/dev/null ||
+        return 0
+    expect here gpg.format ssh
+    expect here gpg.ssh.program "$program"
+    expect here commit.gpgsign true --bool
+    for setting in user.signingkey gpg.ssh.defaultKeyCommand gpg.ssh.allowedSignersFile; do
+        get inside "$setting" || :
+        expected=$value
+        get here "$setting" || continue
+        [ "$value" != "$expected" ] || continue
+        differing="$differing${differing:+; }$setting = '$shown' ($from)"
+    done
+}
+
+# --- setup: the key, whom to trust, and the proof ----------------------------------------------
+
+# $signing_key, with its comment $whole_key, and its $fingerprint.
+obtain_key() {
+    ssh_keygen=''
+    ! find_ssh_keygen || ssh_keygen=$found
+    prepare_to_ask || stop_signing "$problem"
+    signing_key=$found whole_key=$fetched
+    if [ -n "$their_key" ] && [ "$their_key" != "$found" ]; then
+        signing_key=$their_key whole_key=$their_key
+        ask_again=ask_for_their_key
+        ask_for_their_key
+        settle || stop_signing "user.signingkey names a key that does not sign: $problem"
+    fi
+    case $signing_key in
+    ssh-*) ;;
+    *)
+        [ -n "$their_key$key_file" ] || ! is_older 2 35 || stop_signing "git $version can be given \
+a key of type ${signing_key%% *} in a file only: $PROGRAM pubkey ~/.ssh/signing.pub && \
+git config --global user.signingkey ~/.ssh/signing.pub"
+        ;;
+    esac
+    find_fingerprint "$signing_key"
+    if [ -n "$to_trust" ] && [ "$to_trust" != "$fingerprint" ]; then
+        stop "the key that signs is $fingerprint, and --trust names another: $to_trust"
+    fi
+    [ -n "$unwritable" ] || [ -z "${SSH_AGENT_PROXY_URL:-}" ] || keep url "$SSH_AGENT_PROXY_URL" ||
+        stop "$own/url cannot be written: what to do there is in $PLACES"
+}
+
+ask_for_their_key() {
+    ask "$pubkey_url" /publickey -H "SSHSIG-Key: $their_key"
+}
+
+# $fingerprint of key $1, as ssh-keygen tells it, or else the key itself.
+find_fingerprint() {
+    fingerprint=$1
+    printf '%s\n' "$1" >"$scratch/key.pub"
+    if [ -n "$ssh_keygen" ]; then
+        fingerprint=$("$ssh_keygen" -lf "$scratch/key.pub" 2>/dev/null) || :
+        fingerprint=${fingerprint#* }
+        fingerprint=${fingerprint%% *}
+    elif { printf '%s\n' "${1#* }" | base64 -d >"$scratch/blob"; } 2>/dev/null &&
+        sum=$(sha256sum <"$scratch/blob" 2>/dev/null); then
+        sum=${sum%% *} octal=''
+        while [ -n "$sum" ]; do
+            octal=$octal\\$(printf '%03o' "0x${sum%"${sum#??}"}")
+            sum=${sum#??}
+        done
+        # shellcheck disable=SC2059 # the bytes
+        fingerprint=$(printf "$octal" | base64)
+        fingerprint=SHA256:${fingerprint%=}
+    fi
+}
+
+# $trusted: not empty where the key stands in the file of signers for $email.
+judge_key() {
+    trusted='' rival='' more=yes
+    trust_line="$email namespaces=\"git\" $signing_key"
+    [ -r "$signers" ] && [ ! -d "$signers" ] || return 0
+    while [ -n "$more" ]; do
+        read -r who option word blob rest || more=''
+        case "$signers|$who $option $word $blob $rest" in
+        *'|#'*) ;;
+        *"|$trust_line "*) trusted=yes ;;
+        "$own"/*"|$email $option $signing_key"*) ;; # on other terms
+        "$own"/*"|$email "*) ! take_key "$option" "$word" && ! take_key "$word" "$blob" || rival=$wanted ;;
+        "$own"/*) ;;
+        *" $signing_key"*) trusted=yes ;;
+        esac
+    done <"$signers"
+    wanted=''
+    [ -z "$trusted" ] && [ -z "$to_trust" ] && [ -n "$rival" ] && [ "$rival" != "$signing_key" ] ||
+        return 0
+    new=$fingerprint
+    find_fingerprint "$rival"
+    tell "FAIL the proxy signs with $new, but the key that is trusted for $email is $fingerprint"
+    stop "either the key was changed, or somebody else is at the proxy's address: where \
+\`ssh-agent-proxy check\` on the host shows the new fingerprint, add it by setup --trust FINGERPRINT"
+}
+
+prove() {
+    inside commit -q --allow-empty --no-verify -m "$PROGRAM setup" || {
+        read_error
+        stop_signing "$shown"
+    }
+    if [ -z "$ssh_keygen" ]; then
+        case $(inside cat-file commit HEAD) in
+        *"$BEGIN"*) ;;
+        *) stop "git made a commit without a signature: look at git config --show-origin --list" ;;
+        esac
+        unverified="ssh-keygen is not installed: it comes in the package $PACKAGES"
+        trust "$MARK: signed, and not verified"
+        return
+    fi
+    printf '%s\n' "$trust_line" >"$scratch/signers"
+    is_good -c gpg.ssh.allowedSignersFile="$scratch/signers" ||
+        stop_signing "the signature does not verify as one of the key $fingerprint"
+    trust
+    is_good || case $unwritable:$signers in
+    :"$own"/*) stop "git does not verify by ~/.config/ssh-agent-proxy/allowed_signers: $shown" ;;
+    :*)
+        show "$signers"
+        tell "FAIL $shown (gpg.ssh.allowedSignersFile) lacks this line: $trust_line"
+        stop "commits are signed, but do not verify here until that line is in it"
+        ;;
+    *) unverified="git has no file of allowed signers that holds this key" ;;
+    esac
+}
+
+# Does git find the commit of the proof well signed?
+is_good() {
+    verdict=$(inside "$@" log -1 --format=%G?) || :
+    read_error
+    [ "$verdict" = G ]
+}
+
+# trust [COMMENT]: adds the key to the file of signers, where that is ours.
+trust() {
+    [ -z "$unwritable$trusted" ] && [ "$signers" = "$own/allowed_signers" ] || return 0
+    text=${1:+"$1$NEWLINE"}$trust_line$NEWLINE
+    ! ends_in_a_line "$signers" || text=$NEWLINE$text
+    { printf '%s' "$text" >>"$signers"; } 2>/dev/null || stop "$signers cannot be written"
+}
+
+give_verdict() {
+    relied="${SSH_AGENT_PROXY_TOKEN:+ SSH_AGENT_PROXY_TOKEN}${SSH_AGENT_PROXY_TOKEN_FILE:+ \
+SSH_AGENT_PROXY_TOKEN_FILE}${SSH_AGENT_PROXY_PUBKEY_URL:+ \
+SSH_AGENT_PROXY_PUBKEY_URL}${SSH_AGENT_PROXY_CURL:+ SSH_AGENT_PROXY_CURL}"
+    [ -z "$relied" ] || tell "warn this relies on$relied of this shell, which git lacks elsewhere (a \
+token is kept in ~/.config/ssh-agent-proxy/token, mode 0600)"
+    [ -z "$differing" ] || tell "warn this repository has its own $differing"
+    tell "ok   $fingerprint signs for $email"
+    [ -z "$failed" ] || stop "the next commit in this repository will not be signed until that is mended"
+    tell "todo compare: \`ssh-agent-proxy check\` on the host must show $fingerprint"
+    tell "todo register this line as a signing key where your commits are shown: $whole_key"
+    where=''
+    [ "$condition" = "$EVERYWHERE" ] || where=' in a repository that has a remote'
+    [ -z "$differing" ] || where="$where, outside this one"
+    if [ -n "$unverified" ]; then
+        tell "ok   signs; not verified here: $unverified"
+    else
+        tell "ok   the next commit$where will be signed, and verify"
+    fi
+}
+
+# --- setup: taking it away ---------------------------------------------------------------------
+
+undo_setup() {
+    case ${HOME:-} in
+    /*) ;;
+    *) stop "$unwritable" ;;
+    esac
+    take_lines_away "$config"
+    take_lines_away "$other_config"
+    ! read_key "$own/key.pub" || [ -z "$marked" ] || rm -f -- "$own/key.pub"
+    rm -f -- "$own/gitconfig" "$own/url"
+    if [ -f "$own/allowed_signers" ]; then
+        sed -e "/^$MARK: /d" -e '/^[^ #]* namespaces="git" [^ ]* [^ ]*$/d' \
+            "$own/allowed_signers" >"$scratch/left"
+        if [ ! -s "$scratch/left" ]; then
+            rm -f -- "$own/allowed_signers"
+        elif ! cmp -s "$scratch/left" "$own/allowed_signers"; then
+            cat "$scratch/left" >"$own/allowed_signers"
+        fi
+    fi
+    rmdir -- "$own" "$HOME/.config" 2>/dev/null || :
+    [ ! -e "$own/gitconfig" ] || stop "$own/gitconfig cannot be removed"
+    now="signs no commit by itself"
+    ! get outside commit.gpgsign --bool || [ "$value" != true ] ||
+        now="signs as its own settings say (commit.gpgsign = true, $from)"
+    tell "ok   undone: git $now now"
+    finish
+}
+
+take_lines_away() {
+    present=''
+    find_lines "$1"
+    [ -n "$present" ] || return 0
+    show "$1"
+    stated="${TAB}path = ~\\/\\.config\\/ssh-agent-proxy\\/gitconfig"
+    sed "/^$MARK\$/{N;N;/\\n\\[includeIf \"[^\"]*\"\\]\\n$stated\$/d;}" "$1" >"$scratch/whole"
+    cp -- "$scratch/whole" "$scratch/left"
+    if ends_in_a_line "$1" && [ "$(tail -n 1 "$1")" = "$OWN_PATH" ]; then # see append_lines
+        head -c $(($(wc -c <"$scratch/whole") - 1)) "$scratch/whole" >"$scratch/left"
+    fi
+    fresh=$(make_temporary "$1.XXXXXX") || stop "$shown cannot be replaced: is its folder writable?"
+    cp -p -- "$1" "$fresh"
+    if [ -s "$scratch/left" ] || [ -L "$1" ] || ! rm -f -- "$1" 2>/dev/null; then
+        if [ -L "$1" ] || ! { cat "$scratch/left" >"$fresh" && mv -f -- "$fresh" "$1"; } 2>/dev/null; then
+            cat "$scratch/left" >"$1" # it is a link or mounted; $fresh is a copy for so long
+        fi
+    fi
+    rm -f -- "$fresh"
+    fresh=''
+    present=''
+    find_lines "$1"
+    [ -z "$present" ] || stop "$shown still includes ~/.config/ssh-agent-proxy/gitconfig: take that out by hand"
 }
 
 # In braces, without the last of which nothing is run.
