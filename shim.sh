@@ -811,11 +811,11 @@ check_request() {
         die "$refused$shown"
     fi
     show "$namespace"
+    [ ${#namespace} -le 255 ] || namespace=''
     case $namespace in
-    '') die "-n names no namespace" ;;
-    *[!!-~]* | *,*) die "namespace $shown: only printable ASCII without blank and comma" ;;
+    '' | *[!!-~]* | *,*) die "-n '$shown': a namespace has 1 to 255 printable ASCII characters, \
+and no blank or comma among them" ;;
     esac
-    [ ${#namespace} -le 255 ] || die "the namespace is longer than 255 characters"
     show "${hash%:}"
     case $hash in
     '' | sha256: | sha512:) ;;
@@ -842,17 +842,13 @@ prepare_anyway() {
     done
 }
 
-# What is wrong with URL $2, which stands in $1.
+# URL $2, which stands in $1, is none; a password in it is not repeated.
 explain_url() {
     show "$2"
     case $2 in
-    '') fail "$1 holds no URL that can be read" ;;
-    unix:*) fail "$1 is $shown: the path after unix: must begin with /" ;;
-    http://*@* | https://*@*) fail "$1 must not carry a user name or password" ;;
-    *[!][A-Za-z0-9:/._~%+,=-]*) fail "$1 is $shown: that is no URL of a proxy" ;;
-    http://* | https://*) fail "$1 is $shown: it must name a path, such as /sign" ;;
-    *) fail "$1 is $shown: it must begin with http:// or https:// or unix:/" ;;
+    '' | *@*) shown='empty, or with a user name' ;;
     esac
+    fail "$1 is $shown: it must be http://HOST:PORT/sign, https://HOST/sign or unix:/PATH"
 }
 
 explain_token() {
@@ -938,11 +934,9 @@ look_for_key() {
 public key that is needed there, the private one stays with the agent"
     fi
     case $key in
-    key::* | *' AAAA'*) die "user.signingkey is $shown, which is no public key of a known type" ;;
     /*) ;;
-    */*) die "user.signingkey is $shown, which is no file with a public key (one is fetched only \
-to a path that begins with / or ~/)" ;;
-    *) die "user.signingkey is $shown, which is no file with a public key" ;;
+    *) die "user.signingkey is $shown, which is no public key of a known type, and no file with one \
+(one is fetched only to a path that begins with / or ~/)" ;;
     esac
     source=${key%.pub}.pub
     fetch_key || die "$problem"
@@ -984,20 +978,11 @@ fetch_key() {
 $body
 END_OF_BODY
     case $body in
-    *"$NEWLINE"?*) word='' ;; # it is one line
+    *"$NEWLINE"?* | *"$NOBODY"* | *"$ANYBODY"*) word='' ;; # it is one line, and somebody's
     esac
-    if ! take_key "$word" "$blob"; then
-        fail "$shown answered 200 without a public key"
-        return 1
-    fi
+    take_key "$word" "$blob" || fail "$shown answered 200 without a public key" || return
     found=$wanted
     wanted=$asked_for
-    case ${found#* } in
-    "$NOBODY" | "$ANYBODY")
-        fail "$shown answered with a key that nobody can have: that is not ssh-agent-proxy"
-        return 1
-        ;;
-    esac
     fetched=$found
     show "$rest"
     [ -z "$shown" ] || fetched="$found $shown"
@@ -1015,18 +1000,15 @@ ask_for_key() {
 # $pubkey_url, checked.
 find_pubkey_url() {
     pubkey_url=${SSH_AGENT_PROXY_PUBKEY_URL:-}
-    if [ -n "$pubkey_url" ]; then
-        is_url "$pubkey_url" || explain_url SSH_AGENT_PROXY_PUBKEY_URL "$pubkey_url"
-        return
-    fi
-    case $sign_url in
-    unix:*) pubkey_url=$sign_url ;;
-    */sign) pubkey_url=${sign_url%sign}publickey ;;
-    *)
+    case $pubkey_url:$sign_url in
+    :unix:*) pubkey_url=$sign_url ;;
+    :*/sign) pubkey_url=${sign_url%sign}publickey ;;
+    :*)
         show "$named_in"
         fail "$shown is $sign_url, which does not end in /sign: set SSH_AGENT_PROXY_PUBKEY_URL to \
 where the public key is"
         ;;
+    *) is_url "$pubkey_url" || explain_url SSH_AGENT_PROXY_PUBKEY_URL "$pubkey_url" ;;
     esac
 }
 
@@ -1309,11 +1291,8 @@ advise_token() {
     elif [ -n "${token:+set}" ]; then
         [ -n "$holder" ] || shown=SSH_AGENT_PROXY_TOKEN
         advice="what was sent is the one in $shown: put another there"
-    elif [ -n "${SSH_AGENT_PROXY_TOKEN_FILE:-}" ] || [ -e "$holder" ]; then
-        explain_holder || advice="$problem: put it there"
     else
-        advice="neither SSH_AGENT_PROXY_TOKEN nor SSH_AGENT_PROXY_TOKEN_FILE is set, and there is \
-no $shown here: put it into one of them"
+        explain_holder || advice="SSH_AGENT_PROXY_TOKEN is not set, and $problem"
     fi
     fail "$refusal ($advice)"
 }

@@ -156,6 +156,19 @@ def test_every_message_explained_is_one_that_is_said(page: str, heading: str) ->
             assert fragment.strip() in said, f"nobody says {fragment!r}"
 
 
+def test_every_message_of_the_shim_is_explained() -> None:
+    """With its cause and its cure: an AI agent that reads it finds what to ask its person for."""
+    words = r"(?:\b(?:die|fail|say|stop|tell|refuse)|\b(?:problem|permission|advice)=)\s*"
+    said = re.findall(words + r'"((?:[^"\\]|\\.)*)"', SHIM_SOURCE.replace("\\\n", ""))
+    told = [re.sub(r"\$\{[^}]*\}|\$\w+", "…", one).replace("\\", "") for one in said]
+    pages = [(README, "## When something fails"), (CONTAINERS, "## When something fails")]
+    rows = [cell for page, heading in pages for cell in first_cells(section(heading, page))]
+    patterns = [p for row in rows for p in row.strip("`").split("`, `")]
+    known = re.compile("|".join(".*".join(map(re.escape, p.split("…"))) for p in patterns))
+    assert len(told) > 60
+    assert [one for one in told if re.search("[a-z]{3}", one) and not known.search(one)] == []
+
+
 def test_what_landlock_is_said_to_stop_is_what_it_says() -> None:
     """The kernel decides how much of it there is, so the line itself differs."""
     (shown,) = re.findall(r"Landlock: in force \(ABI \d: (.*)\)$", PAGES[README], re.M)
