@@ -237,11 +237,12 @@ def guarded(agent_with_key: Agent) -> Iterator[Served]:
 class Liar:
     """A server that sends what it is told to, once for each connection, the last one for ever."""
 
-    def __init__(self, *answers: Union[bytes, Callable[[socket.socket], None]]) -> None:
+    def __init__(self, *answers: Any, sock: Optional[socket.socket] = None) -> None:
+        """Each is bytes, or gets the connection; SOCK may listen elsewhere."""
         self.answers = list(answers)
         self.requests: List[bytes] = []
         self.gone = threading.Event()
-        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.sock = sock or socket.create_server(("127.0.0.1", 0))
         self.port = self.sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/sign"
         self.env = {URL: self.url}
