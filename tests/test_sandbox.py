@@ -301,17 +301,16 @@ def test_nothing_is_asked_twice_and_no_argument_holds_a_secret(
 
 @pytest.mark.long
 def test_a_connection_that_hangs_is_given_five_seconds(one_shim: Shim, served: Served) -> None:
-    forward, full = Forward(served.proxy.port), socket.create_server(("127.0.0.1", 0), backlog=0)
-    leads, hangs = ("http://{}:{}".format(*s.getsockname()) for s in (forward.sock, full))
+    way, full = Forward(served.proxy.port).sock, socket.create_server(("127.0.0.1", 0), backlog=0)
+    leads, hangs = ("http://{}:{}".format(*s.getsockname()) for s in (way, full))
 
     def ask(proxy: str) -> Any:
         start = time.monotonic()
         done = t.ask(one_shim, "stdin", {URL: f"{hangs}/sign", "http_proxy": proxy})
         return done, round(time.monotonic() - start)
 
-    with contextlib.closing(forward), full, socket.create_connection(full.getsockname()):
-        with ThreadPoolExecutor() as pool:
-            led, alone, both = pool.map(ask, (leads, "", hangs))
+    with way, full, socket.create_connection(full.getsockname()), ThreadPoolExecutor() as pool:
+        led, alone, both = pool.map(ask, (leads, "", hangs))
     assert (led[0].returncode, led[1]) == (0, 5)
     assert (f"no connection to {hangs}/sign in time (5 s)" in said(alone[0]), alone[1]) == (True, 5)
     assert ("what http_proxy names" in said(both[0]), both[1]) == (True, 10)
