@@ -1388,12 +1388,14 @@ END_OF_CONFIG
 
 # --- The real ssh-keygen ----------------------------------------------------------------------
 
+PACKAGES='openssh-client (Debian, Ubuntu), openssh (Fedora, Arch) or openssh-keygen (Alpine)'
+
 hand_over() {
     if find_ssh_keygen; then
         exec "$found" "$@"
     fi
     die "ssh-keygen is not installed, and only signing is done without it: it comes in the \
-package openssh-client (Debian, Ubuntu), openssh (Fedora, Arch) or openssh-keygen (Alpine)"
+package $PACKAGES"
 }
 
 # The first ssh-keygen on the path that is not this file under its name.
@@ -1472,57 +1474,48 @@ key() {
 
 # --- setup ------------------------------------------------------------------------------------
 
-# What git is told stands in a file of our own, which git's file names in its last lines: so that
-# nothing of anyone's is replaced. What a repository's configuration names is never run or trusted.
+# What git is told stands in a file of ours, which git's own includes in its last lines: nothing of
+# anyone's is replaced. Nothing that a repository's configuration names is run, written or trusted.
 
 MARK="# $PROGRAM setup"
-TAB=$(printf '\t')
-OWN_PATH="${TAB}path = ~/.config/ssh-agent-proxy/gitconfig"
-EVERYWHERE='gitdir:**' # in [include] the next `git config --global include.path` would replace it
+INCLUDED='    path = ~/.config/ssh-agent-proxy/gitconfig'
+EVERYWHERE='gitdir:**' # a plain [include] loses its path to the next `git config include.path`
 WITH_REMOTE='hasconfig:remote.*.url:**'
-PACKAGES='openssh-client (Debian, Ubuntu), openssh (Fedora, Arch) or openssh-keygen (Alpine)'
-PLACES='docs/containers.md#where-gitconfig-cant-be-written'
+SEE='see docs/containers.md#where-gitconfig-cant-be-written'
 
 setup() {
     read_setup_options ${1+"$@"}
     set_out
     scratch=$(make_temporary -d "${TMPDIR:-/tmp}/$PROGRAM.XXXXXX") ||
-        stop "no folder can be made in ${TMPDIR:-/tmp}: set TMPDIR to one that can be written"
+        stop "no folder can be made in ${TMPDIR:-/tmp}: set TMPDIR to one that can be written to"
     scratch=$(cd "$scratch" && pwd)
     find_files
     [ -z "$undo" ] || undo_setup
     find_program
     find_git
     find_identity
-    make_repository
     read_values
-    [ -n "$unwritable" ] || write_settings
+    write_settings || unwritable=$problem
     find_what_wins
     obtain_key
     judge_key
-    case $trusted:$written$sign_anyway in
-    ?*:) ;;
-    *) prove ;;
-    esac
+    [ "$trusted:$written$to_prove" = yes: ] || prove
     give_verdict
 }
 
 read_setup_options() {
-    undo='' remote_only='' sign_anyway='' to_trust='' written='' unverified='' condition=$EVERYWHERE
-    set -- ${1+"$@"} ''
-    while [ $# -gt 1 ]; do
-        case $1:$2 in
+    undo='' remote_only='' to_prove='' to_trust='' unwritable='' unverified=''
+    while [ $# -gt 0 ]; do
+        case $1:${2-} in
         --undo:*) undo=yes ;;
         --remote-only:*) remote_only=yes ;;
-        --sign:*) sign_anyway=yes ;;
+        --sign:*) to_prove=yes ;;
         --trust:SHA256:???????????????????????????????????????????)
             to_trust=$2
             shift
             ;;
         *)
-            show "$1"
-            say "setup does not take $shown; it takes [--remote-only] [--trust SHA256:...] [--sign], \
-or --undo"
+            say "setup takes [--remote-only] [--trust SHA256:...] [--sign] or --undo, nothing else"
             trap - EXIT
             exit 2
             ;;
@@ -1542,83 +1535,40 @@ stop() {
     exit 1
 }
 
-# The settings stay, and with them a commit fails as long as it can't be signed.
+# The settings stay: with them a commit fails as long as it can't be signed.
 stop_signing() {
     tell "FAIL $1"
     stop "git commits nothing until that is mended; then run \`$PROGRAM setup\` again"
 }
 
-# --- setup: who runs it, and where -------------------------------------------------------------
-
-# $config: git's file, as `git config --global` finds it; $other_config: which git reads as well.
-# $own: the folder of ours; $unwritable: why they can't be written.
+# $config: what `git config --global` writes to; $beside: the other file that git reads; $own: our
+# folder; $present: the condition of our lines, where they stand there.
 find_files() {
-    unwritable='' own=${HOME:-}/.config/ssh-agent-proxy
-    config=${GIT_CONFIG_GLOBAL-${HOME:-}/.gitconfig} other_config=''
+    own=${HOME-}/.config/ssh-agent-proxy signers=$own/allowed_signers
+    config=${GIT_CONFIG_GLOBAL-${HOME-}/.gitconfig} beside=$config
     if [ -z "${GIT_CONFIG_GLOBAL+set}" ]; then
-        other_config=${XDG_CONFIG_HOME:-${HOME:-}/.config}/git/config
-        if [ ! -e "$config" ] && [ -e "$other_config" ]; then
-            other_config=$config
-            config=${XDG_CONFIG_HOME:-$HOME/.config}/git/config
-        fi
+        beside=${XDG_CONFIG_HOME:-${HOME-}/.config}/git/config
+        [ -e "$config" ] || [ ! -e "$beside" ] || config=$beside
     fi
-    show "${HOME:-}"
-    case ${HOME:-} in
-    '') unwritable="HOME is not set" ;;
-    [!/]*) unwritable="HOME is $shown, which is not the whole path of a folder" ;;
-    *) [ -d "$HOME" ] || unwritable="HOME is $shown, and that is no folder here" ;;
-    esac
-    if [ -z "$unwritable" ]; then
-        can_be_written "$config" && can_be_written "$own/gitconfig" || unwritable=$problem
-    fi
+    present=$(sed -n "/^\\[includeIf /{N;s|^\\[includeIf \"\\(.*\\)\"\\]\\n$INCLUDED\$|\\1|p;}" \
+        "$config" "$beside" 2>/dev/null | tail -n 1)
 }
 
-# Can file $1 be written, or made?
-can_be_written() {
-    show "$1"
-    nearest=$1
-    until [ -e "$nearest" ] || [ -L "$nearest" ] || [ -z "$nearest" ]; do
-        nearest=${nearest%/*}
-    done
-    if [ "$nearest" = "$1" ]; then
-        [ -f "$1" ] || fail "$shown is no regular file" || return
-        { true >>"$1"; } 2>/dev/null || fail "$shown cannot be written"
-    else
-        [ -w "$nearest/" ] || fail "$shown cannot be made"
-    fi
-}
-
-# $program: this very file, by the path it was called by, for git to run from anywhere.
+# $program: this very file, by the path it was called by, for git to run it from anywhere.
 find_program() {
     case $0 in
     /*) program=$0 ;;
     */* | *.sh | "$PROGRAM"*) program=$PWD/${0#./} ;;
     *) program='' ;; # a shell's name
     esac
-    is_shim "$program" ||
-        stop "git needs this program as a file: save it as ~/.local/bin/$PROGRAM, and run that"
+    is_shim "$program" || stop "git needs this program as a file: save it, chmod +x it, and run that"
     quote "$program"
-    [ -x "$program" ] || stop "$shown is not executable: chmod +x $quoted"
+    [ -x "$program" ] || stop "$quoted is not executable: chmod +x $quoted"
 }
 
-# $quoted: $1 as one word for a shell, and for git, which splits its key command likewise.
+# $quoted: $1 as one word for a shell, and for git, which splits its key command like one.
 quote() {
-    show "$1"
-    quoted='' rest=$1
-    while :; do
-        case $rest in
-        *"'"*) quoted="$quoted${rest%%"'"*}'\\''" ;;
-        *) break ;;
-        esac
-        rest=${rest#*"'"}
-    done
-    quoted="'$quoted$rest'"
-}
-
-forget_repository() {
-    unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_PREFIX \
-        GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_NAMESPACE GIT_CONFIG GIT_CEILING_DIRECTORIES \
-        GIT_GRAFT_FILE GIT_SHALLOW_FILE GIT_REPLACE_REF_BASE GIT_DEFAULT_HASH || :
+    quoted="'$(printf '%s\n' "$1" | sed "s/'/'\\\\''/g")'"
 }
 
 # git outside any repository, in an empty one of ours, and where the caller stands.
@@ -1632,143 +1582,111 @@ inside() (
         -c gc.auto=0 -c maintenance.auto=false -c log.showSignature=false "$@" 2>"$scratch/error"
 )
 here() (
-    unset GIT_CONFIG || : # it would count for `git config` alone
+    unset GIT_CONFIG || : # which counts for `git config` alone
     exec git "$@" 2>"$scratch/error"
 )
-
-# $reason, $shown: the first line of the shim's in what git said, or git's first one.
-read_error() {
-    reason=''
-    while IFS= read -r line || [ -n "$line" ]; do
-        case $line in
-        *"$PROGRAM: "*) reason=${line#*"$PROGRAM: "} && break ;;
-        ?*) reason=${reason:-${line#*: }} ;;
-        esac
-        line=''
-    done <"$scratch/error"
-    show "$reason"
+forget_repository() {
+    unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_PREFIX \
+        GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_NAMESPACE GIT_CONFIG GIT_CEILING_DIRECTORIES \
+        GIT_GRAFT_FILE GIT_SHALLOW_FILE GIT_REPLACE_REF_BASE GIT_DEFAULT_HASH || :
 }
 
-# $version.
+# $shown: what a program of ours said to git, or else git itself, in one line.
+read_error() {
+    said=$(sed -n "/$PROGRAM: /{s/.*$PROGRAM: //p;q;}" "$scratch/error")
+    show "${said:-$(sed -e 's/^fatal: //' -e q "$scratch/error")}"
+}
+
+# Makes the repository of ours. What git $lacks: keys of any type by a command, --remote-only, a
+# tag that is not made when it can't be signed.
 find_git() {
     outcome=0
     version=$(outside version) || outcome=$?
     read_error
-    case $outcome:$version in
-    0:git\ version\ [0-9]*) ;;
+    case $outcome:${version#git version }. in
     12[67]:*) stop "git is not installed, or not on the path: its package is called git" ;;
+    0:[01].* | 0:2.[0-9].* | 0:2.[12][0-9].* | 0:2.3[0-3].*)
+        stop "$version is too old to sign with SSH keys: it takes 2.34 or newer"
+        ;;
+    0:2.34.*) lacks='keys, remotes, tags' ;;
+    0:2.35.*) lacks='remotes, tags' ;;
+    0:2.3[6-9].* | 0:2.4[0-2].* | 0:2.43.[01].*) lacks=tags ;;
+    0:[1-9]*) lacks='' ;;
     *) stop "git does not run: $shown" ;;
     esac
-    version=${version#git version }
-    version=${version%%[!0-9.]*}
-    ! is_older 2 34 || stop "git $version cannot sign with SSH keys well: it takes 2.34 or newer"
+    mkdir -- "$scratch/repository"
+    if ! inside init -q --template= || ! inside config remote.none.url https://none.invalid; then
+        read_error
+        stop "git cannot make a repository in ${TMPDIR:-/tmp}: $shown"
+    fi
 }
 
-# Is git older than version $1.$2.$3?
-is_older() {
-    rest=$version.0.0.
-    for part; do
-        number=${rest%%.*}
-        number=${number#0} # of 08, which to some shells is a wrong octal number
-        rest=${rest#*.}
-        [ "${number:-0}" -eq "$part" ] || break
-    done
-    [ "${number:-0}" -lt "$part" ]
-}
-
-# $email, as git would use it outside a repository; one that it makes up is none.
+# $email, as git would use it outside a repository; one that git makes up is none.
 find_identity() {
     set -- -c user.name=x
     [ -n "${EMAIL:-}" ] || set -- "$@" -c user.useConfigOnly=true
-    identity=$(outside "$@" var GIT_COMMITTER_IDENT) || {
-        read_error
-        stop "git has no mail address for you ($shown): git config --global user.email YOU@EXAMPLE.COM"
-    }
-    email=${identity%>*}
+    email=$(outside "$@" var GIT_COMMITTER_IDENT) || email=''
+    email=${email%>*}
     email=${email##*<}
-    show "$email"
     case $email in
     *@*@* | *[!][A-Za-z0-9._%+=/"'"@-]*) ;;
-    ?*@?*) email_is_good=yes ;;
+    ?*@?*) trust_line="$email namespaces=\"git\"" ;;
     esac
-    [ -n "${email_is_good-}" ] ||
-        stop "the mail address '$shown' cannot stand in a file of allowed signers: \
-git config --global user.email YOU@EXAMPLE.COM"
-    for ident in GIT_COMMITTER_IDENT GIT_AUTHOR_IDENT; do
-        outside var "$ident" >/dev/null || {
-            read_error
-            stop "git has no name for you ($shown): git config --global user.name 'YOUR NAME'"
-        }
-    done
-}
-
-make_repository() {
-    (
-        forget_repository
-        cd "$scratch" && exec git init -q --template= repository 2>"$scratch/error"
-    ) || {
+    show "$email"
+    [ -n "${trust_line-}" ] || stop "your mail address for git is '$shown', and must be one such as \
+you@example.com: git config --global user.email YOU@EXAMPLE.COM"
+    if ! outside var GIT_COMMITTER_IDENT >/dev/null || ! outside var GIT_AUTHOR_IDENT >/dev/null; then
         read_error
-        stop "git cannot make a repository in ${TMPDIR:-/tmp}: $shown"
-    }
-    inside config remote.origin.url https://never-asked.invalid/
+        stop "git has no name for you ($shown): git config --global user.name 'YOUR NAME'"
+    fi
 }
 
-# --- setup: what is set, and what is written ---------------------------------------------------
-
-# get WHERE KEY [--bool or --path]: $value, fit to be shown in $shown, and $from, where it is set.
+# get WHERE KEY [--bool or --path]: $value, fit to be printed $shown, and $from, where it is set.
 get() {
     value='' shown='' from=''
-    found=$("$1" config --show-origin ${3:+"$3"} --get "$2") || return 1
-    value=${found#*"$TAB"}
-    show "${found%%"$TAB"*}"
-    from=$shown
+    said=$("$1" config --show-origin ${3:+"$3"} --get "$2") || return 1
+    from=${said%%[! -~]*}
+    value=${said#"$from"?}
     show "$value"
 }
 
-# What git is told outside repositories, where our lines do not count: $their_key, when it can be
-# used; $key_file, one of ours, when not; $signers; and $overridden.
+# What git is told outside repositories, where our lines do not count: $their_key, where it can be
+# used, $key_file of ours where not, $signers, and what is $overridden.
 read_values() {
-    overridden='' their_key='' key_file='' signers=$own/allowed_signers
+    overridden='' their_key='' key_file=''
     override gpg.format ssh
     override gpg.ssh.program "$program"
-    override gpg.ssh.defaultKeyCommand ''
+    override gpg.ssh.defaultKeyCommand "$quoted key"
     override commit.gpgsign true
     if get outside user.signingkey && ! find_their_key; then
         key_file=$own/key.pub
-        override user.signingkey ''
+        override user.signingkey "$key_file"
     fi
-    ! get outside gpg.ssh.allowedSignersFile --path || case $value in
-    "$signers") ;;
-    /*)
-        if [ -f "$value" ] && [ -r "$value" ]; then
-            signers=$value
-        else
-            override gpg.ssh.allowedSignersFile ''
-        fi
-        ;;
-    *) override gpg.ssh.allowedSignersFile '' ;;
+    get outside gpg.ssh.allowedSignersFile --path || return 0
+    case $value in # one that depends on the folder is none
+    /*) [ ! -f "$value" ] || [ ! -r "$value" ] || signers=$value ;;
     esac
+    override gpg.ssh.allowedSignersFile "$signers" --path
 }
 
-# Adds what file sets $1 otherwise than to $2.
+# override KEY VALUE: names what a file sets otherwise.
 override() {
-    get outside "$1" || return 0
+    get outside "$1" ${3:+"$3"} || return 0
     case $from:$value in
     "command line:"* | *":$2" | *"$PROGRAM"*) ;;
-    *) overridden="$overridden${overridden:+; }$1 = '$shown' ($from)" ;;
+    *) overridden="${overridden:+$overridden; }$1 = '$shown' ($from)" ;;
     esac
 }
 
-# $their_key: that of user.signingkey $value. A path that depends on the folder is none.
+# $their_key: that of user.signingkey $value, unless it depends on the folder.
 find_their_key() {
-    stated=$value
     case $value in
-    [~]/*) stated=$HOME/${value#??} ;;
+    [~]/*) value=${HOME-}${value#?} ;;
     esac
-    case $stated in
-    /*) read_key "$stated" || read_key "$stated.pub" ;;
-    *) is_key "$stated" ;;
-    esac || return
+    case $value in
+    /*) read_key "$value" || read_key "$value.pub" || return ;;
+    *) is_key "$value" || return ;;
+    esac
     their_key=$wanted wanted=''
     case ${their_key#* } in
     "$NOBODY" | "$ANYBODY") their_key='' ;;
@@ -1776,215 +1694,153 @@ find_their_key() {
     [ -n "$their_key" ]
 }
 
-# Everything that is written before the proof.
+# Everything that is written before the proof. $written: something that was not there.
 write_settings() {
-    present=''
-    find_lines "$config"
-    find_lines "$other_config"
-    choose_condition
-    write_own_file
-    [ -n "$present" ] || append_lines || {
-        rm -f -- "$own/gitconfig"
-        rmdir -- "$own" 2>/dev/null || :
-        stop "$shown cannot be written: what to do there is in $PLACES"
-    }
-    show "$config"
-    tell "ok   git's settings are in ~/.config/ssh-agent-proxy/gitconfig, which $shown includes"
-    [ -z "$overridden" ] || tell "warn it overrides $overridden"
-    tags="git tag -m and -s sign, -a does not"
-    if is_older 2 43 2; then
-        tell "warn tags: $tags; when signing fails, git $version makes the tag all the same, \
-unsigned: 2.43.2 does not"
-    elif [ -n "$written" ]; then
-        tell "ok   tags: $tags"
-    fi
-}
-
-# $present: the condition of our lines in file $1, if they stand there.
-find_lines() {
-    above=''
-    [ -f "$1" ] || return 0
-    while IFS= read -r line || [ -n "$line" ]; do
-        case $above$line in
-        '[includeIf "'*"\"]$OWN_PATH")
-            present=${above#*'"'}
-            present=${present%'"'*}
-            ;;
-        esac
-        above=$line
-        line=''
-    done <"$1"
-}
-
-choose_condition() {
-    condition=${present:-$EVERYWHERE}
-    [ -z "$remote_only" ] || condition=$WITH_REMOTE
-    case $present in
-    '' | "$condition") ;;
-    *) stop "git signs in every repository by now: run \`$PROGRAM setup --undo\` first" ;;
+    written='' condition=${present:-$EVERYWHERE}
+    show "${HOME-}"
+    case ${HOME-} in
+    /*) [ -d "$HOME" ] || fail "HOME is $shown, which is no folder here" || return ;;
+    *) fail "HOME is '$shown', which is not the whole path of a folder" || return ;;
     esac
-    [ "$condition" = "$WITH_REMOTE" ] || return 0
-    ! is_older 2 36 || stop "--remote-only takes git 2.36 or newer, and this is $version"
-    if get outside commit.gpgsign --bool && [ "$value" = true ]; then
-        tell_cure "commit.gpgsign is true, so that git signs without a remote too" commit.gpgsign
-        stop "nothing was written: mend that first"
-    fi
-}
-
-write_own_file() {
+    [ -z "$remote_only" ] || condition=$WITH_REMOTE
+    [ "${present:-$condition}" = "$condition" ] ||
+        stop "git signs in every repository by now: run \`$PROGRAM setup --undo\` first"
+    [ "$condition" = "$EVERYWHERE" ] || check_remote_only
     quote "$program"
     set -- gpg.format ssh gpg.ssh.program "$program" gpg.ssh.defaultKeyCommand "$quoted key" \
         commit.gpgsign true tag.forceSignAnnotated true ${key_file:+user.signingkey "$key_file"}
-    [ "$signers" != "$own/allowed_signers" ] || set -- "$@" gpg.ssh.allowedSignersFile "$signers"
-    printf '%s\n' "# written by $PROGRAM setup, which takes it away again with --undo" \
-        >"$scratch/gitconfig"
+    [ "${signers%/*}" != "$own" ] || set -- "$@" gpg.ssh.allowedSignersFile "$signers"
+    printf '%s\n' "# written by $PROGRAM setup; its --undo takes it away" >"$scratch/gitconfig"
     while [ $# -gt 0 ]; do
         outside config --file "$scratch/gitconfig" "$1" "$2"
         shift 2
     done
-    keep gitconfig "$(cat "$scratch/gitconfig")" || {
-        rmdir -- "$own" 2>/dev/null || :
-        show "$own"
-        stop "$shown cannot be written: what to do there is in $PLACES"
-    }
+    show "$config"
+    [ -f "$config" ] || [ ! -e "$config" ] || fail "$shown is no regular file" || return
+    if ! keep gitconfig "$(cat "$scratch/gitconfig")" || ! append_lines; then
+        [ -n "$present" ] || remove_ours
+        fail "$shown or ~/.config/ssh-agent-proxy cannot be written"
+    fi
 }
 
-# Writes $2 and a line end to file $1 of ours, where that is not what it holds.
+check_remote_only() {
+    case $lacks in
+    *remotes*) stop "--remote-only takes git 2.36 or newer, and this is $version" ;;
+    esac
+    get outside commit.gpgsign --bool || :
+    [ "$value" != true ] || tell_cure "commit.gpgsign is true, without a remote too" commit.gpgsign
+    [ "$value" != true ] || stop "nothing was written: mend that first"
+}
+
+# Writes $2 and a line end to our file $1, where that is not what it holds.
 keep() {
-    [ "$(cat "$own/$1" 2>/dev/null)" != "$2" ] || return 0
+    [ "$(cat -- "$own/$1" 2>/dev/null)" != "$2" ] || return 0
     write_key "$own/$1" "$2" && written=yes
 }
 
 append_lines() {
+    [ -z "$present" ] || return 0
     written=yes
-    text="$MARK${NEWLINE}[includeIf \"$condition\"]$NEWLINE$OWN_PATH"
-    if ends_in_a_line "$config"; then
-        text=$NEWLINE$text # and no line end, by which --undo knows it
-    else
-        text=$text$NEWLINE
-    fi
-    show "$config"
+    text="$MARK${NEWLINE}[includeIf \"$condition\"]$NEWLINE$INCLUDED$NEWLINE"
+    # The last line's end stays missing, by which --undo knows.
+    ! lacks_line_end "$config" || text=$NEWLINE${text%"$NEWLINE"}
     { printf '%s' "$text" >>"$config"; } 2>/dev/null
 }
 
-# Does the last line of file $1 lack its end?
-ends_in_a_line() {
-    [ -n "$(tail -c 1 "$1" 2>/dev/null)" ]
+lacks_line_end() {
+    [ -n "$(tail -c 1 -- "$1" 2>/dev/null)" ]
 }
 
-# --- setup: what wins over it ------------------------------------------------------------------
-
-failed='' # not empty: a FAIL was told
-
-# expect WHERE KEY VALUE [--bool]
-expect() {
-    get "$1" "$2" ${4:+"$4"} || get "$1" "$2" || :
-    if [ "$value" != "$3" ]; then
-        tell_cure "$2 is ${shown:-not set}" "$2"
-        failed=yes
-    fi
+remove_ours() {
+    rm -f -- "$own/gitconfig" "$own/url"
+    rmdir -- "$own" "${own%/*}" 2>/dev/null || :
 }
 
-# Of setting $2, $from where it stands, and what $1 says of it.
+# tell_cure WHAT KEY: a failure, where it comes from, and what mends it.
 tell_cure() {
-    cure="git config --local --unset-all $2"
+    quote "${from#file:}"
     case $from in
-    "command line:"*) cure="take it out of GIT_CONFIG_COUNT or GIT_CONFIG_PARAMETERS in this shell" ;;
-    file:/*)
-        quote "${from#file:}"
-        cure="git config --file $quoted --unset-all $2"
-        ;;
-    file:*config.worktree) cure="git config --worktree --unset-all $2" ;;
+    file:/*) cure="git config --file $quoted --unset-all $2" ;;
+    file:*) cure="git config --local --unset-all $2" ;;
+    *) cure="take it out of this shell's GIT_CONFIG_COUNT or GIT_CONFIG_PARAMETERS" ;;
     esac
-    tell "FAIL $1 ($from): $cure"
+    fault "$1 ($from): $cure"
 }
 
+fault() {
+    tell "FAIL $1"
+    failed=yes
+}
+
+# Are the settings in force, in a new repository and in this one?
 find_what_wins() {
-    if [ -n "$unwritable" ]; then
-        get inside gpg.format || :
-        is_set=$value
-        get inside commit.gpgsign --bool || :
-        [ "$is_set:$value" = ssh:true ] || stop "$unwritable: what to do there is in $PLACES"
-    fi
+    failed='' differing=''
     get inside gpg.ssh.program || :
-    case $value in
-    /* | [!/]*[!/]*) ! is_shim "$(command -v "$value")" || program=$value ;; # however it is spelled
+    case $value in # however it is spelled, where that is not of this folder
+    [!./]* | /*) ! is_shim "$(command -v "$value")" || program=$value ;;
     esac
-    expect inside gpg.format ssh
-    expect inside gpg.ssh.program "$program"
-    expect inside commit.gpgsign true --bool
+    get inside gpg.format || :
+    [ "$value" = ssh ] || [ -z "$unwritable" ] || stop "$unwritable: $SEE"
+    expect_settings inside
     [ -z "$failed" ] || stop "the next commit will not be signed until that is mended"
-    look_here
-}
-
-# What this repository sets otherwise: a key or signers of its own are its own affair.
-look_here() {
-    differing=''
-    if ! here rev-parse --git-dir >/dev/null; then
-        words=$(cat "$scratch/error")
-        read_error
-        case $words in
-        *"not a git repository"*) return 0 ;;
-        *"safe.directory "*)
-            words=${words##*safe.directory }
-            show "${words%%"$NEWLINE"*}"
-            tell "FAIL git refuses this repository, which is another user's; if you trust it: \
-git config --global --add safe.directory $shown"
-            ;;
-        *) tell "FAIL git cannot use this repository: $shown" ;;
-        esac
-        failed=yes
+    here rev-parse --git-dir >/dev/null || {
+        explain_folder
         return
-    fi
-    [ "$condition" = "$EVERYWHERE" ] || here config --get-regexp '^remote\..*\.url$' >/dev/null ||
-        return 0
-    expect here gpg.format ssh
-    expect here gpg.ssh.program "$program"
-    expect here commit.gpgsign true --bool
+    }
+    [ "$condition" = "$EVERYWHERE" ] ||
+        here config --get-regexp '^remote\..*\.url$' >/dev/null || return 0
+    expect_settings here
     for setting in user.signingkey gpg.ssh.defaultKeyCommand gpg.ssh.allowedSignersFile; do
         get inside "$setting" || :
         expected=$value
-        get here "$setting" || continue
-        [ "$value" != "$expected" ] || continue
-        differing="$differing${differing:+; }$setting = '$shown' ($from)"
+        get here "$setting" || :
+        [ "$value" = "$expected" ] ||
+            differing="${differing:+$differing; }$setting = '$shown' ($from)"
     done
 }
 
-# --- setup: the key, whom to trust, and the proof ----------------------------------------------
+expect_settings() {
+    expect "$1" gpg.format ssh
+    expect "$1" gpg.ssh.program "$program"
+    expect "$1" commit.gpgsign true --bool
+}
 
-# $signing_key, with its comment $whole_key, and its $fingerprint.
+expect() {
+    get "$1" "$2" ${4:+"$4"} || get "$1" "$2" || : # what is no boolean
+    [ "$value" = "$3" ] || tell_cure "$2 is ${shown:-not set}" "$2"
+}
+
+# Why git takes this folder for no repository.
+explain_folder() {
+    read_error
+    advice=$(sed -n 's/.*safe\.directory //p' "$scratch/error")
+    case $advice:$shown in
+    :"not a git repository"*) ;;
+    :*) fault "git cannot use this repository: $shown" ;;
+    *)
+        show "$advice"
+        fault "git refuses this repository, which is another user's: if you trust it, git config \
+--global --add safe.directory $shown"
+        ;;
+    esac
+}
+
+# $signing_key, with its comment $whole_key.
 obtain_key() {
     ssh_keygen=''
     ! find_ssh_keygen || ssh_keygen=$found
-    prepare_to_ask || stop_signing "$problem"
-    signing_key=$found whole_key=$fetched
-    if [ -n "$their_key" ] && [ "$their_key" != "$found" ]; then
-        signing_key=$their_key whole_key=$their_key
-        ask_again=ask_for_their_key
-        ask_for_their_key
-        settle || stop_signing "user.signingkey names a key that does not sign: $problem"
-    fi
-    case $signing_key in
-    ssh-*) ;;
-    *)
-        [ -n "$their_key$key_file" ] || ! is_older 2 35 || stop_signing "git $version can be given \
-a key of type ${signing_key%% *} in a file only: $PROGRAM pubkey ~/.ssh/signing.pub && \
-git config --global user.signingkey ~/.ssh/signing.pub"
-        ;;
+    prepare_to_ask || stop_signing "$problem${their_key:+ (of the key in user.signingkey)}"
+    signing_key=$found whole_key=$fetched trust_line="$trust_line $found"
+    case $lacks:$their_key$key_file$signing_key in
+    keys*:ssh-* | keys*:/*) ;;
+    keys*) stop_signing "$version takes a key such as ${signing_key%% *} from a file only: $PROGRAM \
+pubkey ~/.ssh/signing.pub && git config --global user.signingkey ~/.ssh/signing.pub" ;;
     esac
-    find_fingerprint "$signing_key"
-    if [ -n "$to_trust" ] && [ "$to_trust" != "$fingerprint" ]; then
-        stop "the key that signs is $fingerprint, and --trust names another: $to_trust"
-    fi
-    [ -n "$unwritable" ] || [ -z "${SSH_AGENT_PROXY_URL:-}" ] || keep url "$SSH_AGENT_PROXY_URL" ||
-        stop "$own/url cannot be written: what to do there is in $PLACES"
+    [ -n "$unwritable" ] || [ -z "${SSH_AGENT_PROXY_URL:-}" ] ||
+        keep url "$SSH_AGENT_PROXY_URL" || stop "$own/url cannot be written: $SEE"
 }
 
-ask_for_their_key() {
-    ask "$pubkey_url" /publickey -H "SSHSIG-Key: $their_key"
-}
-
-# $fingerprint of key $1, as ssh-keygen tells it, or else the key itself.
+# $fingerprint of key $1 as ssh-keygen tells it; the key itself where nothing can.
 find_fingerprint() {
     fingerprint=$1
     printf '%s\n' "$1" >"$scratch/key.pub"
@@ -1992,103 +1848,111 @@ find_fingerprint() {
         fingerprint=$("$ssh_keygen" -lf "$scratch/key.pub" 2>/dev/null) || :
         fingerprint=${fingerprint#* }
         fingerprint=${fingerprint%% *}
-    elif { printf '%s\n' "${1#* }" | base64 -d >"$scratch/blob"; } 2>/dev/null &&
+    elif { cut -d ' ' -f 2 "$scratch/key.pub" | base64 -d >"$scratch/blob"; } 2>/dev/null &&
         sum=$(sha256sum <"$scratch/blob" 2>/dev/null); then
-        sum=${sum%% *} octal=''
+        sum=${sum%% *} bytes=''
         while [ -n "$sum" ]; do
-            octal=$octal\\$(printf '%03o' "0x${sum%"${sum#??}"}")
+            bytes=$bytes\\$(printf '%03o' "0x${sum%"${sum#??}"}")
             sum=${sum#??}
         done
-        # shellcheck disable=SC2059 # the bytes
-        fingerprint=$(printf "$octal" | base64)
+        # shellcheck disable=SC2059
+        fingerprint=$(printf "$bytes" | base64)
         fingerprint=SHA256:${fingerprint%=}
     fi
 }
 
-# $trusted: not empty where the key stands in the file of signers for $email.
+# $trusted: not empty where the signers hold the key; in our file with its line alone.
 judge_key() {
     trusted='' rival='' more=yes
-    trust_line="$email namespaces=\"git\" $signing_key"
-    [ -r "$signers" ] && [ ! -d "$signers" ] || return 0
+    cat -- "$signers" >"$scratch/signers" 2>/dev/null || :
     while [ -n "$more" ]; do
         read -r who option word blob rest || more=''
         case "$signers|$who $option $word $blob $rest" in
-        *'|#'*) ;;
         *"|$trust_line "*) trusted=yes ;;
-        "$own"/*"|$email $option $signing_key"*) ;; # on other terms
-        "$own"/*"|$email "*) ! take_key "$option" "$word" && ! take_key "$word" "$blob" || rival=$wanted ;;
-        "$own"/*) ;;
-        *" $signing_key"*) trusted=yes ;;
+        *"|#"* | "$own"/*" $signing_key "*) ;;
+        "$own/"*"|$email "*) rival="$word $blob" ;;
+        "$own/"*) ;;
+        *" $signing_key "*) trusted=yes ;;
         esac
-    done <"$signers"
-    wanted=''
-    [ -z "$trusted" ] && [ -z "$to_trust" ] && [ -n "$rival" ] && [ "$rival" != "$signing_key" ] ||
-        return 0
+    done <"$scratch/signers"
+    find_fingerprint "$signing_key"
+    [ "${to_trust:-$fingerprint}" = "$fingerprint" ] ||
+        stop "the key that signs is $fingerprint, and --trust names another"
+    [ -n "$rival" ] && [ -z "$trusted$to_trust" ] || return 0
     new=$fingerprint
     find_fingerprint "$rival"
-    tell "FAIL the proxy signs with $new, but the key that is trusted for $email is $fingerprint"
-    stop "either the key was changed, or somebody else is at the proxy's address: where \
-\`ssh-agent-proxy check\` on the host shows the new fingerprint, add it by setup --trust FINGERPRINT"
+    tell "FAIL trusted for $email is the key $fingerprint, and what signs now is $new"
+    stop "the key was changed, or somebody else is at the proxy's address: only where \
+\`ssh-agent-proxy check\` on the host shows the second one, add it by setup --trust FINGERPRINT"
 }
 
+# Has git make and verify a commit; only then the key is trusted.
 prove() {
-    inside commit -q --allow-empty --no-verify -m "$PROGRAM setup" || {
+    if ! inside commit -q --allow-empty --no-verify -m "$PROGRAM setup"; then
         read_error
         stop_signing "$shown"
-    }
+    fi
+    case $(inside cat-file commit HEAD) in
+    *"$BEGIN"*) ;;
+    *) stop "git made a commit without a signature, and did not say why" ;;
+    esac
     if [ -z "$ssh_keygen" ]; then
-        case $(inside cat-file commit HEAD) in
-        *"$BEGIN"*) ;;
-        *) stop "git made a commit without a signature: look at git config --show-origin --list" ;;
-        esac
-        unverified="ssh-keygen is not installed: it comes in the package $PACKAGES"
-        trust "$MARK: signed, and not verified"
+        unverified="ssh-keygen is missing: it comes in the package $PACKAGES"
+        trust "$MARK: signed, and not verified$NEWLINE"
         return
     fi
     printf '%s\n' "$trust_line" >"$scratch/signers"
     is_good -c gpg.ssh.allowedSignersFile="$scratch/signers" ||
-        stop_signing "the signature does not verify as one of the key $fingerprint"
-    trust
-    is_good || case $unwritable:$signers in
-    :"$own"/*) stop "git does not verify by ~/.config/ssh-agent-proxy/allowed_signers: $shown" ;;
-    :*)
+        stop_signing "the signature is none by $fingerprint that verifies: ${shown:-$verdict}"
+    trust ''
+    if is_good; then
+        return
+    elif [ -n "$unwritable" ]; then
+        unverified="git has no file of allowed signers with this key in it"
+    else
         show "$signers"
-        tell "FAIL $shown (gpg.ssh.allowedSignersFile) lacks this line: $trust_line"
-        stop "commits are signed, but do not verify here until that line is in it"
-        ;;
-    *) unverified="git has no file of allowed signers that holds this key" ;;
-    esac
+        tell "FAIL $shown (git's gpg.ssh.allowedSignersFile) lacks this line: $trust_line"
+        stop "commits are signed, and do not verify here until it is in there"
+    fi
 }
 
-# Does git find the commit of the proof well signed?
 is_good() {
-    verdict=$(inside "$@" log -1 --format=%G?) || :
+    verdict=$(inside ${1+"$@"} log -1 --format=%G?) || :
     read_error
     [ "$verdict" = G ]
 }
 
-# trust [COMMENT]: adds the key to the file of signers, where that is ours.
+# Adds the key to the file of signers, after $1, where that is ours.
 trust() {
-    [ -z "$unwritable$trusted" ] && [ "$signers" = "$own/allowed_signers" ] || return 0
-    text=${1:+"$1$NEWLINE"}$trust_line$NEWLINE
-    ! ends_in_a_line "$signers" || text=$NEWLINE$text
-    { printf '%s' "$text" >>"$signers"; } 2>/dev/null || stop "$signers cannot be written"
+    [ "$trusted$unwritable$signers" = "$own/allowed_signers" ] || return 0
+    text=$1$trust_line$NEWLINE
+    ! lacks_line_end "$signers" || text=$NEWLINE$text
+    { printf '%s' "$text" >>"$signers"; } 2>/dev/null || stop "$signers cannot be written: $SEE"
 }
 
 give_verdict() {
+    show "$config"
+    [ -n "$unwritable" ] ||
+        tell "ok   git's settings: ~/.config/ssh-agent-proxy/gitconfig, included by $shown"
+    [ -z "$overridden" ] || tell "warn overridden: $overridden"
+    tags="tags: git tag -m and -s sign, -a does not"
+    case $lacks:$written in
+    *tags:*) tell "warn $tags; where signing fails, git before 2.43.2 makes the tag, unsigned" ;;
+    *:yes) tell "ok   $tags" ;;
+    esac
     relied="${SSH_AGENT_PROXY_TOKEN:+ SSH_AGENT_PROXY_TOKEN}${SSH_AGENT_PROXY_TOKEN_FILE:+ \
 SSH_AGENT_PROXY_TOKEN_FILE}${SSH_AGENT_PROXY_PUBKEY_URL:+ \
 SSH_AGENT_PROXY_PUBKEY_URL}${SSH_AGENT_PROXY_CURL:+ SSH_AGENT_PROXY_CURL}"
-    [ -z "$relied" ] || tell "warn this relies on$relied of this shell, which git lacks elsewhere (a \
-token is kept in ~/.config/ssh-agent-proxy/token, mode 0600)"
+    [ -z "$relied" ] || tell "warn this relies on$relied of this shell, which git lacks elsewhere: \
+a token is kept in ~/.config/ssh-agent-proxy/token (mode 0600)"
     [ -z "$differing" ] || tell "warn this repository has its own $differing"
-    tell "ok   $fingerprint signs for $email"
-    [ -z "$failed" ] || stop "the next commit in this repository will not be signed until that is mended"
+    tell "ok   key $fingerprint, for $email"
+    [ -z "$failed" ] || stop "commits in this repository are not signed so until that is mended"
     tell "todo compare: \`ssh-agent-proxy check\` on the host must show $fingerprint"
-    tell "todo register this line as a signing key where your commits are shown: $whole_key"
+    tell "todo register as a *signing* key, where your commits are shown: $whole_key"
     where=''
     [ "$condition" = "$EVERYWHERE" ] || where=' in a repository that has a remote'
-    [ -z "$differing" ] || where="$where, outside this one"
+    [ -z "$differing" ] || where="$where outside this repository"
     if [ -n "$unverified" ]; then
         tell "ok   signs; not verified here: $unverified"
     else
@@ -2096,58 +1960,47 @@ token is kept in ~/.config/ssh-agent-proxy/token, mode 0600)"
     fi
 }
 
-# --- setup: taking it away ---------------------------------------------------------------------
-
+# Takes our lines away, and what was written.
 undo_setup() {
-    case ${HOME:-} in
-    /*) ;;
-    *) stop "$unwritable" ;;
-    esac
-    take_lines_away "$config"
-    take_lines_away "$other_config"
+    for target in "$config" "$beside" "${HOME-}/.gitconfig"; do
+        take_lines_away "$target"
+    done
     ! read_key "$own/key.pub" || [ -z "$marked" ] || rm -f -- "$own/key.pub"
-    rm -f -- "$own/gitconfig" "$own/url"
-    if [ -f "$own/allowed_signers" ]; then
-        sed -e "/^$MARK: /d" -e '/^[^ #]* namespaces="git" [^ ]* [^ ]*$/d' \
-            "$own/allowed_signers" >"$scratch/left"
-        if [ ! -s "$scratch/left" ]; then
-            rm -f -- "$own/allowed_signers"
-        elif ! cmp -s "$scratch/left" "$own/allowed_signers"; then
-            cat "$scratch/left" >"$own/allowed_signers"
-        fi
+    if [ -f "$signers" ]; then
+        sed -e "/^$MARK: /d" -e '/^[^ #]* namespaces="git" [^ ]* [^ ]*$/d' "$signers" >"$scratch/left"
+        cmp -s "$scratch/left" "$signers" || cat "$scratch/left" >"$signers"
+        [ -s "$signers" ] || rm -f -- "$signers"
     fi
-    rmdir -- "$own" "$HOME/.config" 2>/dev/null || :
-    [ ! -e "$own/gitconfig" ] || stop "$own/gitconfig cannot be removed"
+    remove_ours
+    find_files
+    if [ -n "$present" ] || [ -e "$own/gitconfig" ]; then
+        stop "$own, or the lines of $config that include it, cannot be taken away: read-only?"
+    fi
     now="signs no commit by itself"
-    ! get outside commit.gpgsign --bool || [ "$value" != true ] ||
-        now="signs as its own settings say (commit.gpgsign = true, $from)"
-    tell "ok   undone: git $now now"
+    ! get outside commit.gpgsign --bool || [ "$value" != true ] || now="signs commits as $from says"
+    tell "ok   undone: git $now"
     finish
 }
 
+# From file $1, in one step where it is neither a link nor mounted.
 take_lines_away() {
-    present=''
-    find_lines "$1"
-    [ -n "$present" ] || return 0
-    show "$1"
-    stated="${TAB}path = ~\\/\\.config\\/ssh-agent-proxy\\/gitconfig"
-    sed "/^$MARK\$/{N;N;/\\n\\[includeIf \"[^\"]*\"\\]\\n$stated\$/d;}" "$1" >"$scratch/whole"
-    cp -- "$scratch/whole" "$scratch/left"
-    if ends_in_a_line "$1" && [ "$(tail -n 1 "$1")" = "$OWN_PATH" ]; then # see append_lines
-        head -c $(($(wc -c <"$scratch/whole") - 1)) "$scratch/whole" >"$scratch/left"
+    lines="$MARK\\n\\[includeIf \"[^\"]*\"\\]\\n$INCLUDED"
+    sed "/^$MARK\$/{N;N;\\|^$lines\$|d;}" "$1" >"$scratch/left" 2>/dev/null || return 0
+    ! cmp -s "$scratch/left" "$1" || return 0
+    if lacks_line_end "$1" && [ "$(tail -n 1 -- "$1")" = "$INCLUDED" ]; then # see append_lines
+        head -c $(($(wc -c <"$scratch/left") - 1)) "$scratch/left" >"$scratch/cut"
+        mv -f -- "$scratch/cut" "$scratch/left"
     fi
-    fresh=$(make_temporary "$1.XXXXXX") || stop "$shown cannot be replaced: is its folder writable?"
-    cp -p -- "$1" "$fresh"
-    if [ -s "$scratch/left" ] || [ -L "$1" ] || ! rm -f -- "$1" 2>/dev/null; then
-        if [ -L "$1" ] || ! { cat "$scratch/left" >"$fresh" && mv -f -- "$fresh" "$1"; } 2>/dev/null; then
-            cat "$scratch/left" >"$1" # it is a link or mounted; $fresh is a copy for so long
-        fi
+    fresh=$(make_temporary "$1.XXXXXX") || return 0
+    if [ -L "$1" ] || ! {
+        cp -p -- "$1" "$fresh" && cat "$scratch/left" >"$fresh" && mv -f -- "$fresh" "$1"
+    } 2>/dev/null; then
+        cp -- "$1" "$fresh"
+        cat "$scratch/left" >"$1"
+        rm -f -- "$fresh"
     fi
-    rm -f -- "$fresh"
     fresh=''
-    present=''
-    find_lines "$1"
-    [ -z "$present" ] || stop "$shown still includes ~/.config/ssh-agent-proxy/gitconfig: take that out by hand"
+    [ -s "$1" ] || [ -L "$1" ] || rm -f -- "$1" 2>/dev/null || :
 }
 
 # In braces, without the last of which nothing is run.
