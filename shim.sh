@@ -1169,6 +1169,9 @@ see_where_it_leads() {
 seek_way() {
     is_unreached && [ -z "$sought" ] || return 1
     sought=yes
+    case $once:${data-} in
+    yes:*/*) return 1 ;; # a pipe by its name cannot be opened again
+    esac
     see_where_it_leads "${http_proxy:-}"
     case $leads:$place in
     loopback:http://*) is_loopback "$place" && knock ;;
@@ -1248,13 +1251,13 @@ explain_stranger() {
     problem="what answers at $shown is not ssh-agent-proxy ($stranger) but another program there, \
 or a network policy's page: SSH_AGENT_PROXY_URL says where to look"
     case $way:$answered in
-    knocked:403 | :403) ! name_permission || problem="a network policy refuses \
+    *:403) ! name_permission || problem="a network policy refuses \
 $shown ($stranger): the person who set it up has to $permission" ;;
-    knocked:407) problem="the proxy of http_proxy, the only way to $shown, wants the user and the \
-password that the sandbox has put into http_proxy ($stranger): they are missing or wrong there" ;;
+    *:407) problem="the proxy on the way to $shown wants a user and a password ($stranger): \
+http_proxy lacks the right ones, which a sandbox puts into it" ;;
     knocked:50[0234]) problem="nothing listens at $shown on the host's side of http_proxy \
 ($stranger): is ssh-agent-proxy running on the host, on that port?" ;;
-    open:*) problem="the way to $shown through http_proxy broke off ($stranger): try again" ;;
+    open:50[0234]) problem="the way to $shown through http_proxy broke off ($stranger): try again" ;;
     esac
     return 1
 }
