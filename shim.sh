@@ -994,7 +994,7 @@ ask_for_key() {
     case $pubkey_url in
     "$sign_url" | "${sign_url%%://*}://${host%%/*}/"*) elsewhere='' ;; # anyone but this
     esac
-    ask "$pubkey_url" /publickey
+    ask "$pubkey_url" /publickey ${their_key:+-H "SSHSIG-Key: $their_key"} # for setup
 }
 
 # $pubkey_url, checked.
@@ -1581,7 +1581,7 @@ outside() (
 )
 inside() (
     forget_repository
-    cd "$scratch/repository" && exec git -c core.hooksPath=/dev/null -c core.fsmonitor=false \
+    cd "$scratch/proof" && exec git -c core.hooksPath=/dev/null -c core.fsmonitor=false \
         -c gc.auto=0 -c maintenance.auto=false -c log.showSignature=false "$@" 2>"$scratch/error"
 )
 here() (
@@ -1617,7 +1617,7 @@ find_git() {
     0:[1-9]*) lacks='' ;;
     *) stop "git does not run: $shown" ;;
     esac
-    mkdir -- "$scratch/repository"
+    mkdir -- "$scratch/proof"
     if ! inside init -q --template= || ! inside config remote.none.url https://none.invalid; then
         read_error
         stop "git cannot make a repository in ${TMPDIR:-/tmp}: $shown"
@@ -1834,9 +1834,9 @@ obtain_key() {
     ! find_ssh_keygen || ssh_keygen=$found
     prepare_to_ask || stop_signing "$problem${their_key:+ (of the key in user.signingkey)}"
     signing_key=$found whole_key=$fetched trust_line="$trust_line $found"
-    case $lacks:$their_key$key_file$signing_key in
-    keys*:ssh-* | keys*:/*) ;;
-    keys*) stop_signing "$version takes a key such as ${signing_key%% *} from a file only: $PROGRAM \
+    case $their_key$key_file:$lacks:$signing_key in
+    :keys*:ssh-*) ;;
+    :keys*) stop_signing "$version takes a key such as ${signing_key%% *} from a file only: $PROGRAM \
 pubkey ~/.ssh/signing.pub && git config --global user.signingkey ~/.ssh/signing.pub" ;;
     esac
     [ -n "$unwritable" ] || [ -z "${SSH_AGENT_PROXY_URL:-}" ] ||
@@ -1873,6 +1873,7 @@ judge_key() {
         case "$signers|$who $option $word $blob $rest" in
         *"|$trust_line "*) trusted=yes ;;
         *"|#"* | "$own"/*" $signing_key "*) ;;
+        "$own/"*"|$email $option AAAA"*) rival="$option $word" ;;
         "$own/"*"|$email "*) rival="$word $blob" ;;
         "$own/"*) ;;
         *" $signing_key "*) trusted=yes ;;

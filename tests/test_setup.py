@@ -1,0 +1,609 @@
+"""`setup`: real git, a real proxy and agent, homes of all kinds, and repositories that mean harm."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import pytest
+from conftest import SHIM, Agent, Keys, clean_env, fingerprint, need, rows, run
+from test_shim import (
+    CALLED,
+    NOBODY,
+    SHELLS,
+    URL,
+    Done,
+    Liar,
+    Served,
+    answer,
+    in_a_namespace,
+    liar,
+    on,
+    on_linux,
+    serve,
+    served,
+)
+
+__all__ = ["liar", "served"]  # fixtures
+
+OWN = ".config/ssh-agent-proxy"
+CONFIG = "[user]\n\tname = Me\n\temail = me@example.com\n"
+LINES = """\
+# ssh-agent-proxy-sign setup
+[includeIf "gitdir:**"]
+    path = ~/.config/ssh-agent-proxy/gitconfig
+"""
+GOOD = "ok   the next commit will be signed, and verify"
+UNTIL = "FAIL git commits nothing until that is mended; then run `ssh-agent-proxy-sign setup` again"
+
+
+class Report:
+    """What setup said: at most 12 lines, the last of which says whether it is well."""
+
+    def __init__(self, done: Done[bytes]) -> None:
+        self.status = done.returncode
+        self.text = done.stdout.decode("ascii")
+        self.lines = self.text.splitlines()
+        assert done.stderr == b"", done
+        assert 1 <= len(self.lines) <= 12, self.text
+        for line in self.lines:
+            assert re.fullmatch(r"(ok  |warn|FAIL|todo) [ -~]+", line), line
+            assert len(line) < 700, line
+        assert self.lines[-1][:4] == ("FAIL" if self.status else "ok  "), self.text
+        assert ("FAIL" in self.text) == (self.status == 1), self.text
+        assert "no-gpg-sign" not in self.text
+        assert "gpgsign=false" not in self.text
+
+
+class Place:
+    """A home, the shim in it, and a repository."""
+
+    def __init__(self, shell: str, home: Path, keys: Keys, env: Dict[str, str]) -> None:
+        need(shell, shell)
+        self.home = home
+        self.shim = home.parent / "bin" / "ssh-agent-proxy-sign"
+        self.shim.parent.mkdir()
+        self.shim.symlink_to(SHIM)
+        self.argv = [*CALLED.get(shell, [shell]), str(self.shim)]
+        self.env = {k: v for k, v in clean_env(home.parent).items() if not k.startswith("GIT_A")}
+        del self.env["GIT_COMMITTER_NAME"], self.env["GIT_COMMITTER_EMAIL"]
+        self.env.update(env, HOME=str(home), KEYS=str(keys.folder), SHIM=str(self.shim))
+        for name in ("ed25519", "other"):
+            assert keys[name]
+        self.config = home / ".gitconfig"
+        self.config.write_text(CONFIG)
+        self.repository = home.parent / "repository"
+        self.sh("git init -q -b main . && git commit -q --allow-empty -m start", where=self.new())
+
+    def new(self) -> Path:
+        self.repository.mkdir()
+        return self.repository
+
+    def sh(self, script: str, where: Optional[Path] = None, check: bool = True) -> Done[bytes]:
+        return run(["sh", "-euc", script], env=self.env, cwd=where or self.home, check=check)
+
+    def __call__(
+        self, *options: str, where: Optional[Path] = None, before: Sequence[str] = (), **env: str
+    ) -> Report:
+        argv = [*before, *self.argv, "setup", *options]
+        done = run(argv, env={**self.env, **env}, cwd=where or self.home, check=False)
+        left = [p for p in Path(self.env["TMPDIR"]).iterdir() if "signing_key_tmp" not in p.name]
+        assert left == []
+        return Report(done)
+
+    def commit(self, **env: str) -> str:
+        """What git says of the signature of a commit made now, or of why there is none."""
+        self.env.update(env)
+        script = "git commit -q --allow-empty -m x && git log -1 --format=%G? 2>/dev/null"
+        done = self.sh(script, where=self.repository, check=False)
+        return done.stdout.decode().strip() or done.stderr.decode()
+
+    def own(self) -> Dict[str, bytes]:
+        """Every file under the home, with what it holds."""
+        return {
+            str(p.relative_to(self.home)): p.read_bytes()
+            for p in sorted(self.home.rglob("*"))
+            if p.is_file()
+        }
+
+    def refuses(self, told: str, *options: str, **more: Any) -> Report:
+        report = self(*options, **more)
+        assert report.status == 1, report.text
+        assert told in report.text, report.text
+        return report
+
+    def is_well(self, *told: str, verdict: str = GOOD, **more: Any) -> Report:
+        report = self(**more)
+        assert report.lines[-1] == verdict, report.text
+        assert not [one for one in told if one not in report.text], report.text
+        return report
+
+
+@pytest.fixture(params=[on(shell) for shell in SHELLS])
+def place(request: Any, home: Path, keys: Keys, served: Served) -> Place:
+    """Under every shell."""
+    return Place(request.param, home, keys, served)
+
+
+@pytest.fixture
+def one(home: Path, keys: Keys, served: Served) -> Place:
+    return Place("dash", home, keys, served)
+
+
+# ---------------------------------------------------------------- there and back
+
+
+def test_it_signs_and_a_second_run_changes_nothing_and_undo_leaves_it_as_it_was(
+    place: Place, served: Served, keys: Keys
+) -> None:
+    before = place.own()
+    report = place.is_well("todo register as a *signing* key", keys.line("ed25519"))
+    shown = fingerprint(keys["ed25519"])
+    assert f"todo compare: `ssh-agent-proxy check` on the host must show {shown}" in report.lines
+    assert place.config.read_text() == CONFIG + LINES
+    own = place.own()
+    signatures = len(served.proxy.lines("outcome=signed"))
+    assert place().lines == [line for line in report.lines if not line.startswith("ok   tags")]
+    assert place.own() == own
+    assert len(served.proxy.lines("outcome=signed")) == signatures
+    place.is_well("ok   key", **{})
+    assert place("--sign").status == 0
+    assert len(served.proxy.lines("outcome=signed")) == signatures + 1
+    del place.env[URL]
+    assert place.commit() == "G"
+    undone = place("--undo")
+    assert undone.lines == ["ok   undone: git signs no commit by itself"]
+    assert place.own() == before
+    assert place("--undo").lines == undone.lines
+    assert place.commit() == "N"
+
+
+# What stands in ~/.gitconfig first.
+CONFIGS = [
+    ("no end of its last line", CONFIG[:-1]),
+    ("carriage returns", CONFIG.replace("\n", "\r\n")),
+    ("lines of another include", f"{CONFIG}[includeIf \"gitdir:**\"]\n    path = ~/x\n"),
+    ("an empty line at its end", f"{CONFIG}\n\n"),
+    ("a value with a line end", f"{CONFIG}[alias]\n\tx = \"!a\\nb\" \\\n  c\n"),
+]
+
+
+@pytest.mark.parametrize("text", rows(CONFIGS))
+def test_the_bytes_of_gitconfig_come_back(place: Place, text: str) -> None:
+    place.config.write_bytes(text.encode())
+    place.config.chmod(0o640)
+    place.is_well()
+    assert place.commit() == "G"
+    assert place("--undo").status == 0
+    assert place.config.read_bytes() == text.encode()
+    assert place.config.stat().st_mode & 0o777 == 0o640
+
+
+# Where git's file is: what is done before, the file that gets the lines, what undo leaves.
+FILES = [
+    ("none", "rm .gitconfig", ".gitconfig", False),
+    ("a link", "mv .gitconfig real; ln -s real .gitconfig", "real", True),
+    ("a dangling link", "mv .gitconfig x; ln -s real .gitconfig", "real", True),
+    ("XDG's", "mkdir -p .config/git; mv .gitconfig .config/git/config", ".config/git/config", True),
+    ("both", "mkdir -p .config/git; cp .gitconfig .config/git/config", ".gitconfig", True),
+    ("another home of XDG's", "mkdir -p x/git; mv .gitconfig x/git/config", "x/git/config", True),
+    ("GIT_CONFIG_GLOBAL's", "mv .gitconfig given", "given", True),
+]
+
+
+@pytest.mark.parametrize("script, written, stays", rows(FILES))
+def test_the_lines_go_where_git_would_write(
+    script: str, written: str, stays: bool, one: Place
+) -> None:
+    one.env.update(EMAIL="me@example.com", GIT_COMMITTER_NAME="C", GIT_AUTHOR_NAME="A")
+    if written.startswith("x/"):
+        one.env["XDG_CONFIG_HOME"] = str(one.home / "x")
+    if written == "given":
+        one.env["GIT_CONFIG_GLOBAL"] = str(one.home / "given")
+    one.sh(script)
+    before = one.own()
+    links = [p for p in one.home.iterdir() if p.is_symlink()]
+    one.is_well()
+    assert (one.home / written).read_text().endswith(LINES)
+    assert all(p.is_symlink() for p in links)
+    assert one.commit() == "G"
+    assert one("--undo").status == 0
+    after = one.own()
+    if "real" not in before and "real" in after:
+        assert after.pop("real") == after.pop(".gitconfig") == b""
+    assert after == before
+    assert all(p.is_symlink() for p in links)
+
+
+MOUNTED = 'cd "$HOME" && mount --bind copy .gitconfig && '
+
+
+@on_linux
+@pytest.mark.parametrize("options", ["", "-o remount,ro,bind"])
+def test_a_mounted_gitconfig_stays_mounted(one: Place, options: str) -> None:
+    """Nothing can be renamed over it; and what is mounted read-only is not written to."""
+    one.sh("cp .gitconfig copy")
+    script = MOUNTED
+    if options:
+        script += f"mount {options} .gitconfig && "
+        one.refuses("docs/containers.md", before=in_a_namespace(script + 'exec "$@"'))
+        assert not (one.home / OWN).exists()
+        return
+    one.is_well(before=in_a_namespace(script + 'exec "$@"'))
+    assert (one.home / "copy").read_text() == CONFIG + LINES
+    assert one.config.read_text() == CONFIG
+    report = one("--undo", before=in_a_namespace(script + 'exec "$@"'))
+    assert report.status == 0
+    assert one.own() == {".gitconfig": CONFIG.encode(), "copy": CONFIG.encode()}
+
+
+def test_two_runs_at_once_do_no_harm(one: Place) -> None:
+    argv = [*one.argv, "setup"]
+    started = [
+        subprocess.Popen(argv, env=one.env, stdout=subprocess.DEVNULL) for _ in range(3)
+    ]
+    assert [process.wait(30) for process in started] == [0, 0, 0]
+    one.is_well()
+    assert one.commit() == "G"
+    assert one("--undo").status == 0
+    assert one.own() == {".gitconfig": CONFIG.encode()}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_include_of_the_users_own_stays(one: Place, when: str) -> None:
+    script = "echo '[alias]' >x; git config --global include.path '~/x'"
+    if when == "before":
+        one.sh(script)
+    one.is_well()
+    if when == "after":
+        one.sh(script)
+    one.is_well()
+    assert one.commit() == "G"
+    assert b"path = ~/x" in one.sh("cat .gitconfig").stdout
+    assert one("--undo").status == 0
+    one.sh("git config --global include.path | grep -x '~/x'")
+
+
+# ---------------------------------------------------------------- what is there already
+
+GLOBAL = "git config --global "
+OTHER_KEYS = [
+    ("a Mac's signer", f"{GLOBAL}gpg.ssh.program /Applications/1Password.app/op-ssh-sign",
+     "gpg.ssh.program = '/Applications/1Password.app/op-ssh-sign' (file:HOME/.gitconfig)"),
+    ("a Windows' signer", f"{GLOBAL}gpg.ssh.program 'C:/Program Files/1Password/op.exe'",
+     "gpg.ssh.program = 'C:/Program Files/1Password/op.exe'"),
+    ("a dead key", f"{GLOBAL}user.signingkey /Users/me/.ssh/id.pub",
+     "user.signingkey = '/Users/me/.ssh/id.pub'"),
+    ("an empty key", f": >empty.pub; {GLOBAL}user.signingkey '~/empty.pub'",
+     "user.signingkey = '~/empty.pub'"),
+    ("an empty value", f"{GLOBAL}user.signingkey ''", "user.signingkey = ''"),
+    ("a GPG id", f"{GLOBAL}user.signingkey ABCDEF0123456789; {GLOBAL}gpg.format openpgp",
+     "gpg.format = 'openpgp'"),
+    ("a relative key", f"cp $KEYS/ed25519.pub .; {GLOBAL}user.signingkey ed25519.pub",
+     "user.signingkey = 'ed25519.pub'"),
+    ("a folder", f"mkdir k.pub; {GLOBAL}user.signingkey '~/k.pub'", "user.signingkey = '~/k.pub'"),
+    ("nobody's key", f"{GLOBAL}user.signingkey 'key::{NOBODY}'", "user.signingkey = 'key::ssh"),
+    ("no signing", f"{GLOBAL}commit.gpgsign false", "commit.gpgsign = 'false'"),
+    ("a dead signers file", f"{GLOBAL}gpg.ssh.allowedSignersFile /Users/me/signers",
+     "gpg.ssh.allowedSignersFile = '/Users/me/signers'"),
+    ("escapes", f"{GLOBAL}gpg.ssh.program \"$(printf '/a\\033[2J\\n\\303\\244')\"",
+     "gpg.ssh.program = '/a?[2J???'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script, told", rows(OTHER_KEYS))
+def test_what_cannot_be_used_is_overridden_and_named(one: Place, script: str, told: str) -> None:
+    one.sh(script)
+    before = one.own()
+    report = one.is_well("warn overridden: ", told.replace("HOME", str(one.home)))
+    own = one.own()
+    assert one().lines == [line for line in report.lines if not line.startswith("ok   tags")]
+    assert one.own() == own
+    assert one.commit() == "G"
+    assert one("--undo").status == 0
+    assert one.own() == before
+
+
+KEPT = [
+    ("a .pub file", "$KEYS/ed25519.pub"),
+    ("a private key's name", "$KEYS/ed25519"),
+    ("the home's", "~/.ssh/k.pub"),
+    ("itself", "key::$(cut -d ' ' -f 1,2 $KEYS/ed25519.pub)"),
+]
+
+
+@pytest.mark.parametrize("key", rows(KEPT))
+def test_a_key_that_can_be_used_is_kept(one: Place, key: str) -> None:
+    one.sh(f'mkdir .ssh; cp $KEYS/ed25519.pub .ssh/k.pub; {GLOBAL}user.signingkey "{key}"')
+    one.is_well()
+    assert "signingkey" not in (one.home / OWN / "gitconfig").read_text()
+    assert one.commit() == "G"
+
+
+def test_a_usable_key_that_is_not_the_first_is_asked_for(
+    one: Place, keys: Keys, agent: Agent
+) -> None:
+    for name in ("ed25519", "other"):
+        agent.add(keys[name])
+    one.sh(f"{GLOBAL}user.signingkey $KEYS/other.pub")
+    one.refuses("answered 404")
+    with serve(agent) as env:
+        one.env.update(env)
+        one.is_well(fingerprint(keys["other"]))
+        one.is_well(fingerprint(keys["other"]))
+        assert len(env.proxy.lines("outcome=signed")) == 1
+    assert "other" not in (one.home / OWN / "allowed_signers").read_text()
+
+
+# ---------------------------------------------------------------- whom to trust
+
+
+def test_another_key_for_the_same_address_is_trusted_by_its_fingerprint_alone(
+    place: Place, keys: Keys, agent: Agent
+) -> None:
+    place.is_well()
+    agent.add(keys["other"])
+    old, new = fingerprint(keys["ed25519"]), fingerprint(keys["other"])
+    signers = place.home / OWN / "allowed_signers"
+    before = signers.read_bytes()
+    with serve(agent) as env:
+        place.env.update(env)
+        report = place.refuses(f"trusted for me@example.com is the key {old}")
+        assert f"what signs now is {new}" in report.text
+        assert f"--trust {new}" not in report.text
+        assert place.commit() == "U"
+        place.refuses("and --trust names another", "--trust", old)
+        assert env.proxy.lines("outcome=signed")[1:] == []
+        assert signers.read_bytes() == before
+        assert place("--trust", new).lines[-1] == GOOD
+        assert place.is_well().lines[-1] == GOOD
+        assert place.commit() == "G"
+    assert signers.read_text().count(' namespaces="git" ssh-ed25519 ') == 2
+
+
+SIGNERS = [
+    ("with the line", 'echo "me@example.com $(cut -d " " -f 1,2 $KEYS/ed25519.pub)" >s', 0),
+    ("with it under conditions", 'echo "me@example.com namespaces=\\"git\\" $(cat $KEYS/ed25519.pub)" >s', 0),
+    ("without it", "echo '# nobody' >s", 1),
+    ("with another's", 'echo "you@example.com $(cat $KEYS/other.pub)" >s', 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script, status", rows(SIGNERS))
+def test_signers_of_the_users_own_are_not_touched(
+    one: Place, keys: Keys, script: str, status: int
+) -> None:
+    one.sh(f"{script}; {GLOBAL}gpg.ssh.allowedSignersFile '~/s'")
+    before = (one.home / "s").read_bytes()
+    for _ in range(2):
+        if status:
+            key = " ".join(keys.line("ed25519").split()[:2])
+            one.refuses(f'lacks this line: me@example.com namespaces="git" {key}')
+        else:
+            one.is_well()
+    assert (one.home / "s").read_bytes() == before
+    assert not (one.home / OWN / "allowed_signers").exists()
+    assert one("--undo").status == 0
+    assert (one.home / "s").exists()
+
+
+def test_lines_of_others_stay_in_our_signers(one: Place, keys: Keys) -> None:
+    signers = one.home / OWN / "allowed_signers"
+    signers.parent.mkdir(parents=True)
+    lines = ["# mine", "", f"you@example.com {keys.line('other')}", "me@example.org *"]
+    signers.write_text("\n".join(lines))
+    one.is_well()
+    assert one.commit() == "G"
+    assert one("--undo").status == 0
+    assert signers.read_text().splitlines() == lines
+
+
+# ---------------------------------------------------------------- what wins over the settings
+
+HERE = "cd ../repository; git config "
+WINS = [
+    ("the format, here", f"{HERE}gpg.format openpgp",
+     "FAIL gpg.format is openpgp (file:.git/config): git config --local --unset-all gpg.format"),
+    ("the signer, here", f"{HERE}gpg.ssh.program ./evil",
+     "FAIL gpg.ssh.program is ./evil (file:.git/config): git config --local --unset-all"),
+    ("the signing, here", f"{HERE}commit.gpgsign off",
+     "FAIL commit.gpgsign is false (file:.git/config): git config --local --unset-all commit."),
+    ("no boolean, here", f"{HERE}commit.gpgsign maybe", "FAIL commit.gpgsign is maybe (file:.git/"),
+    ("a later line", f"$SHIM setup >/dev/null; printf '[gpg]\\nformat = x509\\n' >>.gitconfig",
+     "FAIL gpg.format is x509 (file:HOME/.gitconfig): git config --file 'HOME/.gitconfig' --unset"),
+    ("an include of theirs", f"$SHIM setup >/dev/null; echo '[commit]gpgsign=0' >'it'\"'\"'s'; "
+     "printf '[include]\\npath = ~/it%ss' \"'\" >>.gitconfig",
+     "FAIL commit.gpgsign is false (file:HOME/it's): git config --file 'HOME/it'\\''s' --unset"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script, told", rows(WINS))
+def test_what_wins_is_named_with_its_origin_and_its_cure(
+    one: Place, script: str, told: str
+) -> None:
+    one.sh(script)
+    report = one.refuses(told.replace("HOME", str(one.home)), where=one.repository)
+    assert "is mended" in report.lines[-1]
+    fault = next(line for line in report.lines if told.split()[1] in line)
+    one.sh(fault.split("): ")[1], where=one.repository)
+    one.is_well(where=one.repository)
+
+
+ENVIRONMENT = [
+    ("by count", {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "gpg.format",
+                  "GIT_CONFIG_VALUE_0": "openpgp"}, "gpg.format is openpgp (command line:)"),
+    ("by parameters", {"GIT_CONFIG_PARAMETERS": "'commit.gpgsign'='false'"},
+     "commit.gpgsign is false (command line:): take it out of this shell's GIT_CONFIG_COUNT or"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("env, told", rows(ENVIRONMENT))
+def test_what_the_environment_sets_is_named(one: Place, env: Dict[str, str], told: str) -> None:
+    one.refuses(told, **env)
+    one.is_well(GIT_CONFIG="/dev/null")
+
+
+def test_a_key_of_the_folders_own_is_its_own_affair(one: Place) -> None:
+    one.sh("echo '[user]signingkey=~/k.pub' >x; git config --global "
+           'includeIf.gitdir:**/repository/.path "~/x"')  # fmt: skip
+    report = one.is_well(where=one.repository, verdict=GOOD.replace(
+        " will", " outside this repository will"))  # fmt: skip
+    told = f"user.signingkey = '~/k.pub' (file:{one.home}/x)"
+    assert told in report.text
+    one.is_well()
+    one.sh("rm x")
+    one.is_well(where=one.repository)
+    one.sh("git config gpg.ssh.allowedSignersFile x", where=one.repository)
+    assert "gpg.ssh.allowedSignersFile = 'x' (file:.git/config)" in one(where=one.repository).text
+
+
+# ---------------------------------------------------------------- only where there is a remote
+
+REMOTE = "ok   the next commit in a repository that has a remote will be signed, and verify"
+
+
+def test_only_repositories_with_a_remote_are_signed(place: Place) -> None:
+    assert place("--remote-only").lines[-1] == REMOTE
+    place.is_well(verdict=REMOTE, where=place.repository)
+    assert LINES.replace("gitdir:**", "hasconfig:remote.*.url:**") in place.config.read_text()
+    assert place.commit() == "N"
+    place.sh("git remote add origin https://example.com/x", where=place.repository)
+    assert place.commit() == "G"
+    place.is_well(verdict=REMOTE, where=place.repository)
+    assert place("--undo").status == 0
+    assert place.own() == {".gitconfig": CONFIG.encode()}
+    place.is_well()
+    place.refuses("setup --undo` first", "--remote-only")
+
+
+def test_signing_everywhere_stands_against_remote_only(one: Place) -> None:
+    one.sh(f"{GLOBAL}commit.gpgsign yes")
+    before = one.own()
+    cure = f"git config --file '{one.config}' --unset-all commit.gpgsign"
+    report = one.refuses(f"without a remote too (file:{one.config}): {cure}", "--remote-only")
+    assert "nothing was written" in report.lines[-1]
+    assert one.own() == before
+
+
+# ---------------------------------------------------------------- where nothing is written
+
+MAIL = "git config --global user.email YOU@EXAMPLE.COM"
+SETTLED = [
+    ("no mail address", f"{GLOBAL}--unset user.email", {}, MAIL),
+    ("a blank in it", f"{GLOBAL}user.email 'me @example.com'", {}, "'me @example.com', and must"),
+    ("a pattern", f"{GLOBAL}user.email '*@example.com'", {}, "'*@example.com', and must be one"),
+    ("two", f"{GLOBAL}user.email 'a@b,c@d'", {}, MAIL),
+    ("no @", f"{GLOBAL}user.email me", {}, MAIL),
+    ("escapes", f"{GLOBAL}user.email \"$(printf 'a\\033[2J@b')\"", {}, "'a?[2J@b', and must be"),
+    ("no name", f"{GLOBAL}user.name ''; {GLOBAL}user.useConfigOnly true", {}, "user.name 'YOUR"),
+    ("no HOME", "", {"HOME": ""}, "your mail address for git is ''"),
+    ("no HOME, but an address", "", {"HOME": "", "EMAIL": "a@b"}, "HOME is '', which is not the"),
+    ("a relative HOME", "", {"HOME": "x", "EMAIL": "a@b"}, "HOME is 'x', which is not the whole"),
+    ("a HOME that is missing", "", {"HOME": "/x/y", "EMAIL": "a@b"}, "HOME is /x/y, which is no"),
+    ("a device", "", {"GIT_CONFIG_GLOBAL": "/dev/null", "EMAIL": "a@b"}, "/dev/null is no regular"),
+    ("a file for our folder", "mkdir .config; : >.config/ssh-agent-proxy", {}, "cannot be written"),
+    ("broken settings", "echo '[' >.gitconfig", {}, "git does not run: bad config line 1 in file"),
+    ("no git", "", {"PATH": "EMPTY"}, "its package is called git"),
+    ("an old git", "echo 2.33.9 >git", {}, "git version 2.33.9 is too old to sign with SSH keys"),
+    ("an ancient git", "echo 1.9.1 >git", {}, "git version 1.9.1 is too old"),
+    ("no TMPDIR", "", {"TMPDIR": "/x/y"}, "no folder can be made in /x/y: set TMPDIR"),
+]  # fmt: skip
+
+
+def stand_in(one: Place) -> None:
+    """A git that says to be of the version in ~/git."""
+    git = one.shim.parent / "git"
+    real = need("git", "git")
+    git.write_text(f'#!/bin/sh\n[ "$1" != version ] || exec echo git version $(cat {one.home}/git)\n'
+                   f'exec {real} "$@"\n')  # fmt: skip
+    git.chmod(0o755)
+    one.env["PATH"] = f"{one.shim.parent}:{one.env['PATH']}"
+
+
+@pytest.mark.parametrize("script, env, told", rows(SETTLED))
+def test_nothing_is_written_before_it_is_settled(
+    one: Place, tmp_path: Path, script: str, env: Dict[str, str], told: str
+) -> None:
+    if env.get("PATH"):
+        for program in ("mktemp", "sed", "tail", "rm", "rmdir", "head", "cat"):
+            (tmp_path / program).symlink_to(need(program, "coreutils"))
+        env = {"PATH": str(tmp_path)}
+        one.argv[0] = need("dash", "dash")
+    one.sh(script)
+    if (one.home / "git").exists():
+        stand_in(one)
+    before = one.own()
+    folder = (one.home / ".config").exists()
+    name = {} if "name" in told else {"GIT_COMMITTER_NAME": "C", "GIT_AUTHOR_NAME": "A"}
+    report = one.refuses(told, **{**name, **env})
+    assert len(report.lines) == 1
+    assert one.own() == before
+    assert (one.home / ".config").exists() == folder
+
+
+VERSIONS = [
+    ("2.34.1", "warn tags: ", "ssh-ed25519"),
+    ("2.43.1.windows.1", "warn tags: ", ""),
+    ("2.43.2", "ok   tags: ", ""),
+    ("2.50.1 (Apple Git-155)", "ok   tags: ", ""),
+    ("3.0.rc1", "ok   tags: ", ""),
+]
+
+
+@pytest.mark.parametrize("version, tags, _", VERSIONS)
+def test_what_an_older_git_does_with_tags_is_said(
+    one: Place, version: str, tags: str, _: str
+) -> None:
+    (one.home / "git").write_text(version)
+    stand_in(one)
+    one.is_well(tags)
+    if version == "2.34.1":
+        assert one("--undo").status == 0
+        one.refuses("--remote-only takes git 2.36 or newer", "--remote-only")
+
+
+def test_a_key_that_git_cannot_be_handed_is_told(one: Place, keys: Keys, agent: Agent) -> None:
+    agent.add(keys["ecdsa256"])
+    (one.home / "git").write_text("2.34.1")
+    stand_in(one)
+    with serve(agent) as env:
+        one.env.update(env)
+        report = one.refuses("takes a key such as ecdsa-sha2-nistp256 from a file only")
+        one.env["PATH"] = f"{one.shim.parent}:{one.env['PATH']}"
+        one.sh("mkdir .ssh; " + report.lines[0].split("only: ")[1])
+        one.is_well()
+
+
+BAD_OPTIONS = [["x"], ["--help"], ["--trust"], ["--trust", "SHA256:x"], ["--undo", "--sign", "x"]]
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS, ids=" ".join)
+def test_wrong_usage_is_2(one: Place, options: List[str]) -> None:
+    done = run([*one.argv, "setup", *options], env=one.env, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"setup takes [--remote-only] [--trust SHA256:...] [--sign] or --undo" in done.stderr
+    assert one.own() == {".gitconfig": CONFIG.encode()}
+
+
+def test_the_program_must_be_a_file_that_can_be_run(place: Place) -> None:
+    script = SHIM.read_bytes()
+    sh = place.argv[:-1]
+    (place.home / "sh").write_bytes(script)
+    (place.home / "copy.sh").write_bytes(script)
+    before = place.own()
+    done = run([*sh, "-s", "setup"], env=place.env, cwd=place.home, input=script, check=False)
+    assert (done.returncode, done.stdout[:20]) == (1, b"FAIL git needs this ")
+    done = run([*sh, "copy.sh", "setup"], env=place.env, cwd=place.home, check=False)
+    told = f"FAIL '{place.home}/copy.sh' is not executable: chmod +x '{place.home}/copy.sh'\n"
+    assert (done.returncode, done.stdout.decode()) == (1, told)
+    assert place.own() == before
+    copy = place.home / "it's a \"copy\".sh"
+    copy.write_bytes(script)
+    copy.chmod(0o755)
+    argv = [*sh, f"./{copy.name}", "setup"]
+    assert run(argv, env=place.env, cwd=place.home).stdout.decode().endswith(f"{GOOD}\n")
+    assert place.commit() == "G"
