@@ -1,13 +1,12 @@
-"""`setup`: real git, a real proxy and agent, homes of all kinds, and repositories that mean harm."""
+"""`setup`: real git, proxy and agent, homes of all kinds, and repositories that mean harm."""
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence
 
 import pytest
 from conftest import SHIM, Agent, Keys, clean_env, fingerprint, need, rows, run
@@ -17,7 +16,6 @@ from test_shim import (
     SHELLS,
     URL,
     Done,
-    Liar,
     Served,
     answer,
     in_a_namespace,
@@ -150,7 +148,6 @@ def test_it_signs_and_a_second_run_changes_nothing_and_undo_leaves_it_as_it_was(
     assert place().lines == [line for line in report.lines if not line.startswith("ok   tags")]
     assert place.own() == own
     assert len(served.proxy.lines("outcome=signed")) == signatures
-    place.is_well("ok   key", **{})
     assert place("--sign").status == 0
     assert len(served.proxy.lines("outcome=signed")) == signatures + 1
     del place.env[URL]
@@ -367,7 +364,7 @@ def test_another_key_for_the_same_address_is_trusted_by_its_fingerprint_alone(
 
 SIGNERS = [
     ("with the line", 'echo "me@example.com $(cut -d " " -f 1,2 $KEYS/ed25519.pub)" >s', 0),
-    ("with it under conditions", 'echo "me@example.com namespaces=\\"git\\" $(cat $KEYS/ed25519.pub)" >s', 0),
+    ("with it for all", 'echo "* namespaces=\\"git\\" $(cat $KEYS/ed25519.pub)" >s', 0),
     ("without it", "echo '# nobody' >s", 1),
     ("with another's", 'echo "you@example.com $(cat $KEYS/other.pub)" >s', 1),
 ]  # fmt: skip
@@ -413,10 +410,10 @@ WINS = [
     ("the signing, here", f"{HERE}commit.gpgsign off",
      "FAIL commit.gpgsign is false (file:.git/config): git config --local --unset-all commit."),
     ("no boolean, here", f"{HERE}commit.gpgsign maybe", "FAIL commit.gpgsign is maybe (file:.git/"),
-    ("a later line", f"$SHIM setup >/dev/null; printf '[gpg]\\nformat = x509\\n' >>.gitconfig",
+    ("a later line", "$SHIM setup >/dev/null; printf '[gpg]\\nformat = x509\\n' >>.gitconfig",
      "FAIL gpg.format is x509 (file:HOME/.gitconfig): git config --file 'HOME/.gitconfig' --unset"),
-    ("an include of theirs", f"$SHIM setup >/dev/null; echo '[commit]gpgsign=0' >'it'\"'\"'s'; "
-     "printf '[include]\\npath = ~/it%ss' \"'\" >>.gitconfig",
+    ("an include of theirs", "$SHIM setup >/dev/null; echo '[commit]gpgsign=0' >'it'\"'\"'s'; \
+      printf '[include]\\npath = ~/it%ss' \"'\" >>.gitconfig",
      "FAIL commit.gpgsign is false (file:HOME/it's): git config --file 'HOME/it'\\''s' --unset"),
 ]  # fmt: skip
 
@@ -518,8 +515,8 @@ def stand_in(one: Place) -> None:
     """A git that says to be of the version in ~/git."""
     git = one.shim.parent / "git"
     real = need("git", "git")
-    git.write_text(f'#!/bin/sh\n[ "$1" != version ] || exec echo git version $(cat {one.home}/git)\n'
-                   f'exec {real} "$@"\n')  # fmt: skip
+    said = f"exec echo git version $(cat {one.home}/git)"
+    git.write_text(f'#!/bin/sh\n[ "$1" != version ] || {said}\nexec {real} "$@"\n')
     git.chmod(0o755)
     one.env["PATH"] = f"{one.shim.parent}:{one.env['PATH']}"
 
@@ -595,7 +592,8 @@ def test_the_program_must_be_a_file_that_can_be_run(place: Place) -> None:
     (place.home / "sh").write_bytes(script)
     (place.home / "copy.sh").write_bytes(script)
     before = place.own()
-    done = run([*sh, "-s", "setup"], env=place.env, cwd=place.home, input=script, check=False)
+    argv = [*sh, "-c", script.decode(), "sh", "setup"]
+    done = run(argv, env=place.env, cwd=place.home, check=False)
     assert (done.returncode, done.stdout[:20]) == (1, b"FAIL git needs this ")
     done = run([*sh, "copy.sh", "setup"], env=place.env, cwd=place.home, check=False)
     told = f"FAIL '{place.home}/copy.sh' is not executable: chmod +x '{place.home}/copy.sh'\n"
@@ -607,3 +605,185 @@ def test_the_program_must_be_a_file_that_can_be_run(place: Place) -> None:
     argv = [*sh, f"./{copy.name}", "setup"]
     assert run(argv, env=place.env, cwd=place.home).stdout.decode().endswith(f"{GOOD}\n")
     assert place.commit() == "G"
+
+
+# ---------------------------------------------------------------- the proof, and what fails it
+
+
+def test_a_proof_that_fails_leaves_the_settings_and_trusts_nobody(
+    place: Place, served: Served
+) -> None:
+    """A commit then fails; it never goes unsigned."""
+    place.env[URL] = "http://127.0.0.1:1/sign"
+    report = place.refuses("nothing listens at http://127.0.0.1:1/")
+    assert report.lines[1:] == [UNTIL]
+    assert sorted(place.own()) == [f"{OWN}/gitconfig", ".gitconfig"]
+    assert "nothing listens at" in place.commit()
+    place.env[URL] = served[URL]
+    place.is_well()
+    assert place.commit() == "G"
+
+
+def test_a_key_that_cannot_sign_is_not_trusted(one: Place, agent: Agent, keys: Keys) -> None:
+    agent.add(keys["ed25519"])
+    with serve(agent, "--payloads", "tag") as env:
+        report = one.refuses("answered 403: ", **env)
+        assert report.lines[1:] == [UNTIL]
+    assert not (one.home / OWN / "allowed_signers").exists()
+    assert "403" in one.commit(**env) or "listens" in one.commit()
+
+
+def test_a_key_that_nobody_holds_is_not_trusted(one: Place, liar: Any) -> None:
+    server = liar(answer(f"{NOBODY} me\n".encode()))
+    one.refuses("answered 200 without a public key", **server.env)
+    assert not (one.home / OWN / "allowed_signers").exists()
+    assert not (one.home / OWN / "url").exists()
+
+
+def test_the_address_is_kept_and_what_else_was_relied_on_is_named(
+    one: Place, agent: Agent, keys: Keys, served: Served
+) -> None:
+    agent.add(keys["ed25519"])
+    one.is_well()
+    assert (one.home / OWN / "url").read_text() == f"{served[URL]}\n"
+    with serve(agent, tokens="s3cr3t-s3cr3t-s3cr3t one\n") as env:
+        report = one(SSH_AGENT_PROXY_TOKEN="s3cr3t-s3cr3t-s3cr3t", **env)
+        assert "relies on SSH_AGENT_PROXY_TOKEN of this shell" in report.text
+        assert "~/.config/ssh-agent-proxy/token (mode 0600)" in report.text
+        assert "s3cr3t" not in report.text
+        (one.home / OWN / "token").write_text("s3cr3t-s3cr3t-s3cr3t\n")
+        del one.env[URL]
+        one.is_well()
+        assert one.commit() == "G"
+    before = (one.home / OWN / "url").read_text()
+    one.refuses("nothing listens", **{URL: "http://127.0.0.1:1/sign"})
+    assert (one.home / OWN / "url").read_text() == before
+    assert one("--undo").status == 0
+    assert [name for name in one.own() if OWN in name] == [f"{OWN}/token"]
+
+
+@pytest.fixture
+def without_ssh_keygen(one: Place) -> Place:
+    """The programs that a small container has."""
+    folder = one.home.parent / "few"
+    folder.mkdir()
+    for name in ["git", "curl", "sh", "mktemp", "sed", "tail", "rm", "rmdir", "head", "cat", "wc",
+                 "mkdir", "chmod", "mv", "cp", "cmp", "base64", "sha256sum", "cut"]:  # fmt: skip
+        (folder / name).symlink_to(need(name, "coreutils"))
+    one.argv[0] = need("dash", "dash")
+    one.env["PATH"] = str(folder)
+    return one
+
+
+@pytest.mark.parametrize("missing", ["", "sha256sum", "base64"])
+def test_without_ssh_keygen_it_signs_and_says_that_it_is_not_verified(
+    missing: str, without_ssh_keygen: Place, keys: Keys
+) -> None:
+    one = without_ssh_keygen
+    if missing:
+        (one.home.parent / "few" / missing).unlink()
+    report = one()
+    assert report.status == 0
+    assert report.lines[-1].startswith("ok   signs; not verified here: ssh-keygen is missing")
+    assert "package openssh-client" in report.lines[-1]
+    line = " ".join(keys.line("ed25519").split()[:2])
+    shown = line if missing else fingerprint(keys["ed25519"])
+    assert f"on the host must show {shown}" in report.text
+    written = (one.home / OWN / "allowed_signers").read_text()
+    assert written == ("# ssh-agent-proxy-sign setup: signed, and not verified\n"
+                       f'me@example.com namespaces="git" {line}\n')  # fmt: skip
+    assert one("--undo").status == 0
+    assert one.own() == {".gitconfig": CONFIG.encode()}
+
+
+# ---------------------------------------------------------------- where nothing can be written
+
+COUNTED = {
+    "gpg.format": "ssh",
+    "gpg.ssh.program": "ssh-agent-proxy-sign",
+    "gpg.ssh.defaultKeyCommand": "ssh-agent-proxy-sign key",
+    "commit.gpgsign": "1",
+}
+
+
+def counted() -> Dict[str, str]:
+    env = {"GIT_CONFIG_COUNT": str(len(COUNTED))}
+    for number, (key, value) in enumerate(COUNTED.items()):
+        env.update({f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value})
+    return env
+
+
+@on_linux
+def test_settings_of_the_environment_do_where_the_home_is_read_only(one: Place) -> None:
+    before = in_a_namespace('mount --bind "$HOME" "$HOME" && mount -o remount,ro,bind "$HOME" && '
+                            'exec "$@"')  # fmt: skip
+    report = one.refuses("docs/containers.md#where-gitconfig-cant-be-written", before=before)
+    assert f"{one.config} or ~/.config/ssh-agent-proxy cannot be written" in report.lines[0]
+    env = {**counted(), "PATH": f"{one.shim.parent}:{one.env['PATH']}"}
+    report = one(before=before, **env)
+    assert report.lines[-1] == ("ok   signs; not verified here: git has no file of allowed signers "
+                                "with this key in it")  # fmt: skip
+    assert one.own() == {".gitconfig": CONFIG.encode()}
+    one.refuses("nothing listens", before=before, **{**env, URL: "http://127.0.0.1:1/sign"})
+    one.is_well(**env)
+
+
+# ---------------------------------------------------------------- a repository that means harm
+
+
+def test_nothing_that_a_repository_names_is_run_written_or_trusted(
+    place: Place, served: Served
+) -> None:
+    evil = place.home.parent / "evil"
+    evil.write_text(f"#!/bin/sh\necho \"$0 $*\" >>{place.home.parent}/ran\n")
+    evil.chmod(0o755)
+    settings = {
+        "core.fsmonitor": evil, "core.pager": evil, "pager.config": evil, "pager.version": evil,
+        "core.hooksPath": evil.parent / "hooks", "core.editor": evil, "core.sshCommand": evil,
+        "alias.config": f"!{evil}", "alias.rev-parse": f"!{evil}", "alias.commit": f"!{evil}",
+        "gpg.program": evil, "gpg.ssh.program": evil, "gpg.ssh.defaultKeyCommand": evil,
+        "gpg.ssh.allowedSignersFile": place.home.parent / "theirs", "diff.external": evil,
+        "user.email": "evil@example.com", "user.name": "\x1b[2J", "user.signingkey": "\x1b]0;x\x07",
+        "init.templateDir": evil.parent / "template", "include.path": "../more\x1b[31m",
+        "filter.x.clean": evil, "commit.template": evil, "core.askPass": evil,
+        "credential.helper": f"!{evil}",
+    }  # fmt: skip
+    for name in ("post-commit", "pre-commit", "commit-msg", "post-index-change"):
+        for folder in ("hooks", "template/hooks", "repository/.git/hooks"):
+            hook = evil.parent / folder / name
+            hook.parent.mkdir(parents=True, exist_ok=True)
+            hook.symlink_to(evil)
+    for key, value in settings.items():
+        run(["git", "config", key, value], env=place.env, cwd=place.repository)
+    before = {p: p.read_bytes() for p in place.repository.rglob("*") if p.is_file()}
+    git = place.repository / ".git"
+    for env in (
+        {},
+        {"GIT_DIR": git, "GIT_WORK_TREE": place.repository, "GIT_INDEX_FILE": git / "index"},
+        {"GIT_TEMPLATE_DIR": evil.parent / "template", "GIT_COMMON_DIR": git, "GIT_DIR": git},
+        {"GIT_OBJECT_DIRECTORY": git / "objects", "GIT_CONFIG": git / "config"},
+    ):
+        report = place("--sign", where=place.repository, **{k: str(v) for k, v in env.items()})
+        assert f"FAIL gpg.ssh.program is {evil} (file:" in report.text
+        assert "for me@example.com" in report.text
+    assert not (place.home.parent / "ran").exists()
+    assert before == {p: p.read_bytes() for p in place.repository.rglob("*") if p.is_file()}
+    assert "evil" not in str(place.own())
+    outside = place.is_well()
+    assert outside.status == 0
+
+
+@on_linux
+def test_a_repository_of_another_user_is_refused_as_git_does(one: Place) -> None:
+    if os.getuid() != 0:
+        pytest.skip("gives a folder away, which only root can")
+    folder = one.home.parent / "it's theirs"
+    one.repository.rename(folder)
+    run(["chown", "-R", "12345", folder])
+    report = one.refuses("FAIL git refuses this repository, which is another user's", where=folder)
+    assert "commits in this repository are not" in report.lines[-1]
+    cure = next(line for line in report.lines if "safe.directory" in line).split("trust it, ")[1]
+    one.sh(cure)
+    one.is_well(where=folder)
+    one.sh("echo '[' >.git/config", where=folder)
+    one.refuses("git cannot use this repository: bad config line 1", where=folder)
