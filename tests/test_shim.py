@@ -1243,6 +1243,22 @@ def test_curl_is_told_what_it_must_keep_to(one_shim: Shim, served: Served) -> No
     fine(ask(one_shim, "streamed", served), one_shim.signature())
 
 
+# All that it may be told. The youngest of them, the last, came with curl 7.54.
+KNOWN_TO_CURL = """-q -s -g -i -w -H -X -T -K --connect-timeout --max-time --limit-rate --noproxy
+    --unix-socket --suppress-connect-headers"""
+
+
+def test_curl_is_told_nothing_that_old_ones_do_not_know(one_shim: Shim, guarded: Served) -> None:
+    """Ubuntu 20.04 has curl 7.68, which would only say that the option is unknown."""
+    record = f'printf "%s\\n" "$@" | grep "^-." >>"{one_shim.folder}/options"; exec curl "$@"'
+    env = {**fake_curl(one_shim, record), "SSH_AGENT_PROXY_TOKEN": TOKENS["variable"]}
+    for url in (guarded[URL], f"unix:{guarded.socket}"):
+        for way in WAYS:
+            assert ask(one_shim, way, {**env, URL: url}).returncode == 0
+    options = (one_shim.folder / "options").read_text()
+    assert set(options.split()) == set(KNOWN_TO_CURL.split())
+
+
 def test_only_a_loopback_url_is_asked_past_the_proxy_of_the_environment(
     one_shim: Shim, liar: Any
 ) -> None:
