@@ -639,9 +639,16 @@ sign_input() {
     fi
     obtain "$data" || return
     remove_gits_key
+    put_out "$body" || leave no_output
+}
+
+# Prints $1: nothing is left to be left behind then, and this may block.
+put_out() {
     clean_up
-    trap - HUP INT TERM # nothing is left to be left behind, and this may block
-    { printf '%s' "$body" >&1; } 2>/dev/null || leave no_output # (zsh would miss that it is shut)
+    trap - HUP INT TERM
+    { printf '%s' "$1" >&1; } 2>/dev/null && return # (by >&1, or zsh would miss that it is shut)
+    exec >/dev/null                                 # ksh would write what it has beside a message
+    return 1
 }
 
 # $held for the answer and $data for what is signed: two files in TMPDIR, where others may write,
@@ -725,10 +732,7 @@ asked for its own when the push began: look at \`$PROGRAM pubkey\`, then push ag
     no_scratch) once=yes ;; # it is signed as it comes
     no_input) die "there is no standard input to sign" ;;
     no_copy) die "standard input could not be kept: is the disk full?" ;;
-    no_output)
-        exec >/dev/null # ksh would write what it still has beside the message
-        die "the signature could not be written"
-        ;;
+    no_output) die "the signature could not be written" ;;
     refusal) look_at_refusal ;;
     answer) die "$shown answered 200 without a whole signature" ;;
     purpose) die "$shown answered with a signature that is not for namespace git: it is not kept" ;;
@@ -955,10 +959,9 @@ is_key() {
     *) return 1 ;;
     esac
     source='' marked=''
-    read -r word blob rest <<END_OF_KEY
-${1#key::}
-END_OF_KEY
-    take_key "$word" "$blob"
+    word=${1#key::}
+    blob=${word#* }
+    take_key "${word%% *}" "${blob%% *}"
 }
 
 # Takes the key that was fetched for git's, and puts it where git has it from, if that can be.
@@ -1441,7 +1444,7 @@ pubkey() {
     esac
     prepare_to_ask || die "$problem"
     if [ $# -eq 0 ]; then
-        print_key "$fetched"
+        put_out "$fetched$NEWLINE" || die "the key could not be written"
     else
         show "$1"
         # What is there may be a device, or /dev/stdout, which nobody wants to see replaced.
@@ -1449,15 +1452,6 @@ pubkey() {
             die "cannot write $shown: it is no file (\`$PROGRAM pubkey >$shown\` may be meant)"
         fi
         write_key "$1" "$fetched" || die "cannot write $shown: is its folder there and writable?"
-    fi
-}
-
-print_key() {
-    clean_up
-    trap - HUP INT TERM # nothing is left to be left behind, and this may block
-    if ! { printf '%s\n' "$1" >&1; } 2>/dev/null; then
-        exec >/dev/null # as for a signature
-        die "the key could not be written"
     fi
 }
 
@@ -1469,10 +1463,8 @@ key() {
         fetched="ssh-ed25519 $NOBODY ssh-agent-proxy-any"
         say "$problem"
     fi
-    case $fetched in
-    ssh-*) print_key "$fetched" ;;
-    *) print_key "key::$fetched" ;;
-    esac
+    [ "${fetched#ssh-}" != "$fetched" ] || fetched=key::$fetched
+    put_out "$fetched$NEWLINE" || die "the key could not be written"
 }
 
 # --- setup ------------------------------------------------------------------------------------
