@@ -1476,7 +1476,12 @@ MARK="# $PROGRAM setup"
 INCLUDED='    path = ~/.config/ssh-agent-proxy/gitconfig'
 EVERYWHERE='gitdir:**' # a plain [include] loses its path to the next `git config include.path`
 WITH_REMOTE='hasconfig:remote.*.url:**'
+LOCAL='GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_PREFIX GIT_CONFIG
+GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_NAMESPACE GIT_CEILING_DIRECTORIES GIT_GRAFT_FILE GIT_SHALLOW_FILE
+GIT_REPLACE_REF_BASE GIT_DEFAULT_HASH'
 SEE='see docs/containers.md#where-gitconfig-cant-be-written'
+# A commit fails with the settings as long as it can't be signed; so they stay.
+UNTIL="git commits nothing until that is mended; then run \`$PROGRAM setup\` again"
 
 setup() {
     read_setup_options ${1+"$@"}
@@ -1499,16 +1504,13 @@ setup() {
 }
 
 read_setup_options() {
-    undo='' remote_only='' to_prove='' to_trust='' unwritable='' unverified=''
+    undo='' remote_only='' to_prove='' to_trust='' written='' unwritable='' unverified='' failed=''
     while [ $# -gt 0 ]; do
         case $1:${2-} in
         --undo:*) undo=yes ;;
         --remote-only:*) remote_only=yes ;;
         --sign:*) to_prove=yes ;;
-        --trust:SHA256:???????????????????????????????????????????)
-            to_trust=$2
-            shift
-            ;;
+        --trust:SHA256:???????????????????????????????????????????) to_trust=$2 && shift ;;
         *)
             say "setup takes [--remote-only] [--trust SHA256:...] [--sign] or --undo, nothing else"
             trap - EXIT
@@ -1524,16 +1526,10 @@ tell() {
 }
 
 stop() {
-    tell "FAIL $1"
+    printf 'FAIL %s\n' "$@" || :
     clean_up
     trap - EXIT HUP INT TERM
     exit 1
-}
-
-# The settings stay: with them a commit fails as long as it can't be signed.
-stop_signing() {
-    tell "FAIL $1"
-    stop "git commits nothing until that is mended; then run \`$PROGRAM setup\` again"
 }
 
 # $config: what `git config --global` writes to; $beside: the other file that git reads; $own: our
@@ -1559,6 +1555,7 @@ find_program() {
     is_shim "$program" || stop "git needs this program as a file: save it, chmod +x it, and run that"
     quote "$program"
     [ -x "$program" ] || stop "$quoted is not executable: chmod +x $quoted"
+    key_command="$quoted key"
 }
 
 # $quoted: $1 as one word for a shell, and for git, which splits its key command like one.
@@ -1567,12 +1564,14 @@ quote() {
 }
 
 # git outside any repository, in an empty one of ours, and where the caller stands.
+# shellcheck disable=SC2086 # several
 outside() (
-    forget_repository
+    unset $LOCAL || :
     cd / && export GIT_DIR=/dev/null && exec git "$@" 2>"$scratch/error"
 )
+# shellcheck disable=SC2086
 inside() (
-    forget_repository
+    unset $LOCAL || :
     cd "$scratch/proof" && exec git -c core.hooksPath=/dev/null -c core.fsmonitor=false \
         -c gc.auto=0 -c maintenance.auto=false -c log.showSignature=false "$@" 2>"$scratch/error"
 )
@@ -1580,11 +1579,6 @@ here() (
     unset GIT_CONFIG || : # which counts for `git config` alone
     exec git "$@" 2>"$scratch/error"
 )
-forget_repository() {
-    unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_PREFIX \
-        GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_NAMESPACE GIT_CONFIG GIT_CEILING_DIRECTORIES \
-        GIT_GRAFT_FILE GIT_SHALLOW_FILE GIT_REPLACE_REF_BASE GIT_DEFAULT_HASH || :
-}
 
 # $shown: what a program of ours said to git, or else git itself, in one line.
 read_error() {
@@ -1610,71 +1604,75 @@ find_git() {
     *) stop "git does not run: $shown" ;;
     esac
     mkdir -- "$scratch/proof"
-    if ! inside init -q --template= || ! inside config remote.none.url https://none.invalid; then
-        read_error
-        stop "git cannot make a repository in ${TMPDIR:-/tmp}: $shown"
-    fi
+    inside init -q --template= && inside config remote.none.url https://none.invalid && return
+    read_error
+    stop "git cannot make a repository in ${TMPDIR:-/tmp}: $shown"
 }
 
-# $email, as git would use it outside a repository; one that git makes up is none.
+# $email, as git would use it outside a repository; an identity that git makes up is none.
 find_identity() {
-    set -- -c user.name=x
-    [ -n "${EMAIL:-}" ] || set -- "$@" -c user.useConfigOnly=true
-    email=$(outside "$@" var GIT_COMMITTER_IDENT) || email=''
-    email=${email%>*}
+    set --
+    [ -n "${EMAIL:-}" ] || set -- -c user.useConfigOnly=true
+    outside ${1+"$@"} var GIT_AUTHOR_IDENT >/dev/null || :
+    identity=$(outside ${1+"$@"} var GIT_COMMITTER_IDENT) || identity=''
+    email=${identity%>*}
     email=${email##*<}
     case $email in
     *@*@* | *[!][A-Za-z0-9._%+=/"'"@-]*) ;;
-    ?*@?*) trust_line="$email namespaces=\"git\"" ;;
+    ?*@?*) return ;;
     esac
-    show "$email"
-    [ -n "${trust_line-}" ] || stop "your mail address for git is '$shown', and must be one such as \
-you@example.com: git config --global user.email YOU@EXAMPLE.COM"
-    if ! outside var GIT_COMMITTER_IDENT >/dev/null || ! outside var GIT_AUTHOR_IDENT >/dev/null; then
-        read_error
-        stop "git has no name for you ($shown): git config --global user.name 'YOUR NAME'"
-    fi
+    read_error
+    show "${email:-$shown}"
+    stop "git must know your name, and a mail address such as you@example.com ($shown): \
+git config --global user.name 'YOUR NAME' && git config --global user.email YOU@EXAMPLE.COM"
 }
 
-# get WHERE KEY [--bool or --path]: $value, fit to be printed $shown, and $from, where it is set.
+# get WHERE NAME: $value, fit to be printed $shown, and $from, where it is set, if it is.
 get() {
-    value='' shown='' from=''
-    said=$("$1" config --show-origin ${3:+"$3"} --get "$2") || return 1
+    where=$1 name=$2
+    case $name in
+    commit.gpgsign) set -- --bool ;;
+    *SignersFile) set -- --path ;;
+    *) set -- ;;
+    esac
+    said=$("$where" config --show-origin ${1+"$@"} --get "$name") ||
+        said=$("$where" config --show-origin --get "$name") || said=''
     from=${said%%[! -~]*}
-    value=${said#"$from"?}
+    value=${said#"$from"}
+    value=${value#?}
     show "$value"
 }
 
 # What git is told outside repositories, where our lines do not count: $their_key, where it can be
 # used, $key_file of ours where not, $signers, and what is $overridden.
 read_values() {
-    overridden='' their_key='' key_file=''
+    overridden=''
     override gpg.format ssh
     override gpg.ssh.program "$program"
-    override gpg.ssh.defaultKeyCommand "$quoted key"
+    override gpg.ssh.defaultKeyCommand "$key_command"
     override commit.gpgsign true
-    if get outside user.signingkey && ! find_their_key; then
-        key_file=$own/key.pub
-        override user.signingkey "$key_file"
-    fi
-    get outside gpg.ssh.allowedSignersFile --path || return 0
+    get outside user.signingkey
+    find_their_key || override user.signingkey "${key_file:=$own/key.pub}"
+    get outside gpg.ssh.allowedSignersFile
     case $value in # one that depends on the folder is none
     /*) [ ! -f "$value" ] || [ ! -r "$value" ] || signers=$value ;;
     esac
-    override gpg.ssh.allowedSignersFile "$signers" --path
+    override gpg.ssh.allowedSignersFile "$signers"
 }
 
 # override KEY VALUE: names what a file sets otherwise.
 override() {
-    get outside "$1" ${3:+"$3"} || return 0
+    get outside "$1"
     case $from:$value in
-    "command line:"* | *":$2" | *"$PROGRAM"*) ;;
+    : | "command line:"* | *":$2" | *"$PROGRAM"*) ;;
     *) overridden="${overridden:+$overridden; }$1 = '$shown' ($from)" ;;
     esac
 }
 
-# $their_key: that of user.signingkey $value, unless it depends on the folder.
+# $their_key: that of user.signingkey $value, unless it depends on the folder. True without one.
 find_their_key() {
+    their_key='' key_file=''
+    [ -n "$from" ] || return 0
     case $value in
     [~]/*) value=${HOME-}${value#?} ;;
     esac
@@ -1683,26 +1681,26 @@ find_their_key() {
     *) is_key "$value" || return ;;
     esac
     their_key=$wanted wanted=''
-    case ${their_key#* } in
-    "$NOBODY" | "$ANYBODY") their_key='' ;;
+    case $their_key in
+    *" $NOBODY" | *" $ANYBODY") their_key='' && return 1 ;;
     esac
-    [ -n "$their_key" ]
 }
 
 # Everything that is written before the proof. $written: something that was not there.
 write_settings() {
-    written='' condition=${present:-$EVERYWHERE}
-    show "${HOME-}"
-    case ${HOME-} in
-    /*) [ -d "$HOME" ] || fail "HOME is $shown, which is no folder here" || return ;;
-    *) fail "HOME is '$shown', which is not the whole path of a folder" || return ;;
-    esac
+    condition=${present:-$EVERYWHERE}
+    if [ "${own#/}" = "$own" ] || [ ! -d "$HOME" ]; then
+        show "${HOME-}"
+        fail "HOME is '$shown', which is not the whole path of a folder here" || return
+    fi
     [ -z "$remote_only" ] || condition=$WITH_REMOTE
     [ "${present:-$condition}" = "$condition" ] ||
         stop "git signs in every repository by now: run \`$PROGRAM setup --undo\` first"
-    [ "$condition" = "$EVERYWHERE" ] || check_remote_only
-    quote "$program"
-    set -- gpg.format ssh gpg.ssh.program "$program" gpg.ssh.defaultKeyCommand "$quoted key" \
+    case $condition:$lacks in
+    h*remotes*) stop "--remote-only takes git 2.36 or newer, and this is $version" ;;
+    h*) refuse_signing_everywhere ;;
+    esac
+    set -- gpg.format ssh gpg.ssh.program "$program" gpg.ssh.defaultKeyCommand "$key_command" \
         commit.gpgsign true tag.forceSignAnnotated true ${key_file:+user.signingkey "$key_file"}
     [ "${signers%/*}" != "$own" ] || set -- "$@" gpg.ssh.allowedSignersFile "$signers"
     printf '%s\n' "# written by $PROGRAM setup; its --undo takes it away" >"$scratch/gitconfig"
@@ -1718,13 +1716,11 @@ write_settings() {
     fi
 }
 
-check_remote_only() {
-    case $lacks in
-    *remotes*) stop "--remote-only takes git 2.36 or newer, and this is $version" ;;
-    esac
-    get outside commit.gpgsign --bool || :
-    [ "$value" != true ] || tell_cure "commit.gpgsign is true, without a remote too" commit.gpgsign
-    [ "$value" != true ] || stop "nothing was written: mend that first"
+refuse_signing_everywhere() {
+    get outside commit.gpgsign
+    [ "$value" = true ] || return 0
+    tell_cure "commit.gpgsign is true, without a remote too"
+    stop "nothing was written: mend that first"
 }
 
 # Writes $2 and a line end to our file $1, where that is not what it holds.
@@ -1751,85 +1747,73 @@ remove_ours() {
     rmdir -- "$own" "${own%/*}" 2>/dev/null || :
 }
 
-# tell_cure WHAT KEY: a failure, where it comes from, and what mends it.
-tell_cure() {
-    quote "${from#file:}"
-    case $from in
-    file:/*) cure="git config --file $quoted --unset-all $2" ;;
-    file:*) cure="git config --local --unset-all $2" ;;
-    *) cure="take it out of this shell's GIT_CONFIG_COUNT or GIT_CONFIG_PARAMETERS" ;;
-    esac
-    fault "$1 ($from): $cure"
-}
-
-fault() {
-    tell "FAIL $1"
-    failed=yes
-}
-
 # Are the settings in force, in a new repository and in this one?
 find_what_wins() {
-    failed='' differing=''
-    get inside gpg.ssh.program || :
+    get inside gpg.ssh.program
     case $value in # however it is spelled, where that is not of this folder
     [!./]* | /*) ! is_shim "$(command -v "$value")" || program=$value ;;
     esac
-    get inside gpg.format || :
+    get inside gpg.format
     [ "$value" = ssh ] || [ -z "$unwritable" ] || stop "$unwritable: $SEE"
     expect_settings inside
     [ -z "$failed" ] || stop "the next commit will not be signed until that is mended"
-    here rev-parse --git-dir >/dev/null || {
+    differing=''
+    if ! here rev-parse --git-dir >/dev/null; then
         explain_folder
         return
-    }
+    fi
     [ "$condition" = "$EVERYWHERE" ] ||
         here config --get-regexp '^remote\..*\.url$' >/dev/null || return 0
     expect_settings here
-    for setting in user.signingkey gpg.ssh.defaultKeyCommand gpg.ssh.allowedSignersFile; do
-        get inside "$setting" || :
+    for name in user.signingkey gpg.ssh.defaultKeyCommand gpg.ssh.allowedSignersFile; do
+        get inside "$name"
         expected=$value
-        get here "$setting" || :
-        [ "$value" = "$expected" ] ||
-            differing="${differing:+$differing; }$setting = '$shown' ($from)"
+        get here "$name"
+        [ "$value" = "$expected" ] || differing="${differing:+$differing; }$name = '$shown' ($from)"
     done
 }
 
 expect_settings() {
-    expect "$1" gpg.format ssh
-    expect "$1" gpg.ssh.program "$program"
-    expect "$1" commit.gpgsign true --bool
+    for setting in "gpg.format ssh" "gpg.ssh.program $program" "commit.gpgsign true"; do
+        get "$1" "${setting%% *}"
+        [ "$value" = "${setting#* }" ] || tell_cure "$name is ${shown:-not set}"
+    done
 }
 
-expect() {
-    get "$1" "$2" ${4:+"$4"} || get "$1" "$2" || : # what is no boolean
-    [ "$value" = "$3" ] || tell_cure "$2 is ${shown:-not set}" "$2"
+# tell_cure WHAT: a failure of setting $name, where it comes from, and what mends it.
+tell_cure() {
+    quote "${from#file:}"
+    case $from in
+    file:/*) cure="git config --file $quoted --unset-all $name" ;;
+    file:*) cure="git config --local --unset-all $name" ;;
+    *) cure="take it out of this shell's GIT_CONFIG_COUNT or GIT_CONFIG_PARAMETERS" ;;
+    esac
+    failed=yes
+    tell "FAIL $1 ($from): $cure"
 }
 
 # Why git takes this folder for no repository.
 explain_folder() {
     read_error
-    advice=$(sed -n 's/.*safe\.directory //p' "$scratch/error")
-    case $advice:$shown in
-    :"not a git repository"*) ;;
-    :*) fault "git cannot use this repository: $shown" ;;
-    *)
-        show "$advice"
-        fault "git refuses this repository, which is another user's: if you trust it, git config \
---global --add safe.directory $shown"
-        ;;
+    case $shown in
+    "not a git repository"*) return ;;
     esac
+    advice=$(sed -n 's/.*\(git config .*safe\.directory.*\)/; if you trust it: \1/p' "$scratch/error")
+    show "$shown$advice"
+    tell "FAIL git refuses this repository: $shown"
+    failed=yes
 }
 
 # $signing_key, with its comment $whole_key.
 obtain_key() {
     ssh_keygen=''
     ! find_ssh_keygen || ssh_keygen=$found
-    prepare_to_ask || stop_signing "$problem${their_key:+ (of the key in user.signingkey)}"
-    signing_key=$found whole_key=$fetched trust_line="$trust_line $found"
+    prepare_to_ask || stop "$problem${their_key:+ (of the key in user.signingkey)}" "$UNTIL"
+    signing_key=$found whole_key=$fetched
     case $their_key$key_file:$lacks:$signing_key in
     :keys*:ssh-*) ;;
-    :keys*) stop_signing "$version takes a key such as ${signing_key%% *} from a file only: $PROGRAM \
-pubkey ~/.ssh/signing.pub && git config --global user.signingkey ~/.ssh/signing.pub" ;;
+    :keys*) stop "$version takes a key such as ${signing_key%% *} from a file only: $PROGRAM pubkey \
+~/.ssh/signing.pub && git config --global user.signingkey ~/.ssh/signing.pub" "$UNTIL" ;;
     esac
     [ -n "$unwritable" ] || [ -z "${SSH_AGENT_PROXY_URL:-}" ] ||
         keep url "$SSH_AGENT_PROXY_URL" || stop "$own/url cannot be written: $SEE"
@@ -1837,7 +1821,7 @@ pubkey ~/.ssh/signing.pub && git config --global user.signingkey ~/.ssh/signing.
 
 # $fingerprint of key $1 as ssh-keygen tells it; the key itself where nothing can.
 find_fingerprint() {
-    fingerprint=$1
+    fingerprint=$1 bytes=''
     printf '%s\n' "$1" >"$scratch/key.pub"
     if [ -n "$ssh_keygen" ]; then
         fingerprint=$("$ssh_keygen" -lf "$scratch/key.pub" 2>/dev/null) || :
@@ -1845,10 +1829,8 @@ find_fingerprint() {
         fingerprint=${fingerprint%% *}
     elif { cut -d ' ' -f 2 "$scratch/key.pub" | base64 -d >"$scratch/blob"; } 2>/dev/null &&
         sum=$(sha256sum <"$scratch/blob" 2>/dev/null); then
-        sum=${sum%% *} bytes=''
-        while [ -n "$sum" ]; do
-            bytes=$bytes\\$(printf '%03o' "0x${sum%"${sum#??}"}")
-            sum=${sum#??}
+        for byte in $(printf '%s\n' "${sum%% *}" | sed 's/../0x& /g'); do
+            bytes=$bytes\\$(printf '%03o' "$byte")
         done
         # shellcheck disable=SC2059
         fingerprint=$(printf "$bytes" | base64)
@@ -1859,6 +1841,7 @@ find_fingerprint() {
 # $trusted: not empty where the signers hold the key; in our file with its line alone.
 judge_key() {
     trusted='' rival='' more=yes
+    trust_line="$email namespaces=\"git\" $signing_key"
     cat -- "$signers" >"$scratch/signers" 2>/dev/null || :
     while [ -n "$more" ]; do
         read -r who option word blob rest || more=''
@@ -1877,17 +1860,17 @@ judge_key() {
     [ -n "$rival" ] && [ -z "$trusted$to_trust" ] || return 0
     new=$fingerprint
     find_fingerprint "$rival"
-    tell "FAIL trusted for $email is the key $fingerprint, and what signs now is $new"
-    stop "the key was changed, or somebody else is at the proxy's address: only where \
+    stop "trusted for $email is the key $fingerprint, and what signs now is $new" \
+        "the key was changed, or somebody else is at the proxy's address: only where \
 \`ssh-agent-proxy check\` on the host shows the second one, add it by setup --trust FINGERPRINT"
 }
 
 # Has git make and verify a commit; only then the key is trusted.
 prove() {
-    if ! inside commit -q --allow-empty --no-verify -m "$PROGRAM setup"; then
+    inside commit -q --allow-empty --no-verify -m "$PROGRAM setup" || {
         read_error
-        stop_signing "$shown"
-    fi
+        stop "$shown" "$UNTIL"
+    }
     case $(inside cat-file commit HEAD) in
     *"$BEGIN"*) ;;
     *) stop "git made a commit without a signature, and did not say why" ;;
@@ -1899,17 +1882,14 @@ prove() {
     fi
     printf '%s\n' "$trust_line" >"$scratch/signers"
     is_good -c gpg.ssh.allowedSignersFile="$scratch/signers" ||
-        stop_signing "the signature is none by $fingerprint that verifies: ${shown:-$verdict}"
+        stop "the signature is none by $fingerprint that verifies: ${shown:-$verdict}" "$UNTIL"
     trust ''
-    if is_good; then
-        return
-    elif [ -n "$unwritable" ]; then
-        unverified="git has no file of allowed signers with this key in it"
-    else
-        show "$signers"
-        tell "FAIL $shown (git's gpg.ssh.allowedSignersFile) lacks this line: $trust_line"
-        stop "commits are signed, and do not verify here until it is in there"
-    fi
+    is_good || case $unwritable:$signers in
+    :"$own"/*) stop "the commit does not verify by $signers: ${shown:-$verdict}" ;;
+    :*) stop "$signers (git's gpg.ssh.allowedSignersFile) lacks this line: $trust_line" \
+        "commits are signed, and do not verify here until it is in there" ;;
+    *) unverified="git has no file of allowed signers with this key in it" ;;
+    esac
 }
 
 is_good() {
@@ -1946,14 +1926,11 @@ a token is kept in ~/.config/ssh-agent-proxy/token (mode 0600)"
     [ -z "$failed" ] || stop "commits in this repository are not signed so until that is mended"
     tell "todo compare: \`ssh-agent-proxy check\` on the host must show $fingerprint"
     tell "todo register as a *signing* key, where your commits are shown: $whole_key"
-    where=''
-    [ "$condition" = "$EVERYWHERE" ] || where=' in a repository that has a remote'
-    [ -z "$differing" ] || where="$where outside this repository"
-    if [ -n "$unverified" ]; then
-        tell "ok   signs; not verified here: $unverified"
-    else
-        tell "ok   the next commit$where will be signed, and verify"
-    fi
+    limit=''
+    [ "$condition" = "$EVERYWHERE" ] || limit=' in a repository that has a remote'
+    [ -z "$differing" ] || limit="$limit outside this repository"
+    [ -z "$unverified" ] || tell "ok   signs; not verified here: $unverified"
+    [ -n "$unverified" ] || tell "ok   the next commit$limit will be signed, and verify"
 }
 
 # Takes our lines away, and what was written.
@@ -1969,11 +1946,11 @@ undo_setup() {
     fi
     remove_ours
     find_files
-    if [ -n "$present" ] || [ -e "$own/gitconfig" ]; then
-        stop "$own, or the lines of $config that include it, cannot be taken away: read-only?"
-    fi
+    [ -z "$present" ] || stop "its lines in $config cannot be taken away: is that read-only?"
+    [ ! -e "$own/gitconfig" ] || stop "$own/gitconfig cannot be removed: is that read-only?"
+    get outside commit.gpgsign
     now="signs no commit by itself"
-    ! get outside commit.gpgsign --bool || [ "$value" != true ] || now="signs commits as $from says"
+    [ "$value" != true ] || now="signs commits as $from says"
     tell "ok   undone: git $now"
     finish
 }
