@@ -1488,7 +1488,7 @@ setup() {
     set_out
     scratch=$(make_temporary -d "${TMPDIR:-/tmp}/$PROGRAM.XXXXXX") ||
         stop "no folder can be made in ${TMPDIR:-/tmp}: set TMPDIR to one that can be written to"
-    scratch=$(cd "$scratch" && pwd)
+    [ "${scratch#/}" != "$scratch" ] || scratch=$PWD/$scratch
     find_files
     [ -z "$undo" ] || undo_setup
     find_program
@@ -1499,7 +1499,7 @@ setup() {
     find_what_wins
     obtain_key
     judge_key
-    [ "$trusted:$written$to_prove" = yes: ] || prove
+    [ "$trusted:$written$to_prove$unwritable" = yes: ] || prove
     give_verdict
 }
 
@@ -1521,12 +1521,16 @@ read_setup_options() {
     done
 }
 
+# One line of the report, whatever foreign text is in it.
 tell() {
-    printf '%s\n' "$1" || :
+    printf '%s' "$1" | tr -c ' -~' '?'
+    printf '\n'
 }
 
 stop() {
-    printf 'FAIL %s\n' "$@" || :
+    for fault; do
+        tell "FAIL $fault"
+    done
     clean_up
     trap - EXIT HUP INT TERM
     exit 1
@@ -1689,10 +1693,7 @@ find_their_key() {
 # Everything that is written before the proof. $written: something that was not there.
 write_settings() {
     condition=${present:-$EVERYWHERE}
-    if [ "${own#/}" = "$own" ] || [ ! -d "$HOME" ]; then
-        show "${HOME-}"
-        fail "HOME is '$shown', which is not the whole path of a folder here" || return
-    fi
+    has_home || return
     [ -z "$remote_only" ] || condition=$WITH_REMOTE
     [ "${present:-$condition}" = "$condition" ] ||
         stop "git signs in every repository by now: run \`$PROGRAM setup --undo\` first"
@@ -1708,12 +1709,18 @@ write_settings() {
         outside config --file "$scratch/gitconfig" "$1" "$2"
         shift 2
     done
-    show "$config"
-    [ -f "$config" ] || [ ! -e "$config" ] || fail "$shown is no regular file" || return
+    [ -f "$config" ] || [ ! -e "$config" ] || fail "$config is no regular file" || return
     if ! keep gitconfig "$(cat "$scratch/gitconfig")" || ! append_lines; then
         [ -n "$present" ] || remove_ours
-        fail "$shown or ~/.config/ssh-agent-proxy cannot be written"
+        fail "$config or ~/.config/ssh-agent-proxy cannot be written"
     fi
+}
+
+has_home() {
+    case ${HOME-} in
+    /*) [ ! -d "$HOME" ] || return 0 ;;
+    esac
+    fail "HOME is '${HOME-}', which is not the whole path of a folder here"
 }
 
 refuse_signing_everywhere() {
@@ -1750,11 +1757,8 @@ remove_ours() {
 # Are the settings in force, in a new repository and in this one?
 find_what_wins() {
     get inside gpg.ssh.program
-    case $value in # however it is spelled, where that is not of this folder
-    [!./]* | /*) ! is_shim "$(command -v "$value")" || program=$value ;;
-    esac
-    get inside gpg.format
-    [ "$value" = ssh ] || [ -z "$unwritable" ] || stop "$unwritable: $SEE"
+    resolved=$(command -v "$value") || : # however it is spelled
+    [ "${resolved#/}" = "$resolved" ] || ! is_shim "$resolved" || program=$value
     expect_settings inside
     [ -z "$failed" ] || stop "the next commit will not be signed until that is mended"
     differing=''
@@ -1776,7 +1780,9 @@ find_what_wins() {
 expect_settings() {
     for setting in "gpg.format ssh" "gpg.ssh.program $program" "commit.gpgsign true"; do
         get "$1" "${setting%% *}"
-        [ "$value" = "${setting#* }" ] || tell_cure "$name is ${shown:-not set}"
+        [ "$value" != "${setting#* }" ] || continue
+        [ "$where" = here ] || [ -z "$unwritable" ] || stop "$unwritable: $SEE"
+        tell_cure "$name is ${shown:-not set}"
     done
 }
 
@@ -1799,8 +1805,7 @@ explain_folder() {
     "not a git repository"*) return ;;
     esac
     advice=$(sed -n 's/.*\(git config .*safe\.directory.*\)/; if you trust it: \1/p' "$scratch/error")
-    show "$shown$advice"
-    tell "FAIL git refuses this repository: $shown"
+    tell "FAIL git refuses this repository: $shown$advice"
     failed=yes
 }
 
@@ -1808,6 +1813,7 @@ explain_folder() {
 obtain_key() {
     ssh_keygen=''
     ! find_ssh_keygen || ssh_keygen=$found
+    [ -n "$ssh_keygen" ] || unverified="ssh-keygen is missing: it comes in the package $PACKAGES"
     prepare_to_ask || stop "$problem${their_key:+ (of the key in user.signingkey)}" "$UNTIL"
     signing_key=$found whole_key=$fetched
     case $their_key$key_file:$lacks:$signing_key in
@@ -1827,6 +1833,7 @@ find_fingerprint() {
         fingerprint=$("$ssh_keygen" -lf "$scratch/key.pub" 2>/dev/null) || :
         fingerprint=${fingerprint#* }
         fingerprint=${fingerprint%% *}
+        fingerprint=${fingerprint:-$1}
     elif { cut -d ' ' -f 2 "$scratch/key.pub" | base64 -d >"$scratch/blob"; } 2>/dev/null &&
         sum=$(sha256sum <"$scratch/blob" 2>/dev/null); then
         for byte in $(printf '%s\n' "${sum%% *}" | sed 's/../0x& /g'); do
@@ -1876,7 +1883,6 @@ prove() {
     *) stop "git made a commit without a signature, and did not say why" ;;
     esac
     if [ -z "$ssh_keygen" ]; then
-        unverified="ssh-keygen is missing: it comes in the package $PACKAGES"
         trust "$MARK: signed, and not verified$NEWLINE"
         return
     fi
@@ -1907,9 +1913,8 @@ trust() {
 }
 
 give_verdict() {
-    show "$config"
     [ -n "$unwritable" ] ||
-        tell "ok   git's settings: ~/.config/ssh-agent-proxy/gitconfig, included by $shown"
+        tell "ok   git's settings: ~/.config/ssh-agent-proxy/gitconfig, included by $config"
     [ -z "$overridden" ] || tell "warn overridden: $overridden"
     tags="tags: git tag -m and -s sign, -a does not"
     case $lacks:$written in
@@ -1935,6 +1940,7 @@ a token is kept in ~/.config/ssh-agent-proxy/token (mode 0600)"
 
 # Takes our lines away, and what was written.
 undo_setup() {
+    has_home || stop "$problem"
     for target in "$config" "$beside" "${HOME-}/.gitconfig"; do
         take_lines_away "$target"
     done
