@@ -667,8 +667,8 @@ def without_ssh_keygen(one: Place) -> Place:
     """The programs that a small container has."""
     folder = one.home.parent / "few"
     folder.mkdir()
-    for name in ["git", "curl", "sh", "mktemp", "sed", "tail", "rm", "rmdir", "cat", "mkdir", "chmod",
-                 "mv", "cp", "cmp", "tr", "base64", "sha256sum", "cut"]:  # fmt: skip
+    for name in ["git", "curl", "sh", "mktemp", "sed", "tail", "rm", "rmdir", "cat", "mkdir",
+                 "chmod", "mv", "cp", "cmp", "tr", "base64", "sha256sum", "cut"]:  # fmt: skip
         (folder / name).symlink_to(need(name, "coreutils"))
     one.argv[0] = need("dash", "dash")
     one.env["PATH"] = str(folder)
