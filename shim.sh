@@ -820,10 +820,10 @@ check_request() {
     '' | *[!!-~]* | *,*) die "-n '$shown': a namespace has 1 to 255 printable ASCII characters, \
 and no blank or comma among them" ;;
     esac
-    show "${hash%:}"
+    show "$hash"
     case $hash in
     '' | sha256: | sha512:) ;;
-    *) die "-O hashalg=$shown is unknown: it is sha256 or sha512" ;;
+    *) die "-O hashalg=${shown%:} is unknown: it is sha256 or sha512" ;;
     esac
     shift "$consumed"
     for operand; do
