@@ -1791,6 +1791,7 @@ tell_cure() {
     quote "${from#file:}"
     case $from in
     file:/*) cure="git config --file $quoted --unset-all $name" ;;
+    file:*.worktree) cure="git config --worktree --unset-all $name" ;;
     file:*) cure="git config --local --unset-all $name" ;;
     *) cure="take it out of this shell's GIT_CONFIG_COUNT or GIT_CONFIG_PARAMETERS" ;;
     esac
@@ -1863,7 +1864,8 @@ judge_key() {
     done <"$scratch/signers"
     find_fingerprint "$signing_key"
     [ "${to_trust:-$fingerprint}" = "$fingerprint" ] ||
-        stop "the key that signs is $fingerprint, and --trust names another"
+        stop "the key that signs is $fingerprint, and --trust names another: compare it with what \
+\`ssh-agent-proxy check\` on the host shows"
     [ -n "$rival" ] && [ -z "$trusted$to_trust" ] || return 0
     new=$fingerprint
     find_fingerprint "$rival"
@@ -1928,7 +1930,7 @@ SSH_AGENT_PROXY_PUBKEY_URL}${SSH_AGENT_PROXY_CURL:+ SSH_AGENT_PROXY_CURL}"
 a token is kept in ~/.config/ssh-agent-proxy/token (mode 0600)"
     [ -z "$differing" ] || tell "warn this repository has its own $differing"
     tell "ok   key $fingerprint, for $email"
-    [ -z "$failed" ] || stop "commits in this repository are not signed so until that is mended"
+    [ -z "$failed" ] || stop "the next commit here will not be signed by it until that is mended"
     tell "todo compare: \`ssh-agent-proxy check\` on the host must show $fingerprint"
     tell "todo register as a *signing* key, where your commits are shown: $whole_key"
     limit=''
@@ -1952,8 +1954,8 @@ undo_setup() {
     fi
     remove_ours
     find_files
-    [ -z "$present" ] || stop "its lines in $config cannot be taken away: is that read-only?"
-    [ ! -e "$own/gitconfig" ] || stop "$own/gitconfig cannot be removed: is that read-only?"
+    [ -z "$present" ] || stop "the lines in $config that include it cannot be taken away: read-only?"
+    [ ! -e "$own/gitconfig" ] || stop "$own/gitconfig cannot be removed: is it read-only?"
     get outside commit.gpgsign
     now="signs no commit by itself"
     [ "$value" != true ] || now="signs commits as $from says"
@@ -1975,8 +1977,10 @@ take_lines_away() {
         cp -p -- "$1" "$fresh" && cat "$scratch/left" >"$fresh" && mv -f -- "$fresh" "$1"
     } 2>/dev/null; then
         cp -- "$1" "$fresh"
-        cat "$scratch/left" >"$1"
-        rm -f -- "$fresh"
+        copy=$fresh fresh='' # which stays, should the writing end in the middle
+        { cat "$scratch/left" >"$1"; } 2>/dev/null || cmp -s "$copy" "$1" ||
+            stop "$1 could not be written whole: what it was is in $copy"
+        rm -f -- "$copy"
     fi
     fresh=''
     [ -s "$1" ] || [ -L "$1" ] || rm -f -- "$1" 2>/dev/null || :

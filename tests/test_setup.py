@@ -228,6 +228,10 @@ def test_a_mounted_gitconfig_stays_mounted(one: Place, options: str) -> None:
         script += f"mount {options} .gitconfig && "
         one.refuses("docs/containers.md", before=in_a_namespace(script + 'exec "$@"'))
         assert not (one.home / OWN).exists()
+        one.config.write_text(CONFIG + LINES)
+        one.sh("cp .gitconfig copy")
+        one.refuses("cannot be taken away", "--undo", before=in_a_namespace(script + 'exec "$@"'))
+        assert sorted(one.own()) == [".gitconfig", "copy"]
         return
     one.is_well(before=in_a_namespace(script + 'exec "$@"'))
     assert (one.home / "copy").read_text() == CONFIG + LINES
@@ -765,6 +769,7 @@ def test_nothing_that_a_repository_names_is_run_written_or_trusted(
             hook.symlink_to(evil)
     for key, value in settings.items():
         run(["git", "config", key, value], env=place.env, cwd=place.repository)
+    place.sh(f"{GLOBAL}core.hooksPath {evil.parent}/hooks")  # nor do the user's own take part
     before = {p: p.read_bytes() for p in place.repository.rglob("*") if p.is_file()}
     git = place.repository / ".git"
     for env in (
@@ -792,7 +797,7 @@ def test_a_repository_of_another_user_is_refused_as_git_does(one: Place) -> None
     run(["chown", "-R", "12345", folder])
     refused = "FAIL git refuses this repository: detected dubious ownership in repository"
     report = one.refuses(refused, where=folder)
-    assert "commits in this repository are not" in report.lines[-1]
+    assert "the next commit here will not be" in report.lines[-1]
     cure = next(line for line in report.lines if "safe.directory" in line).split("trust it: ")[1]
     one.sh(cure)
     one.is_well(where=folder)
