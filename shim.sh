@@ -1930,7 +1930,7 @@ SSH_AGENT_PROXY_PUBKEY_URL}${SSH_AGENT_PROXY_CURL:+ SSH_AGENT_PROXY_CURL}"
 a token is kept in ~/.config/ssh-agent-proxy/token (mode 0600)"
     [ -z "$differing" ] || tell "warn this repository has its own $differing"
     tell "ok   key $fingerprint, for $email"
-    [ -z "$failed" ] || stop "the next commit here will not be signed by it until that is mended"
+    [ -z "$failed" ] || stop "the next commit in this repository will not be signed until that is mended"
     tell "todo compare: \`ssh-agent-proxy check\` on the host must show $fingerprint"
     tell "todo register as a *signing* key, where your commits are shown: $whole_key"
     limit=''

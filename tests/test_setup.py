@@ -518,6 +518,14 @@ SETTLED = [
 ]  # fmt: skip
 
 
+@on_linux
+def test_an_address_that_git_makes_up_is_none(one: Place) -> None:
+    """It does where the host's name has a dot."""
+    before = in_a_namespace('hostname a.example.com && exec "$@"')
+    one.sh(f"{GLOBAL}--unset user.email")
+    one.refuses(MAIL, before=[*before[:1], "--uts", *before[1:]])
+
+
 def stand_in(one: Place) -> None:
     """A git that says to be of the version in ~/git."""
     git = one.shim.parent / "git"
@@ -797,7 +805,7 @@ def test_a_repository_of_another_user_is_refused_as_git_does(one: Place) -> None
     run(["chown", "-R", "12345", folder])
     refused = "FAIL git refuses this repository: detected dubious ownership in repository"
     report = one.refuses(refused, where=folder)
-    assert "the next commit here will not be" in report.lines[-1]
+    assert "the next commit in this repository will not be signed" in report.lines[-1]
     cure = next(line for line in report.lines if "safe.directory" in line).split("trust it: ")[1]
     one.sh(cure)
     one.is_well(where=folder)
