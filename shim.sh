@@ -1476,9 +1476,9 @@ MARK="# $PROGRAM setup"
 INCLUDED='    path = ~/.config/ssh-agent-proxy/gitconfig'
 EVERYWHERE='gitdir:**' # a plain [include] loses its path to the next `git config include.path`
 WITH_REMOTE='hasconfig:remote.*.url:**'
-LOCAL='GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_PREFIX GIT_CONFIG
-GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_NAMESPACE GIT_CEILING_DIRECTORIES GIT_GRAFT_FILE GIT_SHALLOW_FILE
-GIT_REPLACE_REF_BASE GIT_DEFAULT_HASH'
+LOCAL='GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_PREFIX
+GIT_CONFIG GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_NAMESPACE GIT_CEILING_DIRECTORIES GIT_GRAFT_FILE
+GIT_SHALLOW_FILE GIT_REPLACE_REF_BASE GIT_DEFAULT_HASH'
 SEE='see docs/containers.md#where-gitconfig-cant-be-written'
 # A commit fails with the settings as long as it can't be signed; so they stay.
 UNTIL="git commits nothing until that is mended; then run \`$PROGRAM setup\` again"
@@ -1556,7 +1556,7 @@ find_program() {
     */* | *.sh | "$PROGRAM"*) program=$PWD/${0#./} ;;
     *) program='' ;; # a shell's name
     esac
-    is_shim "$program" || stop "git needs this program as a file: save it, chmod +x it, and run that"
+    is_shim "$program" || stop "git needs this as a file: save it, chmod +x it, and run that"
     quote "$program"
     [ -x "$program" ] || stop "$quoted is not executable: chmod +x $quoted"
     key_command="$quoted key"
@@ -1571,17 +1571,17 @@ quote() {
 # shellcheck disable=SC2086 # several
 outside() (
     unset $LOCAL || :
-    cd / && export GIT_DIR=/dev/null && exec git "$@" 2>"$scratch/error"
+    cd / && export GIT_DIR=/dev/null && exec git -P "$@" 2>"$scratch/error"
 )
 # shellcheck disable=SC2086
 inside() (
     unset $LOCAL || :
-    cd "$scratch/proof" && exec git -c core.hooksPath=/dev/null -c core.fsmonitor=false \
+    cd "$scratch/proof" && exec git -P -c core.hooksPath=/dev/null -c core.fsmonitor=false \
         -c gc.auto=0 -c maintenance.auto=false -c log.showSignature=false "$@" 2>"$scratch/error"
 )
 here() (
     unset GIT_CONFIG || : # which counts for `git config` alone
-    exec git "$@" 2>"$scratch/error"
+    exec git -P "$@" 2>"$scratch/error"
 )
 
 # $shown: what a program of ours said to git, or else git itself, in one line.
@@ -1805,8 +1805,8 @@ explain_folder() {
     case $shown in
     "not a git repository"*) return ;;
     esac
-    advice=$(sed -n 's/.*\(git config .*safe\.directory.*\)/; if you trust it: \1/p' "$scratch/error")
-    tell "FAIL git refuses this repository: $shown$advice"
+    advice=$(sed -n 's/.*\(git config .*safe\.directory.*\)/\1/p' "$scratch/error")
+    tell "FAIL git refuses this repository: $shown${advice:+; if you trust it: $advice}"
     failed=yes
 }
 
@@ -1819,8 +1819,8 @@ obtain_key() {
     signing_key=$found whole_key=$fetched
     case $their_key$key_file:$lacks:$signing_key in
     :keys*:ssh-*) ;;
-    :keys*) stop "$version takes a key such as ${signing_key%% *} from a file only: $PROGRAM pubkey \
-~/.ssh/signing.pub && git config --global user.signingkey ~/.ssh/signing.pub" "$UNTIL" ;;
+    :keys*) stop "$version takes a key such as ${signing_key%% *} from a file only: $PROGRAM \
+pubkey ~/.ssh/signing.pub && git config --global user.signingkey ~/.ssh/signing.pub" "$UNTIL" ;;
     esac
     [ -n "$unwritable" ] || [ -z "${SSH_AGENT_PROXY_URL:-}" ] ||
         keep url "$SSH_AGENT_PROXY_URL" || stop "$own/url cannot be written: $SEE"
@@ -1930,7 +1930,8 @@ SSH_AGENT_PROXY_PUBKEY_URL}${SSH_AGENT_PROXY_CURL:+ SSH_AGENT_PROXY_CURL}"
 a token is kept in ~/.config/ssh-agent-proxy/token (mode 0600)"
     [ -z "$differing" ] || tell "warn this repository has its own $differing"
     tell "ok   key $fingerprint, for $email"
-    [ -z "$failed" ] || stop "the next commit in this repository will not be signed until that is mended"
+    [ -z "$failed" ] ||
+        stop "the next commit in this repository will not be signed until that is mended"
     tell "todo compare: \`ssh-agent-proxy check\` on the host must show $fingerprint"
     tell "todo register as a *signing* key, where your commits are shown: $whole_key"
     limit=''
@@ -1948,13 +1949,14 @@ undo_setup() {
     done
     ! read_key "$own/key.pub" || [ -z "$marked" ] || rm -f -- "$own/key.pub"
     if [ -f "$signers" ]; then
-        sed -e "/^$MARK: /d" -e '/^[^ #]* namespaces="git" [^ ]* [^ ]*$/d' "$signers" >"$scratch/left"
+        sed -e "/^$MARK: /d" -e '/^[^ #]* namespaces="git" [^ ]* [^ ]*$/d' "$signers" \
+            >"$scratch/left"
         cmp -s "$scratch/left" "$signers" || cat "$scratch/left" >"$signers"
         [ -s "$signers" ] || rm -f -- "$signers"
     fi
     remove_ours
     find_files
-    [ -z "$present" ] || stop "the lines in $config that include it cannot be taken away: read-only?"
+    [ -z "$present" ] || stop "its lines in $config cannot be taken away: is that read-only?"
     [ ! -e "$own/gitconfig" ] || stop "$own/gitconfig cannot be removed: is it read-only?"
     get outside commit.gpgsign
     now="signs no commit by itself"

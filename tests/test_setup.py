@@ -531,7 +531,7 @@ def stand_in(one: Place) -> None:
     git = one.shim.parent / "git"
     real = need("git", "git")
     said = f"exec echo git version $(cat {one.home}/git)"
-    git.write_text(f'#!/bin/sh\n[ "$1" != version ] || {said}\nexec {real} "$@"\n')
+    git.write_text(f'#!/bin/sh\n[ "$2" != version ] || {said}\nexec {real} "$@"\n')
     git.chmod(0o755)
     one.env["PATH"] = f"{one.shim.parent}:{one.env['PATH']}"
 
