@@ -11,7 +11,9 @@ from typing import Any, Dict, List, Optional, Sequence
 import pytest
 from conftest import SHIM, Agent, Keys, clean_env, fingerprint, need, rows, run
 from test_shim import (
+    ARMOR,
     CALLED,
+    LINE,
     NOBODY,
     SHELLS,
     URL,
@@ -652,6 +654,14 @@ def test_a_key_that_cannot_sign_is_not_trusted(one: Place, agent: Agent, keys: K
         assert report.lines[1:] == [UNTIL]
     assert not (one.home / OWN / "allowed_signers").exists()
     assert "403" in one.commit(**env) or "listens" in one.commit()
+
+
+def test_a_key_whose_signature_does_not_verify_is_not_trusted(one: Place, liar: Any) -> None:
+    key = answer(f"{LINE} me\n".encode())
+    server = liar(key, key, answer(ARMOR))
+    report = one.refuses("that verifies: ", **server.env)
+    assert report.lines[1:] == [UNTIL]
+    assert not (one.home / OWN / "allowed_signers").exists()
 
 
 def test_a_key_that_nobody_holds_is_not_trusted(one: Place, liar: Any) -> None:
