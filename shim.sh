@@ -75,7 +75,7 @@ sign() {
     [ $# -gt 0 ] && [ "$*" != - ] || leave input || return
     while [ $# -gt 0 ]; do
         file=$1 subject=$1
-        [ "${1#/}" != "$1" ] || subject=./$1 # never an option, never standard input
+        [ "x${1#/}" != "x$1" ] || subject=./$1 # never an option, never standard input
         prepare "$@" || return
         sign_file || return
         consumed=$((consumed + 1))
@@ -162,10 +162,7 @@ read_options() {
         rest=${1#-?}
         letter=${1%"$rest"}
         case $1 in
-        --)
-            shift
-            break
-            ;;
+        --) shift && break ;;
         -[CDEFIMNOPRVYZabfmnrstwz]) # those with a value
             [ $# -gt 1 ] || refuse "$1 lacks its value" ''
             take_option "$1" "${2-}"
@@ -245,7 +242,7 @@ read_token() {
     while [ -z "$token" ] && [ -n "$more" ]; do
         read -r token rest || more='' # the last line may lack its end
         token=${token%[! -~]}         # a carriage return
-        [ "${token#\#}" = "$token" ] || token='' # a comment
+        [ "x${token#\#}" = "x$token" ] || token='' # a comment
     done <"$1"
     [ -n "$token" ]
 }
