@@ -1747,7 +1747,7 @@ lacks_line_end() {
 }
 
 remove_ours() {
-    rm -f -- "$own/gitconfig" "$own/url"
+    rm -f -- "$own/gitconfig" "$own/url" 2>/dev/null || :
     rmdir -- "$own" "${own%/*}" 2>/dev/null || :
 }
 

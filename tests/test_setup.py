@@ -191,17 +191,17 @@ FILES = [
     ("XDG's", "mkdir -p .config/git; mv .gitconfig .config/git/config", ".config/git/config"),
     ("both", "mkdir -p .config/git; cp .gitconfig .config/git/config", ".gitconfig"),
     ("another home of XDG's", "mkdir -p x/git; mv .gitconfig x/git/config", "x/git/config"),
-    ("GIT_CONFIG_GLOBAL's", "mv .gitconfig given", "given"),
+    ("GIT_CONFIG_GLOBAL's", "mv .gitconfig $(printf 'given\\033')", "given\x1b"),
 ]
 
 
-@pytest.mark.parametrize("script, written", some(FILES, "a link", "XDG's"))
+@pytest.mark.parametrize("script, written", some(FILES, "a link", "GIT_CONFIG_GLOBAL's"))
 def test_the_lines_go_where_git_would_write(script: str, written: str, one: Place) -> None:
     one.env.update(EMAIL="me@example.com", GIT_COMMITTER_NAME="C", GIT_AUTHOR_NAME="A")
     if written.startswith("x/"):
         one.env["XDG_CONFIG_HOME"] = str(one.home / "x")
-    if written == "given":
-        one.env["GIT_CONFIG_GLOBAL"] = str(one.home / "given")
+    if written.startswith("given"):
+        one.env["GIT_CONFIG_GLOBAL"] = str(one.home / written)
     one.sh(script)
     before = one.own()
     links = [p for p in one.home.iterdir() if p.is_symlink()]
@@ -297,7 +297,7 @@ OTHER_KEYS = [
 ]  # fmt: skip
 
 
-SHORT = ["a Mac's signer", "an empty key", "a GPG id", "escapes"]
+SHORT = ["a Mac's signer", "an empty key", "a GPG id", "a relative key", "nobody's key"]
 
 
 @pytest.mark.parametrize("script, told", some(OTHER_KEYS, *SHORT))
@@ -449,8 +449,9 @@ ENVIRONMENT = [
 @pytest.mark.parametrize("env, told", rows(ENVIRONMENT))
 def test_what_the_environment_sets_is_named(one: Place, env: Dict[str, str], told: str) -> None:
     one.refuses(told, **env)
-    one.is_well(GIT_CONFIG=str(one.home / "elsewhere"))
-    assert not (one.home / "elsewhere").exists()
+    (one.home / "elsewhere").write_text("[gpg]\n\tformat = x\n")
+    one.is_well(where=one.repository, GIT_CONFIG=str(one.home / "elsewhere"))
+    assert (one.home / "elsewhere").read_text() == "[gpg]\n\tformat = x\n"
 
 
 def test_a_key_of_the_folders_own_is_its_own_affair(one: Place) -> None:
@@ -758,6 +759,8 @@ def test_settings_of_the_environment_do_where_the_home_is_read_only(one: Place) 
     assert one.own() == {".gitconfig": CONFIG.encode()}
     one.refuses("nothing listens", before=before, **{**env, URL: "http://127.0.0.1:1/sign"})
     one.is_well(**env)
+    one.config.write_text(CONFIG)
+    assert one(before=before, **env).lines == report.lines
 
 
 # ---------------------------------------------------------------- a repository that means harm
