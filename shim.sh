@@ -95,6 +95,7 @@ prepare() {
     if [ -z "$sign_url" ] && [ -e "$note" ]; then
         named_in=$note
         { read -r sign_url rest || :; } 2>/dev/null <"$note" || :
+        sign_url=${sign_url%[! -~]} # a carriage return
     elif [ -z "$sign_url" ]; then
         named_in='' sign_url=http://127.0.0.1:7221/sign
     fi
@@ -977,6 +978,7 @@ fetch_key() {
     read -r word blob rest <<END_OF_BODY
 $body
 END_OF_BODY
+    [ -z "$elsewhere" ] || way='' sought='' past='*' # which holds for that host alone
     case $body in
     *"$NEWLINE"?* | *"$NOBODY"* | *"$ANYBODY"*) word='' ;; # it is one line, and somebody's
     esac
@@ -1156,7 +1158,11 @@ take_http_proxy() {
 
 # $leads: to loopback, as in agents' sandboxes, to Docker's gateway, or elsewhere does http_proxy $1?
 see_where_it_leads() {
-    leads=${1#*://}
+    leads=$1
+    case ${1%%://*} in
+    *[!A-Za-z0-9+.-]*) ;; # curl takes it for no scheme either
+    *) leads=${1#*://} ;;
+    esac
     leads=${leads%%[/?#]*}
     leads=${leads##*@}
     case $leads in
@@ -1329,7 +1335,7 @@ it? SSH_AGENT_PROXY_URL says where to look" ;;
     *:28:*) fail "no answer from $place in time ($ANSWER_SECONDS s): does a prompt of the agent \
 wait on the host?" ;;
     *:3:*) fail "$place cannot be asked: its port is no port, or it names no host" ;;
-    *:5:*) fail "the http_proxy for $place has a name that is not known here" ;;
+    *:5:*) fail "http_proxy, which leads to $place, names no host that is known here" ;;
     *:2:*) fail "$curl does not know an option of curl 7.68: it must be that or newer" ;;
     *:[18]:*) fail "what answers at $place does not speak HTTP: another program there?" ;;
     *:18:*) fail "the answer from $place broke off: try again" ;;

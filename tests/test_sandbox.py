@@ -208,6 +208,7 @@ WITH_A_TOKEN = [
     ("a name like loopback", "http_proxy=http://127.0.0.1.example:3128", "L", "", NOTHING),
     ("a user like loopback", "http_proxy=http://localhost@proxy.example:3128", "L C", "", NOTHING),
     ("a path like loopback", "http_proxy=http://proxy.example:3128/@localhost", "L C", "", NOTHING),
+    ("a scheme in a path", "http_proxy=proxy.example:3128/x://localhost:3128", "L C", "", NOTHING),
     ("Claude's no", "http_proxy=L SANDBOX_RUNTIME=1", "L=blocked", "K", CLAUDE),
     ("Codex's no", "http_proxy=L CODEX_NETWORK_PROXY_ACTIVE=1", "L=blocked", "K", '.1" = "allow"'),
     ("another's no", "http_proxy=L", "L=blocked", "K", "allow the host 127.0.0.1 in it"),
@@ -296,6 +297,15 @@ def test_nothing_is_asked_twice_and_no_argument_holds_a_secret(
     assert apart.asked() == [CODES.get(word, word) for word in asked.split()]
     assert "7221" in trace.read_text()
     assert not re.search("pa55|s3cr3t", trace.read_text())
+
+
+def test_each_url_of_this_machine_is_tried_directly_first(
+    one_shim: Shim, apart: Apart, ask_in: Any, well_asked: Any
+) -> None:
+    """Though that of the key was found through http_proxy."""
+    words = "PUBKEY_URL=http://127.0.0.1:1/publickey http_proxy=L"
+    well_asked(one_shim, "fetched", ask_in(one_shim, words, "L H", "fetched"))
+    assert apart.asked() == ["L:127.0.0.1:1/healthz", "L:127.0.0.1:1/publickey", "H:/sign"]
 
 
 @pytest.mark.long

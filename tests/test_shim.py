@@ -1275,7 +1275,7 @@ def test_only_a_loopback_url_is_asked_past_the_proxy_of_the_environment(
 
 CURL_ENDS = {
     2: "must be that or newer",
-    5: "the http_proxy for",
+    5: "http_proxy, which leads to http://127.0.0.1:7221/sign, names no host",
     6: "is not known here",
     7: "is ssh-agent-proxy running on the host",
     18: "broke off",
