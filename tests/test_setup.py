@@ -373,7 +373,7 @@ def test_another_key_for_the_same_address_is_trusted_by_its_fingerprint_alone(
 SIGNERS = [
     ("with the line", 'echo "me@example.com $(cut -d " " -f 1,2 $KEYS/ed25519.pub)" >s', 0),
     ("with it for all", 'echo "* namespaces=\\"git\\" $(cat $KEYS/ed25519.pub)" >s', 0),
-    ("without it", "echo '# nobody' >s", 1),
+    ("without it", 'echo "# me@example.com $(cat $KEYS/ed25519.pub)" >s', 1),
     ("with another's", 'echo "you@example.com $(cat $KEYS/other.pub)" >s', 1),
 ]  # fmt: skip
 
