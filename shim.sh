@@ -1477,6 +1477,7 @@ key() {
 
 MARK="# $PROGRAM setup"
 INCLUDED='    path = ~/.config/ssh-agent-proxy/gitconfig'
+TAB='	'
 EVERYWHERE='gitdir:**' # a plain [include] loses its path to the next `git config include.path`
 WITH_REMOTE='hasconfig:remote.*.url:**'
 LOCAL='GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_PREFIX
@@ -1644,7 +1645,7 @@ get() {
     esac
     said=$("$where" config --show-origin ${1+"$@"} --get "$name") ||
         said=$("$where" config --show-origin --get "$name") || said=''
-    from=${said%%[! -~]*}
+    from=${said%%"$TAB"*}
     value=${said#"$from"}
     value=${value#?}
     show "$value"
@@ -1702,7 +1703,11 @@ write_settings() {
         stop "git signs in every repository by now: run \`$PROGRAM setup --undo\` first"
     case $condition:$lacks in
     h*remotes*) stop "--remote-only takes git 2.36 or newer, and this is $version" ;;
-    h*) refuse_signing_everywhere ;;
+    h*)
+        get outside commit.gpgsign
+        [ "$value" != true ] || tell_cure "commit.gpgsign is true, without a remote too"
+        [ -z "$failed" ] || stop "nothing was written: mend that first"
+        ;;
     esac
     set -- gpg.format ssh gpg.ssh.program "$program" gpg.ssh.defaultKeyCommand "$key_command" \
         commit.gpgsign true tag.forceSignAnnotated true ${key_file:+user.signingkey "$key_file"}
@@ -1724,13 +1729,6 @@ has_home() {
     /*) [ ! -d "$HOME" ] || return 0 ;;
     esac
     fail "HOME is '${HOME-}', which is not the whole path of a folder here"
-}
-
-refuse_signing_everywhere() {
-    get outside commit.gpgsign
-    [ "$value" = true ] || return 0
-    tell_cure "commit.gpgsign is true, without a remote too"
-    stop "nothing was written: mend that first"
 }
 
 # Writes $2 and a line end to our file $1, where that is not what it holds.
@@ -1766,7 +1764,11 @@ find_what_wins() {
     [ -z "$failed" ] || stop "the next commit will not be signed until that is mended"
     differing=''
     if ! here rev-parse --git-dir >/dev/null; then
-        explain_folder
+        read_error
+        case $shown in
+        "not a git repository"*) ;;
+        *) failed=yes && tell "FAIL git refuses this: $(tr -s '\n\t' '  ' <"$scratch/error")" ;;
+        esac
         return
     fi
     [ "$condition" = "$EVERYWHERE" ] ||
@@ -1793,6 +1795,7 @@ expect_settings() {
 tell_cure() {
     quote "${from#file:}"
     case $from in
+    file:\"*) cure="take it out of that file" ;; # the path is escaped
     file:/*) cure="git config --file $quoted --unset-all $name" ;;
     file:*.worktree) cure="git config --worktree --unset-all $name" ;;
     file:*) cure="git config --local --unset-all $name" ;;
@@ -1800,17 +1803,6 @@ tell_cure() {
     esac
     failed=yes
     tell "FAIL $1 ($from): $cure"
-}
-
-# Why git takes this folder for no repository.
-explain_folder() {
-    read_error
-    case $shown in
-    "not a git repository"*) return ;;
-    esac
-    advice=$(sed -n 's/.*\(git config .*safe\.directory.*\)/\1/p' "$scratch/error")
-    tell "FAIL git refuses this repository: $shown${advice:+; if you trust it: $advice}"
-    failed=yes
 }
 
 # $signing_key, with its comment $whole_key.

@@ -292,12 +292,16 @@ OTHER_KEYS = [
     ("no signing", f"{GLOBAL}commit.gpgsign false", "commit.gpgsign = 'false'"),
     ("a dead signers file", f"{GLOBAL}gpg.ssh.allowedSignersFile /Users/me/signers",
      "gpg.ssh.allowedSignersFile = '/Users/me/signers'"),
+    ("a path beyond ASCII", "mkdir \u00e4; echo '[gpg]format=openpgp' >\u00e4/x; "
+     + GLOBAL + "include.path ~/\u00e4/x",
+     "gpg.format = 'openpgp' (file:\"HOME/\\303\\244/x"),
     ("escapes", f"{GLOBAL}gpg.ssh.program \"$(printf '/a\\033[2J\\n\\303\\244')\"",
      "gpg.ssh.program = '/a?[2J???'"),
 ]  # fmt: skip
 
 
-SHORT = ["a Mac's signer", "an empty key", "a GPG id", "a relative key", "nobody's key"]
+SHORT = ["a Mac's signer", "an empty key", "a GPG id", "a relative key", "nobody's key",
+         "a path beyond ASCII"]  # fmt: skip
 
 
 @pytest.mark.parametrize("script, told", some(OTHER_KEYS, *SHORT))
@@ -816,11 +820,12 @@ def test_a_repository_of_another_user_is_refused_as_git_does(one: Place) -> None
     folder = one.home.parent / "it's theirs"
     one.repository.rename(folder)
     run(["chown", "-R", "12345", folder])
-    refused = "FAIL git refuses this repository: detected dubious ownership in repository"
+    refused = "FAIL git refuses this: fatal: detected dubious ownership in repository at"
     report = one.refuses(refused, where=folder)
     assert "the next commit in this repository will not be signed" in report.lines[-1]
-    cure = next(line for line in report.lines if "safe.directory" in line).split("trust it: ")[1]
+    told = next(line for line in report.lines if "safe.directory" in line)
+    cure = told.split("this directory, call: ")[1]
     one.sh(cure)
     one.is_well(where=folder)
     one.sh("echo '[' >.git/config", where=folder)
-    one.refuses("git refuses this repository: bad config line 1", where=folder)
+    one.refuses("git refuses this: fatal: bad config line 1", where=folder)
