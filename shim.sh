@@ -75,7 +75,7 @@ sign() {
     [ $# -gt 0 ] && [ "$*" != - ] || leave input || return
     while [ $# -gt 0 ]; do
         file=$1 subject=$1
-        [ "x${1#/}" != "x$1" ] || subject=./$1 # never an option, never standard input
+        [ "${1#/}." != "$1." ] || subject=./$1 # never an option, never standard input
         prepare "$@" || return
         sign_file || return
         consumed=$((consumed + 1))
@@ -243,7 +243,7 @@ read_token() {
     while [ -z "$token" ] && [ -n "$more" ]; do
         read -r token rest || more='' # the last line may lack its end
         token=${token%[! -~]}         # a carriage return
-        [ "x${token#\#}" = "x$token" ] || token='' # a comment
+        [ "${token#\#}." = "$token." ] || token='' # a comment
     done <"$1"
     [ -n "$token" ]
 }
