@@ -718,7 +718,7 @@ GIT_CONFIG = """\
     format = ssh
 [gpg "ssh"]
     program = {program}
-    allowedSignersFile = {home}/signers
+    allowedSignersFile = {signers}
 [user]
     signingkey = {public}
 [commit]
@@ -740,8 +740,9 @@ class Repository:
         self.public = public
         self.env = clean_env(home, SSH_AGENT_PROXY_URL=url, GIT_EDITOR="true")
         self.now = 1700000000
-        config = GIT_CONFIG.format(program=program, home=home, public=public)
-        (home / ".gitconfig").write_text(config)
+        paths = {"program": program, "signers": home / "signers", "public": public}
+        quoted = {name: json.dumps(str(paths[name]), ensure_ascii=False) for name in paths}
+        (home / ".gitconfig").write_text(GIT_CONFIG.format(**quoted))
         (home / "signers").write_text(f"committer@example.com {public.read_text()}")
         init = ["git", "init", "-q", "-b", "main", f"--object-format={id_format}", self.path]
         run(init, env=self.env)
