@@ -1718,10 +1718,15 @@ write_settings() {
         shift 2
     done
     [ -f "$config" ] || [ ! -e "$config" ] || fail "$config is no regular file" || return
-    if ! keep gitconfig "$(cat "$scratch/gitconfig")" || ! append_lines; then
+    if ! keep gitconfig "$(cat "$scratch/gitconfig")" || ! include_ours; then
         [ -n "$present" ] || remove_ours
         fail "$config or ~/.config/ssh-agent-proxy cannot be written"
     fi
+}
+
+include_ours() {
+    [ -z "$present" ] || return 0
+    append "$config" "$MARK${NEWLINE}[includeIf \"$condition\"]$NEWLINE$INCLUDED" && written=yes
 }
 
 has_home() {
@@ -1737,17 +1742,10 @@ keep() {
     write_key "$own/$1" "$2" && written=yes
 }
 
-append_lines() {
-    [ -z "$present" ] || return 0
-    written=yes
-    text="$MARK${NEWLINE}[includeIf \"$condition\"]$NEWLINE$INCLUDED$NEWLINE"
-    # The last line's end stays missing, by which --undo knows.
-    ! lacks_line_end "$config" || text=$NEWLINE${text%"$NEWLINE"}
-    { printf '%s' "$text" >>"$config"; } 2>/dev/null
-}
-
-lacks_line_end() {
-    [ -n "$(tail -c 1 -- "$1" 2>/dev/null)" ]
+# append FILE TEXT: as lines of its own.
+append() {
+    [ -z "$(tail -c 1 -- "$1" 2>/dev/null)" ] || set -- "$1" "$NEWLINE$2"
+    { printf '%s\n' "$2" >>"$1"; } 2>/dev/null
 }
 
 remove_ours() {
@@ -1904,9 +1902,7 @@ is_good() {
 # Adds the key to the file of signers, after $1, where that is ours.
 trust() {
     [ "$trusted$unwritable$signers" = "$own/allowed_signers" ] || return 0
-    text=$1$trust_line$NEWLINE
-    ! lacks_line_end "$signers" || text=$NEWLINE$text
-    { printf '%s' "$text" >>"$signers"; } 2>/dev/null || stop "$signers cannot be written: $SEE"
+    append "$signers" "$1$trust_line" || stop "$signers cannot be written: $SEE"
 }
 
 give_verdict() {
@@ -1965,10 +1961,6 @@ take_lines_away() {
     lines="$MARK\\n\\[includeIf \"[^\"]*\"\\]\\n$INCLUDED"
     sed "/^$MARK\$/{N;N;\\|^$lines\$|d;}" "$1" >"$scratch/left" 2>/dev/null || return 0
     ! cmp -s "$scratch/left" "$1" || return 0
-    if lacks_line_end "$1" && [ "$(tail -n 1 -- "$1")" = "$INCLUDED" ]; then # see append_lines
-        head -c $(($(wc -c <"$scratch/left") - 1)) "$scratch/left" >"$scratch/cut"
-        mv -f -- "$scratch/cut" "$scratch/left"
-    fi
     fresh=$(make_temporary "$1.XXXXXX") || return 0
     if [ -L "$1" ] || ! {
         cp -p -- "$1" "$fresh" && cat "$scratch/left" >"$fresh" && mv -f -- "$fresh" "$1"

@@ -179,7 +179,7 @@ def test_the_bytes_of_gitconfig_come_back(place: Place, text: str) -> None:
     place.is_well()
     assert place.commit() == "G"
     assert place("--undo").status == 0
-    assert place.config.read_bytes() == text.encode()
+    assert place.config.read_bytes() == f"{text.removesuffix(chr(10))}\n".encode()
     assert place.config.stat().st_mode & 0o777 == 0o640
 
 
