@@ -1,92 +1,17 @@
-"""Who calls ssh-keygen to sign: each as its source has it, and those that Debian has, really."""
+"""Who calls ssh-keygen to sign, as Debian has them."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
-from typing import Iterator, List
+from typing import Iterator
 
 import pytest
-from conftest import SHIM, Agent, Keys, cannot_run, clean_env, commit, need, rows, run
-from test_shim import Served, Shim, serve, tree
+from conftest import SHIM, Keys, cannot_run, need, run
+from test_shim import Served, served
 
-# ---------------------------------------------------------------- as their sources have it
-
-# What was read is named by its version, or by the commit that the file was taken from. Temporary
-# files are called as theirs are; those that hold a literal key have no line end.
-CALLERS = [
-    # git 2.55, gpg-interface.c
-    ("git", "-Y sign -n git -f key.pub .git_signing_buffer_tmpAb3dEf"),
-    ("git, literal", "-Y sign -n git -f .git_signing_key_tmpAb3dEf -U .git_signing_buffer_tmpX"),
-    ("git, principals", "-Y find-principals -f signers -s old.sig -Overify-time=20231114221320"),
-    ("git, verify", "-Y verify -n git -f signers -I me@a -s old.sig -Overify-time=20231114"),
-    ("git, unknown", "-Y check-novalidate -n git -s old.sig -Overify-time=20231114221320"),
-    # jj, lib/src/ssh_signing.rs, 081ecb809a31; standard output is the signature
-    ("jj", "-Y sign -f key.pub -n git"),
-    ("jj, literal key", "-Y sign -f jj-signing-key-Ab3dEf -n git"),
-    ("jj, principals", "-Y find-principals -f signers -s old.sig"),
-    ("jj, verify", "-Y verify -s old.sig -I me@a -f signers -n git"),
-    ("jj, unknown", "-Y check-novalidate -s old.sig -n git"),
-    # GitButler, crates/but-core/src/commit/mod.rs, 0200aa5e061f
-    ("GitButler", "-Y sign -n git -f .tmpAb3dEf -U .tmpGh6jKl"),
-    # gitui, asyncgit/src/sync/sign.rs, 04275401b6bb (-U where the program is called ssh-keygen)
-    ("gitui", "-Y sign -n git -f key.pub -U"),
-    # git-ps, src/ps/private/git/signers/ssh_signer.rs, 036192053573
-    ("git-ps", "-Y sign -n git -f .tmp_signing_key"),
-    # Sapling, eden/scm/sapling/signing.py
-    ("Sapling", "-Y sign -n git -f .sl_signing_key_ab3def_h -U .sl_signing_buffer_ab3def_h"),
-    # dulwich 1.2.21, dulwich/signature.py: its signer is always called git
-    ("dulwich", "-Y sign -f key.pub -n git data.git"),
-    ("dulwich, verify", "-Y verify -f signers -I git -n git -s old.sig"),
-    # patatt 0.8.0, which attests the kernel's patches
-    ("patatt", "-Y sign -n patatt -f key.pub"),
-    ("patatt, fingerprint", "-l -f key.pub"),
-    # The page on which Gitea and Forgejo have a key proved
-    ("Gitea", "-Y sign -n gitea -f key.pub"),
-    # What manuals tell people
-    ("a person", "-Y sign -f key -n file data.git .tmpGh6jKl"),
-    ("a person, input", "-q -Y sign -n file -f key -"),
-]
-
-
-@pytest.fixture(scope="module")
-def served(agent_with_key: Agent) -> Iterator[Served]:
-    with serve(agent_with_key, "--namespace", "git,file,patatt,gitea") as env:
-        yield env
-
-
-def lay_out(folder: Path, argv: List[str], keys: Keys) -> None:
-    folder.mkdir()
-    for name in ("key", "key.pub"):
-        shutil.copy(keys["ed25519"].with_suffix(Path(name).suffix), folder / name)
-    line = keys.line("ed25519")
-    (folder / "signers").write_text(f"me@a,git {line}\n")
-    for before, word in zip(argv, argv[1:]):  # what it makes itself
-        if word.startswith((".", "jj-", "data")):
-            (folder / word).write_bytes(line.encode() if before == "-f" else commit())
-    (folder / "old").write_bytes(commit())
-    run(["ssh-keygen", "-q", "-Y", "sign", "-n", "git", "-f", "key", "old"], cwd=folder)
-
-
-@pytest.mark.parametrize("command", rows(CALLERS))
-def test_a_caller_gets_what_ssh_keygen_would_give_it(
-    command: str, keys: Keys, served: Served, tmp_path: Path, home: Path
-) -> None:
-    """Its users could not sign, or would see good signatures called bad."""
-    shim, argv = Shim("dash", tmp_path, home), command.split()
-    shim.folder, theirs = tmp_path / "ours", tmp_path / "theirs"
-    lay_out(shim.folder, argv, keys)
-    ours = shim(*argv, input=commit(), env=served)
-    lay_out(theirs, argv, keys)
-    env = clean_env(home, SSH_AUTH_SOCK=served.agent.sock)
-    expected = run(["ssh-keygen", *argv], env, theirs, commit())
-    (theirs / ".git_signing_key_tmpAb3dEf").unlink(missing_ok=True)  # of which git leaves its own
-    assert (ours.returncode, ours.stdout) == (0, expected.stdout)
-    assert tree(shim.folder) == tree(theirs)
-
-
-# ---------------------------------------------------------------- as Debian has them
+__all__ = ["served"]  # a fixture
 
 PACKAGES = "git,openssh-client,curl,jujutsu,stgit,git-absorb,python3-dulwich,patatt"
 GIT = """\

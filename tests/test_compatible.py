@@ -1,4 +1,4 @@
-"""The shim beside the real ssh-keygen: hundreds of command lines, and what each makes of them."""
+"""The shim beside the real ssh-keygen: what each makes of a caller's command line, or of any."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import pytest
-from conftest import Agent, Keys, clean_env, commit, run, short_folder
-from test_shim import SHELLS, Served, Shim, on, said, serve
+from conftest import Agent, Keys, clean_env, commit, rows, run, short_folder
+from test_shim import SHELLS, Served, Shim, on, one_shim, said, serve, shim
 from test_sshsig import openssh
+
+__all__ = ["one_shim", "shim"]  # fixtures
 
 # What is right comes first and is drawn more often, or nothing would ever be signed. FOLDER is the
 # one that both run in; LITERAL is a key itself, and no file's name.
@@ -25,10 +27,12 @@ KEYS = ["k/ed25519", "k/rsa2048", "k/ed25519.pub", "FOLDER/k/rsa2048.pub", "k/.p
 HASHES = ["hashalg=sha256", "HASHALG=sha512", "HashAlg=sha256",
           "hashalg=SHA256", "hashalg=md5", "hashalg=", "hashalg", "foo=bar", ""]  # fmt: skip
 NAMESPACES = ["git", "file", "--", ""]
-# Those with a .sig in their name have one already: a file, a link, a folder.
-FILES = ["m", "folder/m", "a b", "line\nend", "*", "link to m", "file.sig", "to m.sig",
-         "to nothing.sig", ".git_signing_buffer_tmpAb3dEf", "-",
-         "folder.sig", "empty", "missing", "folder", "missing/m", "-x", "--", ""]  # fmt: skip
+# What stands at NAME.sig already, a file or a link to that, and is replaced by a new file.
+THERE = {"file": "", "to m": "m", "to nothing": "missing", "to device": "/dev/full",
+         ".git_signing_buffer_tmpGh6jKl": "m"}  # fmt: skip
+FILES = [*THERE, "m", "folder/m", "a b", "line\nend", "*", "link to m",
+         ".git_signing_buffer_tmpAb3dEf", "-", "beside a folder",
+         "empty", "missing", "folder", "missing/m", "-x", "--", ""]  # fmt: skip
 # What takes an operand for its value; what ssh-keygen has for other purposes, or does not know.
 LACKING = ["-N", "-f", "-vO"]
 FOREIGN = ["-l", "-K", "-qy", "-Ccomment", "-4", "-\u00e4", "-q4", "--file", *LACKING]
@@ -71,7 +75,7 @@ def draw(seed: int) -> Case:
     foreign = dice.choice(FOREIGN) if dice.random() < 0.2 else ""
     if foreign:
         argv.insert(len(argv) if foreign in LACKING else 0, foreign)
-    operands = [likely(FILES, 11) for _ in range(dice.choice([0, 1, 1, 1, 2, 3]))]
+    operands = [likely(FILES, 12) for _ in range(dice.choice([0, 1, 1, 1, 2, 3]))]
     operands[:0] = ["--"] if dice.random() < 0.4 else []
     input = b"y\n" * 4 + commit() if operands or dice.random() < 0.9 else b""
     return Case(dict(options), argv, operands, foreign, input)
@@ -118,15 +122,15 @@ class Both:
 
     def __init__(self, folder: Path, keys: Keys, served: Served) -> None:
         self.served, self.folder, self.files = served, folder, folder / "files"
-        for name in ("folder", "folder.sig.sig", "k"):
+        for name in ("folder", "beside a folder.sig", "k"):
             (self.files / name).mkdir(parents=True)
         (self.files / "link to m").symlink_to("m")
         for name in FILES:
             if name not in ("missing", "folder", "missing/m", "-", ""):
                 (self.files / name).write_text(f"this is {name}\n" * (name != "empty"))
-        (self.files / "file.sig.sig").touch(0o600)
-        (self.files / "to m.sig.sig").symlink_to("m")
-        (self.files / "to nothing.sig.sig").symlink_to("missing")
+        for name, target in THERE.items():
+            there = self.files / f"{name}.sig"
+            there.symlink_to(target) if target else there.touch(0o400)
         for name in ("ed25519", "rsa2048"):
             shutil.copy(keys[name], self.files / "k")
             shutil.copy(f"{keys[name]}.pub", self.files / "k")
@@ -134,6 +138,10 @@ class Both:
         for name in ("k/.pub alone.pub", "k/.tmpAb3dEf"):
             shutil.copy(f"{keys['rsa2048']}.pub", self.files / name)
         self.literal = keys.line("ed25519")
+        (self.files / "signers").write_text(f"me@a,git {self.literal}\n")
+        argv = ["ssh-keygen", "-q", "-Y", "sign", "-n", "git", "-f", "k/ed25519", "old"]
+        (self.files / "old").write_bytes(commit())
+        run(argv, cwd=self.files)
         self.env = clean_env(folder / "home", SSH_AUTH_SOCK=served.agent.sock)
 
     @contextlib.contextmanager
@@ -154,10 +162,10 @@ class Both:
             before, argv = tree(folder), promised(case)
             if argv is None:
                 return False, b"", before
-            for name in ("file", "to m", "to nothing"):  # it is replaced, and nothing is asked
-                (folder / f"{name}.sig.sig").unlink()
+            old = {f"{name}.sig": before[f"{name}.sig"] for name in THERE}
+            for name in old:  # it is replaced, and nothing is asked
+                (folder / name).unlink()
             done = self.ssh_keygen(argv, folder, case.input)
-            old = {name: before[name] for name in before if ".sig.sig" in name}
             stdout = same(QUESTION.sub(b"", done.stdout))
             return done.returncode == 0, stdout, {**old, **tree(folder)}
 
@@ -168,23 +176,80 @@ def both(keys: Keys, tmp_path_factory: Any) -> Iterator[Both]:
         agent = Agent(folder / "agent")
         for name in ("ed25519", "rsa2048"):  # the first is the proxy's choice
             agent.add(keys[name])
-        with serve(agent, "--namespace", "git,file,--") as served:
+        with serve(agent, "--namespace", "git,file,--,patatt") as served:
             umask = os.umask(0o27)  # as any may be that FILE.sig has to heed
             yield Both(tmp_path_factory.mktemp("both"), keys, served)
             os.umask(umask)
         agent.stop()
 
 
+# ---------------------------------------------------------------- what calls ssh-keygen
+
+# What was read is named by its version, or by the commit that the file was taken from. Temporary
+# files are called as theirs are; those that hold a literal key have no line end.
+CALLERS = [
+    # git 2.55, gpg-interface.c
+    ("git", "-Y sign -n git -f k/ed25519.pub .git_signing_buffer_tmpAb3dEf"),
+    ("git, literal", "-Y sign -n git -f .git_signing_key_tmpAb3dEf -U .git_signing_buffer_tmpX"),
+    ("git, principals", "-Y find-principals -f signers -s old.sig -Overify-time=20231114221320"),
+    ("git, verify", "-Y verify -n git -f signers -I me@a -s old.sig -Overify-time=20231114"),
+    ("git, unknown", "-Y check-novalidate -n git -s old.sig -Overify-time=20231114221320"),
+    # jj, lib/src/ssh_signing.rs, 081ecb809a31; standard output is the signature
+    ("jj", "-Y sign -f k/ed25519.pub -n git"),
+    ("jj, literal key", "-Y sign -f jj-signing-key-Ab3dEf -n git"),
+    # GitButler, crates/but-core/src/commit/mod.rs, 0200aa5e061f
+    ("GitButler", "-Y sign -n git -f .tmpAb3dEf -U .tmpGh6jKl"),
+    # gitui, asyncgit/src/sync/sign.rs, 04275401b6bb (-U where the program is called ssh-keygen)
+    ("gitui", "-Y sign -n git -f k/ed25519.pub -U"),
+    # git-ps, src/ps/private/git/signers/ssh_signer.rs, 036192053573
+    ("git-ps", "-Y sign -n git -f .tmp_signing_key"),
+    # Sapling, eden/scm/sapling/signing.py
+    ("Sapling", "-Y sign -n git -f .sl_signing_key_ab3def_h -U .sl_signing_buffer_ab3def_h"),
+    # dulwich 1.2.21, dulwich/signature.py: its signer is always called git
+    ("dulwich", "-Y sign -f k/ed25519.pub -n git data.git"),
+    # patatt 0.8.0, which attests the kernel's patches
+    ("patatt", "-Y sign -n patatt -f k/ed25519.pub"),
+    ("patatt, fingerprint", "-l -f k/ed25519.pub"),
+    # What manuals tell people
+    ("a person", "-Y sign -f k/ed25519 -n file data.git .tmpGh6jKl"),
+    ("a person, input", "-q -Y sign -n file -f k/ed25519 -"),
+]
+
+
+@pytest.mark.parametrize("command", rows(CALLERS))
+def test_a_caller_gets_what_ssh_keygen_would_give_it(
+    command: str, one_shim: Shim, both: Both
+) -> None:
+    """Its users could not sign, or would see good signatures called bad."""
+    argv, found = command.split(), []
+    for ours in (True, False):
+        with both.laid_out() as one_shim.folder:
+            folder = one_shim.folder
+            for before, word in zip(argv, argv[1:]):  # what it makes itself
+                if word.startswith((".", "jj-", "data")):
+                    content = both.literal.encode() if before == "-f" else commit()
+                    (folder / word).write_bytes(content)
+            if ours:
+                done = one_shim(*argv, input=commit(), env=both.served)
+            else:
+                done = both.ssh_keygen(argv, folder, commit())
+                (folder / ".git_signing_key_tmpAb3dEf").unlink(missing_ok=True)  # it is git's own
+            found.append((done.returncode, done.stdout, tree(folder)))
+    assert found[0] == found[1]
+    assert found[0][0] == 0
+
+
+# ---------------------------------------------------------------- and what else may
+
 CASES = [on("dash", range(i, i + 40), name=str(i)) for i in range(0, 200, 40)]
 CASES += [on(shell, range(160 + 40 * i, 240 + 40 * i)) for i, shell in enumerate(SHELLS[1:])]
 
 
-@pytest.mark.parametrize("shell, seeds", CASES)
+@pytest.mark.parametrize("shim, seeds", CASES, indirect=["shim"])
 def test_a_command_line_does_what_it_does_to_ssh_keygen(
-    shell: str, seeds: Sequence[int], tmp_path: Path, home: Path, both: Both
+    shim: Shim, seeds: Sequence[int], both: Both
 ) -> None:
     """Whatever calls ssh-keygen would sign something else, or nothing, with the shim."""
-    shim = Shim(shell, tmp_path, home)
     for case in map(draw, seeds):
         with both.laid_out() as shim.folder:
             words = both.words([*case.argv, *case.operands], shim.folder)
@@ -199,39 +264,3 @@ def test_a_command_line_does_what_it_does_to_ssh_keygen(
         else:
             assert said(done)
     assert list(Path(shim.env["TMPDIR"]).iterdir()) == []
-
-
-MODES = ["-Y verify", "-Yfind-principals", "-Y check-novalidate", "-Y match-principals",
-         "-l", "-lvEmd5", "-y", "-L", "-Ysignature", "-Y x"]  # fmt: skip
-VALUES = {
-    "-f": ["signers", "k/ed25519", "k/rsa2048.pub", "missing"],
-    "-I": ["me@example.com", "other", ""],
-    "-n": ["git", "file", ""],
-    "-s": ["m.sig", "m", "missing"],
-    "-O": ["verify-time=20260101", "print-pubkey", "verify-time=x", "hashalg=sha256"],
-    "-r": ["k/rsa2048.pub", "k/ed25519.pub", "missing"],
-}
-
-
-@pytest.mark.parametrize("shell", [on(shell) for shell in SHELLS])
-def test_what_is_not_signing_is_what_ssh_keygen_makes_of_it(
-    shell: str, tmp_path: Path, home: Path, both: Both
-) -> None:
-    """Git and jj would call a good signature bad, or a bad one good."""
-    shim, dice = Shim(shell, tmp_path, home), random.Random(1)
-    with both.laid_out() as folder:
-        shim.folder = folder
-        (folder / "signers").write_text(f"me@example.com {both.literal}\n")
-        both.ssh_keygen(["-Y", "sign", "-n", "git", "-f", "k/ed25519", "m"], folder, b"")
-        for number in range(120 if shell == "dash" else 30):
-            argv = MODES[number % len(MODES)].split()
-            for letter, values in VALUES.items():
-                if dice.random() < (0.2 if letter in "-O-r" else 0.95):
-                    argv += [letter, values[0] if dice.random() < 0.7 else dice.choice(values)]
-            argv += dice.choice([[], [], [], ["--"], ["m"], ["a b", "line\nend"]])
-            input = dice.choice([b"this is m\n", b"another"])
-            ours, after = shim(*argv, input=input, env=both.env), tree(folder)
-            theirs = both.ssh_keygen(argv, folder, input)
-            for name in ("returncode", "stdout", "stderr"):
-                assert getattr(ours, name) == getattr(theirs, name), argv
-            assert after == tree(folder), argv
