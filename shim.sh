@@ -691,9 +691,7 @@ fi
 
 main() {
     case ${1-} in
-    pubkey) shift && pubkey ${1+"$@"} ;;
-    key) shift && key ${1+"$@"} ;;
-    setup) shift && setup ${1+"$@"} ;;
+    pubkey | key | setup) "$@" ;;
     *)
         [ "$operation" = sign ] || hand_over "$@"
         mend "$@"
