@@ -720,10 +720,8 @@ mend() {
 asked for its own when the push began: look at \`$PROGRAM pubkey\`, then push again"
         ;;
     input)
-        until sign_input; do
-            mend "$@"
-        done
-        finish
+        ! sign_input || finish
+        mend "$@"
         ;;
     no_scratch) once=yes ;; # it is signed as it comes
     no_input) die "there is no standard input to sign" ;;
@@ -747,17 +745,12 @@ show() {
     shown=''
     while [ -n "$rest" ]; do
         clean=${rest%%[! -~]*}
-        shown=$shown$clean
         rest=${rest#"$clean"}
-        [ -n "$rest" ] || break
-        shown="$shown?"
+        shown=$shown$clean${rest:+?}
         rest=${rest#?}
     done
-    while :; do
-        case $shown in
-        *usage:*) shown=${shown%%usage:*}usage\ ${shown#*usage:} ;;
-        *) break ;;
-        esac
+    while [ "${shown#*usage:}." != "$shown." ]; do
+        shown=${shown%%usage:*}usage\ ${shown#*usage:}
     done
 }
 
