@@ -521,7 +521,7 @@ set_out() {
 finish() {
     clean_up
     trap - EXIT HUP INT TERM
-    exit 0
+    exit "${1:-0}"
 }
 
 # shellcheck disable=SC2317,SC2329 # reached by a trap
@@ -773,13 +773,9 @@ begins_with() {
 die() {
     clean_up # first: the reader of standard error may be gone, and writing to it the end
     # Git before 2.43.2 makes a tag whatever the signer says.
-    if begins_with 'object '; then
-        say "$1; this tag is NOT signed: git tag -d it"
-    else
-        say "$1"
-    fi
-    trap - EXIT
-    exit 1
+    ! begins_with 'object ' || set -- "$1; this tag is NOT signed: git tag -d it"
+    say "$1"
+    finish 1
 }
 
 # Remembers why something failed, for a caller that may yet know better.
@@ -1508,8 +1504,7 @@ read_setup_options() {
         --trust:SHA256:???????????????????????????????????????????) to_trust=$2 && shift ;;
         *)
             say "setup takes [--remote-only] [--trust SHA256:...] [--sign] or --undo, nothing else"
-            trap - EXIT
-            exit 2
+            finish 2
             ;;
         esac
         shift
@@ -1526,9 +1521,7 @@ stop() {
     for fault; do
         tell "FAIL $fault"
     done
-    clean_up
-    trap - EXIT HUP INT TERM
-    exit 1
+    finish 1
 }
 
 # $config: what `git config --global` writes to; $beside: the other file that git reads; $own: our
