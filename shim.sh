@@ -1001,26 +1001,18 @@ where the public key is"
     esac
 }
 
-# Writes $2 and a line end to file $1, whole or not at all. Only in a whole path is a folder made.
+# Writes $2 and a line end to file $1, whole or not at all.
 write_key() {
-    case $1 in
-    /*) target=$1 ;;
-    *) target=./$1 ;;
-    esac
+    [ -z "$fresh" ] || return 1 # the one before could not be, and its rest is still there
+    target=$1
+    [ "${1#/}." != "$1." ] || target=./$1
     [ ! -d "$target" ] || return 1
     folder=${target%/*}/
-    case $target in
-    /*) [ -d "$folder" ] || (umask 077 && mkdir -p -- "$folder") 2>/dev/null || return 1 ;;
-    esac
+    [ -d "$folder" ] || (umask 077 && mkdir -p -- "$folder") 2>/dev/null || return 1
     fresh=$(make_temporary "$folder.$PROGRAM.XXXXXX") || return 1
-    if { printf '%s\n' "$2" >"$fresh"; } 2>/dev/null &&
-        chmod 0644 -- "$fresh" 2>/dev/null && mv -f -- "$fresh" "$target" 2>/dev/null; then
-        fresh=''
-        return 0
-    fi
-    rm -f -- "$fresh"
+    { printf '%s\n' "$2" >"$fresh"; } 2>/dev/null && chmod 0644 -- "$fresh" 2>/dev/null &&
+        mv -f -- "$fresh" "$target" 2>/dev/null || return 1
     fresh=''
-    return 1
 }
 
 # --- Answers that are none --------------------------------------------------------------------
