@@ -795,10 +795,8 @@ explain_missing() {
 
 # What goes into a header stays in it.
 check_request() {
-    if [ -n "$refused" ]; then
-        show "$refused_text"
-        die "$refused$shown"
-    fi
+    show "${refused_text-}"
+    [ -z "$refused" ] || die "$refused$shown"
     show "$namespace"
     [ ${#namespace} -le 255 ] || namespace=''
     case $namespace in
@@ -1022,7 +1020,14 @@ write_key() {
 look_at_refusal() {
     ask_again=ask_for_signature
     if ! settle; then
-        name_key
+        # Git's own file of a key is gone by the time that this is read.
+        case $server:$answered:$wanted:${source##*/} in
+        *:.git_signing_key_tmp*) ;;
+        ssh-agent-proxy/*:40[34]:?*:?*)
+            show "$source"
+            problem="$problem (asked for the key in $shown)"
+            ;;
+        esac
         may_rotate || die "$problem"
         refusal=$problem
         if ! fetch_key || [ "$found" = "$wanted" ]; then
@@ -1036,22 +1041,8 @@ look_at_refusal() {
     granted=yes
 }
 
-# Says with a refusal which key it was that was asked for; git's own file of it is gone by then.
-name_key() {
-    case $server:$answered:$wanted in
-    ssh-agent-proxy/*:40[34]:?*)
-        show "$source"
-        [ -z "$shown" ] || is_gits_own "$source" .git_signing_key_tmp ||
-            problem="$problem (asked for the key in $shown)"
-        ;;
-    esac
-}
-
 is_ours() {
-    case $server in
-    ssh-agent-proxy/*) return 0 ;;
-    esac
-    return 1
+    [ "${server#ssh-agent-proxy/}." != "$server." ]
 }
 
 # No other refusal is asked around: a person's, a policy's and the agent's no are meant.
@@ -1098,17 +1089,16 @@ BUSY_SECONDS=120
 is_busy() {
     is_ours && [ "$answered" = 503 ] && [ -n "$retry_after" ] && [ -z "$once" ] || return 1
     case $retry_after in
-    [1-9]) seconds=$retry_after ;;
-    0) seconds=1 ;;
-    *) seconds=9 ;;
+    [1-9]) ;;
+    *) retry_after=9 ;;
     esac
     case $took in
     [0-9].* | [1-9][0-9].*) waited=$((waited + ${took%%.*})) ;;
     ?*) return 1 ;; # it took too long already
     esac
-    waited=$((waited + seconds))
+    waited=$((waited + retry_after))
     [ "$waited" -le "$BUSY_SECONDS" ] || return 1
-    sleep "$seconds" >/dev/null 2>&1 &
+    sleep "$retry_after" >/dev/null 2>&1 &
     job=$!
     if [ "$waited" -ge "$ANNOUNCE_SECONDS" ]; then
         ANNOUNCE_SECONDS=0 # now, and
@@ -1379,9 +1369,7 @@ END_OF_CONFIG
 PACKAGES='openssh-client (Debian, Ubuntu), openssh (Fedora, Arch) or openssh-keygen (Alpine)'
 
 hand_over() {
-    if find_ssh_keygen; then
-        exec "$found" "$@"
-    fi
+    ! find_ssh_keygen || exec "$found" "$@"
     die "ssh-keygen is not installed, and only signing is done without it: it comes in the \
 package $PACKAGES"
 }
@@ -1403,10 +1391,7 @@ find_ssh_keygen() {
 is_shim() {
     line=''
     { read -r line && read -r line; } 2>/dev/null <"$1" || :
-    case $line in
-    "# $PROGRAM: "*) return 0 ;;
-    esac
-    return 1
+    [ "${line#\# $PROGRAM: }." != "$line." ]
 }
 
 # --- Commands for people ----------------------------------------------------------------------
