@@ -901,28 +901,25 @@ signature: take it out of there, and out of every file of allowed signers"
 }
 
 look_for_key() {
-    if is_key "$key"; then
+    there=''
+    for file in "$key" "$key.pub"; do
+        [ ! -e "$file" ] || { [ -f "$file" ] && [ ! -s "$file" ]; } || there=$file
+    done
+    # (Another first commit may have fetched it in this moment.)
+    if is_key "$key" || read_key "$key" || read_key "$key.pub"; then
         accept_key
         return
     fi
     show "$key"
-    [ -n "$key" ] || die "-f names no key"
-    if is_there "$key" || is_there "$key.pub"; then
-        # Another first commit may have fetched it in this moment.
-        if read_key "$key" || read_key "$key.pub"; then
-            accept_key
-            return
-        fi
-        for file in "$key" "$key.pub"; do
-            [ ! -e "$file" ] || can_be_read "$file" || die "git's user.signingkey: $problem"
-        done
+    if [ -n "$there" ]; then
+        can_be_read "$there" || die "git's user.signingkey: $problem"
         show "$key"
         die "no public key in $shown (git's user.signingkey) nor in $shown.pub: it is the \
 public key that is needed there, the private one stays with the agent"
     fi
     case $key in
     /*) ;;
-    *) die "user.signingkey is $shown, which is no public key of a known type, and no file with one \
+    *) die "user.signingkey is ${shown:-empty}, which is no public key of a known type, and no file with one \
 (one is fetched only to a path that begins with / or ~/)" ;;
     esac
     source=${key%.pub}.pub
@@ -931,20 +928,11 @@ public key that is needed there, the private one stays with the agent"
     chosen=yes
 }
 
-is_there() {
-    [ -e "$1" ] && { [ ! -f "$1" ] || [ -s "$1" ]; }
-}
-
 # Is $1 a public key itself, with or without "key::" before it?
 is_key() {
-    case $1 in
-    ssh-*\ AAAA* | ecdsa-*\ AAAA* | sk-*\ AAAA* | key::*) ;;
-    *) return 1 ;;
-    esac
-    source='' marked=''
     word=${1#key::}
     blob=${word#* }
-    take_key "${word%% *}" "${blob%% *}"
+    take_key "${word%% *}" "${blob%% *}" && source='' marked=''
 }
 
 # Takes the key that was fetched for git's, and puts it where git has it from, if that can be.

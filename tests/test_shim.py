@@ -398,7 +398,7 @@ REFUSED = [
     ("two namespaces", ["-n", "a,b"], "", "-n 'a,b': a namespace has"),
     ("a namespace beyond ASCII", ["-n", "n\u00e4me"], "", "-n 'n?"),
     ("a long namespace", ["-n", "a" * 256], "", "aaa': a namespace has 1 to 255"),
-    ("a key without a name", ["-f", ""], "", "-f names no key"),
+    ("a key without a name", ["-f", ""], "", "user.signingkey is empty, which is no"),
     ("a GPG id", ["-f", "ABCDEF012345678"], "", "ABCDEF012345678, which is no public key"),
     ("a relative path", ["-f", "a/b.pub"], "", "(one is fetched only to a path that begins with"),
     ("a key of no known type", ["-f", "key::dss AAAA"], "", "no public key of a known type"),
