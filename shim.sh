@@ -1379,7 +1379,8 @@ find_ssh_keygen() {
 is_shim() {
     line=''
     { read -r line && read -r line; } 2>/dev/null <"$1" || :
-    [ "${line#\# $PROGRAM: }." != "$line." ]
+    described=${line#"# $PROGRAM: "}
+    [ "$described." != "$line." ]
 }
 
 # --- Commands for people ----------------------------------------------------------------------
