@@ -709,7 +709,10 @@ mend() {
     case $next in
     request) check_request "$@" ;;
     url | token | proxy) prepare_anyway || die "$problem" ;;
-    file) refuse_file ;;
+    file)
+        can_be_read "$file" || die "cannot be signed: $problem"
+        refuse_folder
+        ;;
     beside) hold "${subject%/*}/.$PROGRAM.$$" || refuse_folder ;;
     folder) refuse_folder ;;
     home) find_home ;;
@@ -784,13 +787,6 @@ fail() {
     return 1
 }
 
-# Why nothing is found at path $1, in the words of the system, and $2: what to do.
-explain_missing() {
-    reason=$(ls -d -L -- "$1" 2>&1 >/dev/null) || :
-    show "$1"
-    fail "$shown: ${reason##*: }: $2"
-}
-
 # --- What was refused -------------------------------------------------------------------------
 
 # What goes into a header stays in it.
@@ -857,7 +853,8 @@ explain_holder() {
 can_be_read() {
     show "$1"
     if [ ! -e "$1" ]; then
-        explain_missing "$1" "is it mounted?"
+        reason=$(ls -d -L -- "$1" 2>&1 >/dev/null) || : # in the words of the system
+        fail "$shown: ${reason##*: }: is it mounted?"
     elif [ -d "$1" ]; then
         fail "$shown is a folder (container engines make one where there was nothing to mount)"
     elif [ ! -r "$1" ]; then
@@ -865,17 +862,9 @@ can_be_read() {
     fi
 }
 
-refuse_file() {
-    show "$file"
-    [ ! -d "$subject" ] || die "cannot sign $shown: it is a directory"
-    [ -e "$subject" ] || die "cannot sign $shown: there is no such file"
-    [ -r "$subject" ] || die "cannot sign $shown: permission denied"
-    die "cannot write $shown.sig: it is a directory"
-}
-
 refuse_folder() {
     show "$file"
-    die "cannot write $shown.sig: is its folder writable, and the disk not full?"
+    die "cannot write $shown.sig: is it a folder, or its own not writable, or the disk full?"
 }
 
 # --- The key that git named, where it is not in a file ----------------------------------------
@@ -1314,8 +1303,7 @@ SSH_AGENT_PROXY_CURL which one to run" ;;
 explain_socket() {
     show "$1"
     if [ ! -e "$1" ]; then
-        explain_missing "$1" "is ssh-agent-proxy running on the host, with that address, and the \
-socket's folder mounted here?"
+        can_be_read "$1" || fail "$problem (its folder, with ssh-agent-proxy running on the host)"
     elif [ ! -S "$1" ]; then
         fail "$shown is not a socket (container engines make a folder where there was nothing to \
 mount): SSH_AGENT_PROXY_URL must name the one that ssh-agent-proxy listens on"

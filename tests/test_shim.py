@@ -1139,10 +1139,10 @@ def test_the_path_of_a_socket_may_hold_anything(
     well_asked(shim, "fetched", ask(shim, "fetched", env))
 
 
-RUNNING = ": is ssh-agent-proxy running on the host, with that address, and the socket's folder "
+MOUNTED = ": is it mounted? (its folder, with ssh-agent-proxy running on the host)"
 NO_SOCKET = " is not a socket (container engines make a folder where there was nothing to mount)"
 UNANSWERED = {
-    "missing": f"HERE/missing: No such file or directory{RUNNING}mounted here?",
+    "missing": f"HERE/missing: No such file or directory{MOUNTED}",
     "folder": f"HERE/folder{NO_SOCKET}: SSH_AGENT_PROXY_URL must name the one that",
     "stale": "nobody listens on HERE/stale: is ssh-agent-proxy running on the host?",
     "not ours": "HERE/not ours: permission denied: the socket is not open to this user",
@@ -1513,10 +1513,10 @@ def test_a_file_and_a_folder_may_have_any_name(shim: Shim, served: Served, name:
 
 
 UNSIGNED = [
-    ("missing", "usage: a\x1b[2J\nb", "cannot sign usage  a?[2J?b: there is no such file"),
-    ("closed", "closed", "cannot sign closed: permission denied"),
-    ("a folder in its place", "n", "cannot write n.sig: it is a directory"),
-    ("a folder that is closed", "shut/m", "cannot write shut/m.sig: is its folder writable, and"),
+    ("missing", "usage: a\x1b[2J\nb", f"cannot be signed: usage  a?[2J?b: {NO_SUCH}"),
+    ("closed", "closed", "cannot be signed: closed cannot be read: permission denied"),
+    ("a folder in its place", "n", "cannot write n.sig: is it a folder, or"),
+    ("a folder that is closed", "shut/m", "cannot write shut/m.sig: is it a folder, or its own"),
 ]
 
 
