@@ -148,9 +148,7 @@ obtain() {
         is_granted || leave refusal || return
         granted=yes
     fi
-    is_signature || leave answer || return
-    is_for_git || leave purpose || return
-    is_by_key || leave signer
+    { is_signature && is_for_git && is_by_key; } || leave answer
 }
 
 # --- The command line of ssh-keygen -----------------------------------------------------------
@@ -731,10 +729,8 @@ asked for its own when the push began: look at \`$PROGRAM pubkey\`, then push ag
     no_copy) die "standard input could not be kept: is the disk full?" ;;
     no_output) die "the signature could not be written" ;;
     refusal) look_at_refusal ;;
-    answer) die "$shown answered 200 without a whole signature" ;;
-    purpose) die "$shown answered with a signature that is not for namespace git: it is not kept" ;;
-    signer) die "$shown answered with a signature by another key than was asked for: it is not \
-kept" ;;
+    answer) die "$shown answered 200 without the signature that was asked for: a whole one, by \
+that key, for that namespace" ;;
     esac
 }
 
