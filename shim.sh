@@ -1257,17 +1257,12 @@ explain_silence() {
     case ${place%%:*}:${tried:+tried}$way:$ended:${CODEX_SANDBOX_NETWORK_DISABLED:+codex} in
     unix:*:un6:*) fail "${place#unix:} is longer than the path of a socket can be" ;;
     unix:*:un7:*) explain_socket "${place#unix:}" ;;
-    unix:*:0:* | unix:*:5[256]:*) fail "$place closed the connection without an answer: try \
-again, and see that it is the socket of ssh-agent-proxy, whose log tells more, and not an agent's \
-own" ;;
-    unix:*:4:* | unix:*:48:*) fail "$curl was built without Unix sockets" ;;
     *:un*:codex) fail "$shown cannot be reached, for Codex gives its sandbox no network here: the \
 person who set it up has to set network_access = true under [sandbox_workspace_write] in Codex's \
 config.toml" ;;
     *:tried:un*) fail "ssh-agent-proxy was not found at $shown: is it running on the host, and \
 can this container reach it there? SSH_AGENT_PROXY_URL says where to look" ;;
-    *:open:un*) fail "the way to $shown through http_proxy broke off: try again" ;;
-    *:knocked:un* | *:knocked:5:*) fail "nothing listens at $shown here, and what http_proxy \
+    *:knocked:un* | *:open:un* | *:knocked:5:*) fail "nothing listens at $shown here, and what http_proxy \
 names, which could lead out, cannot be reached" ;;
     *:un6:*) fail "the host of $shown is not known here: SSH_AGENT_PROXY_URL says where to look" ;;
     *:un7:*) fail "nothing listens at $shown (connection refused): is ssh-agent-proxy running on \
@@ -1278,15 +1273,16 @@ it? SSH_AGENT_PROXY_URL says where to look" ;;
 wait on the host?" ;;
     *:3:*) fail "$place cannot be asked: its port is no port, or it names no host" ;;
     *:5:*) fail "http_proxy, which leads to $place, names no host that is known here" ;;
-    *:2:*) fail "$curl does not know an option of curl 7.68: it must be that or newer" ;;
+    *:2:* | *:4:* | *:48:*) fail "$curl lacks an option of curl 7.68, or Unix sockets: it must \
+be that or newer" ;;
     *:[18]:*) fail "what answers at $place does not speak HTTP: another program there?" ;;
     *:18:*) fail "the answer from $place broke off: try again" ;;
     *:23:*) fail "the answer from $place could not be kept: the disk is full, or it is longer \
 than any signature" ;;
     *:35:* | *:5[13489]:* | *:60:* | *:77:* | *:83:* | *:9[01]:*) fail "$place: no trusted TLS \
 connection (curl's exit status $ended)" ;;
-    *:0:* | *:5[256]:*) fail "$place closed the connection without an answer: try again, and look \
-at ssh-agent-proxy's log on the host" ;;
+    *:0:* | *:5[256]:*) fail "$place closed the connection without an answer: try again, and see \
+that it is ssh-agent-proxy's own, whose log tells more, and not an agent's" ;;
     *:120:*) fail "$curl could not be handed the token: it takes a place for temporary files, \
 such as /tmp, or for standard input /dev/fd" ;;
     *:12[67]:*) fail "$curl cannot be run: install curl (the package is called that), or say in \
