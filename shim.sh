@@ -1374,20 +1374,18 @@ prepare_to_ask() {
 }
 
 pubkey() {
-    [ $# -le 1 ] || die "pubkey takes one PATH at most"
-    case ${1-} in
-    -*) die "pubkey takes a PATH and no options" ;;
-    esac
+    path=${1-}
+    [ $# -le 1 ] && [ "${path#-}." = "$path." ] ||
+        die "pubkey takes one PATH at most, and no options"
     prepare_to_ask || die "$problem"
     if [ $# -eq 0 ]; then
         put_out "$fetched$NEWLINE" || die "the key could not be written"
     else
-        show "$1"
+        show "$path"
         # What is there may be a device, or /dev/stdout, which nobody wants to see replaced.
-        if [ -L "$1" ] || { [ -e "$1" ] && [ ! -f "$1" ]; }; then
-            die "cannot write $shown: it is no file (\`$PROGRAM pubkey >$shown\` may be meant)"
-        fi
-        write_key "$1" "$fetched" || die "cannot write $shown: is its folder there and writable?"
+        [ ! -L "$path" ] && { [ -f "$path" ] || [ ! -e "$path" ]; } &&
+            write_key "$path" "$fetched" ||
+            die "cannot write $shown: is it no plain file, or is its folder closed to this user?"
     fi
 }
 

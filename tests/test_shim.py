@@ -672,11 +672,11 @@ def test_pubkey_writes_what_the_proxy_serves_to_a_path(
     "argv, told",
     [
         (["pubkey", "a", "b"], "one PATH at most"),
-        (["pubkey", "-x"], "takes a PATH and no options"),
+        (["pubkey", "-x"], "one PATH at most, and no options"),
         (["pubkey", "m/x"], "cannot write m/x"),
-        (["pubkey", "folder"], "cannot write folder: it is no file"),
-        (["pubkey", "pipe"], "cannot write pipe: it is no file"),
-        (["pubkey", "link"], "cannot write link: it is no file"),
+        (["pubkey", "folder"], "cannot write folder: is it no plain file"),
+        (["pubkey", "pipe"], "cannot write pipe: is it no plain file"),
+        (["pubkey", "link"], "cannot write link: is it no plain file"),
         (["key", "x"], "takes no arguments"),
     ],
 )
