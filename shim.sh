@@ -689,7 +689,9 @@ fi
 
 main() {
     case ${1-} in
-    pubkey | key | setup) "$@" ;;
+    pubkey) shift && pubkey ${1+"$@"} ;;
+    key) shift && key ${1+"$@"} ;;
+    setup) shift && setup ${1+"$@"} ;;
     *)
         [ "$operation" = sign ] || hand_over "$@"
         mend "$@"
@@ -1383,9 +1385,10 @@ pubkey() {
     else
         show "$path"
         # What is there may be a device, or /dev/stdout, which nobody wants to see replaced.
-        [ ! -L "$path" ] && { [ -f "$path" ] || [ ! -e "$path" ]; } &&
-            write_key "$path" "$fetched" ||
+        if [ -L "$path" ] || { [ -e "$path" ] && [ ! -f "$path" ]; } ||
+            ! write_key "$path" "$fetched"; then
             die "cannot write $shown: is it no plain file, or is its folder closed to this user?"
+        fi
     fi
 }
 
