@@ -283,6 +283,20 @@ def tree(short: Path) -> Path:
     return copy_tree(short / "a tree")
 
 
+def set_up_debian(root: Path, suite: str, *options: str) -> None:
+    """In a folder, from the mirror that this machine has its packages from."""
+    if os.geteuid():
+        cannot_run("only root can set a Debian up in a folder: sudo make test-all")
+    sites = ["apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages"]
+    mirrors = run([*sites, "Label: Debian"]).stdout.decode().split()
+    lean = ["--dpkgopt=force-unsafe-io", "--aptopt=Acquire::Languages none"]
+    lean += ["--aptopt=Acquire::Check-Valid-Until no"]  # of a mirror that is behind
+    argv = [need("mmdebstrap", "mmdebstrap"), "--quiet", "--variant=apt", *lean, *options]
+    done = run([*argv, suite, root, *mirrors[:1]], check=False, timeout=600)
+    if done.returncode:
+        cannot_run(f"no Debian from {mirrors[:1]}: {done.stderr.decode().splitlines()[:1]}")
+
+
 # ---------------------------------------------------------------- keys and agents
 
 

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Iterator
 
 import pytest
-from conftest import SHIM, Keys, cannot_run, need, run
+from conftest import GIT_CONFIG, SHIM, Keys, run, set_up_debian
 from test_shim import Served, served
 
 __all__ = ["served"]  # a fixture
 
+OURS = "/usr/local/bin/ssh-agent-proxy-sign"
 PACKAGES = "git,openssh-client,curl,jujutsu,stgit,git-absorb,python3-dulwich,patatt"
-GIT = """\
+GIT = GIT_CONFIG.format(program=OURS, signers="/root/signers", public="/root/key.pub") + f"""\
 [user]
     name = Me
     email = me@example.com
-    signingkey = /root/key.pub
-[gpg]
-    format = ssh
-[gpg "ssh"]
-    program = /usr/local/bin/ssh-agent-proxy-sign
-    allowedSignersFile = /root/signers
-[commit]
-    gpgsign = true
 [patatt]
-    ssh-keygen-bin = /usr/local/bin/ssh-agent-proxy-sign
+    ssh-keygen-bin = {OURS}
     signingkey = openssh:/root/key.pub
     keyringsrc = /root/keyring
 """
@@ -47,10 +39,6 @@ says; says --config signing.backends.ssh.allowed-signers=/root/signers"""
 JJ_SAYS = "unknown two\ngood two\nG\n"
 
 REAL = {
-    "git": ("""add a; add b; git tag -s -m v1 v1; git verify-tag v1 2>&1 | cut -c -4
-        git checkout -q -b side HEAD~1; add c; git rebase -q main; add d; git checkout -q main
-        git merge -q --no-ff -m merge side; git commit -q --amend -m new
-        git revert --no-edit -m 1 HEAD >/dev/null""", "Good\nG\n"),
     "stgit": ("""stg init; stg new -m one; echo 1 >a; git add a; stg refresh; stg new --sign -m two
         echo 1 >b; git add b; stg refresh; stg pop; stg push; stg edit -m 2""", "G\n"),
     "git-absorb": ("""add a; add b; add c; echo more >>b; echo more >>c; git add .
@@ -72,18 +60,9 @@ p.verify_tag(".", b"v1")'
 @pytest.fixture
 def debian(keys: Keys, tmp_path: Path) -> Iterator[Path]:
     """The newest one in a folder, whose root signs through the shim."""
-    need("mmdebstrap", "mmdebstrap")
-    if os.geteuid():
-        cannot_run("only root can set a Debian up in a folder: sudo make test-all")
-    which = ["--format", "$(SITE)", "Created-By: Packages", "Label: Debian"]
-    mirror = run(["apt-get", "indextargets", *which]).stdout.decode().split("\n")[0]
     root = tmp_path / "debian"
-    options = ["--quiet", "--variant=apt", f"--include={PACKAGES}"]
-    options += ["--aptopt=Acquire::Check-Valid-Until no"]  # of a mirror that is behind
-    done = run(["mmdebstrap", *options, "testing", root, mirror], check=False, timeout=600)
-    if done.returncode:
-        cannot_run(f"no Debian from {mirror}: {done.stderr.decode().splitlines()[:1]}")
-    shutil.copy(SHIM, root / "usr/local/bin/ssh-agent-proxy-sign")
+    set_up_debian(root, "testing", f"--include={PACKAGES}")
+    shutil.copy(SHIM, root / OURS[1:])
     home, line = root / "root", keys.line("ed25519")
     (home / "keyring/openssh/example.com/me").mkdir(parents=True)
     for name in ("key.pub", "keyring/openssh/example.com/me/default"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHIM, Proxy, cannot_run, clean_env, copy_tree, need, rows, run
+from conftest import SHIM, Proxy, clean_env, copy_tree, need, rows, run, set_up_debian
 
 import ssh_agent_proxy
 
@@ -136,13 +136,7 @@ def test_a_new_repository_signs_unless_only_those_with_a_remote_are_to(
 def test_debian_gets_what_is_missing_and_any_user_signs(
     short: Path, feature: Path, proxy: Proxy
 ) -> None:
-    if os.geteuid():
-        cannot_run("only root can set up Debian in a folder")
-    sites = ["apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages"]
-    mirrors = run([*sites, "Label: Debian"]).stdout.decode().split()
-    lean = ["--dpkgopt=force-unsafe-io", "--aptopt=Acquire::Languages none"]
-    debootstrap = [need("mmdebstrap", "mmdebstrap"), "--quiet", "--variant=apt", *lean]
-    run([*debootstrap, "bookworm", short / "image", *mirrors[:1]])
+    set_up_debian(short / "image", "bookworm")
     image = Image(short / "image", feature)
     for file in ("etc/resolv.conf", "etc/hosts"):
         shutil.copy(f"/{file}", image.root / file)

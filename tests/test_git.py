@@ -10,7 +10,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, List, Set, Tuple
+from typing import Callable, List, Set
 
 import pytest
 from conftest import (
@@ -20,7 +20,6 @@ from conftest import (
     Proxy,
     Repository,
     fingerprint,
-    http,
     message,
     private_file,
     read_message,
@@ -94,20 +93,6 @@ def refused(repository: Repository) -> str:
     return said
 
 
-def split_commit(commit: bytes) -> Tuple[bytes, bytes]:
-    """A signed commit as git stores it: what was signed, and the signature."""
-    head, _, message = commit.partition(b"\n\n")
-    payload, signature, inside = [], [], False
-    for line in head.split(b"\n"):
-        name, _, value = line.partition(b" ")
-        inside = name in (b"gpgsig", b"gpgsig-sha256") or (inside and not name)
-        if inside:
-            signature.append(value + b"\n")
-        else:
-            payload.append(line)
-    return b"\n".join(payload) + b"\n\n" + message, b"".join(signature).rstrip(b"\n") + b"\n"
-
-
 # ---------------------------------------------------------------- every flow that signs
 
 GOOD = f'Good "git" signature for {COMMITTER} with ED25519 key SHA256:'
@@ -122,8 +107,11 @@ def test_a_commit_and_a_tag_are_verified_by_git_and_signed_as_by_ssh_keygen(
     repository.commit("one")
     assert GOOD in repository.git("log", "--show-signature", "-1")
     assert GOOD in repository.run("verify-commit", "HEAD").stderr.decode()
-    payload, signature = split_commit(repository.run("cat-file", "commit", "HEAD").stdout)
-    assert signature == ssh_keygen(payload)
+    stored = repository.run("cat-file", "commit", "HEAD").stdout
+    parts = re.fullmatch(rb"(?s)(.*?\n)gpgsig(?:-sha256)? (.*?\n)(?! )(.*)", stored)
+    assert parts
+    head, signature, rest = parts.groups()
+    assert signature.replace(b"\n ", b"\n") == ssh_keygen(head + rest)
     repository.git("tag", "-s", "-m", "the first", "v1")
     assert GOOD in repository.run("verify-tag", "v1").stderr.decode()
     payload, begin, rest = repository.run("cat-file", "tag", "v1").stdout.partition(BEGIN)
@@ -250,24 +238,29 @@ def test_with_a_key_command_a_commit_without_the_proxy_fails_and_says_why(
 # ---------------------------------------------------------------- what a person sees when it fails
 
 # What the proxy is started with (OTHER is a key), what the agent holds and how it fares, how git
-# names its key, the proxy's status, and what git says besides the proxy's own reason.
+# names its key, and the proxy's status and reason, in which a key is named by its fingerprint.
 REASONS = [
-    ("no keys", "", [], "public file", 503, "the agent lists no keys"),
-    ("another is pinned", "--pubkey OTHER", ["ed25519", "other"], "public file", 403, "other"),
-    ("the pinned one is not held", "--pubkey OTHER", ["ed25519"], "command", 503, "other"),
-    ("the key is not held", "", ["other"], "public file", 404, "ed25519"),
-    ("the agent is locked", "", ["ed25519", "locked"], "public file", 503, "it is locked"),
-    ("the agent is gone", "", ["ed25519", "gone"], "public file", 503, "agent"),
-    ("the namespace", "--namespace file", ["ed25519"], "command", 403, "SSH_AGENT_PROXY_NAMESPACE"),
-]
+    ("no keys", "", [], "public file", "503: the agent lists no keys"),
+    ("another is pinned", "--pubkey OTHER", ["ed25519", "other"], "public file",
+     "403: this proxy signs with OTHER only, not with ED25519"),
+    ("the pinned one is not held", "--pubkey OTHER", ["ed25519"], "command",
+     "503: the pinned key OTHER is missing: the agent does not hold it, but 1 other"),
+    ("the key is not held", "", ["other"], "public file", "404: no key ED25519: the agent does "),
+    ("the agent is locked", "", ["ed25519", "locked"], "command", "503: the agent lists no keys"),
+    ("the agent is gone", "", ["ed25519", "gone"], "public file", "503: no answer from the agent"),
+    ("the namespace", "--namespace file", ["ed25519"], "command",
+     "403: namespace 'git' is not allowed here: SSH_AGENT_PROXY_NAMESPACE is file"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("options, held, way, status, told", rows(REASONS))
+@pytest.mark.parametrize("options, held, way, told", rows(REASONS))
 def test_a_commit_that_cannot_be_signed_fails_with_the_proxys_reason(
     repository: Repository, agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy],
-    options: str, held: List[str], way: str, status: int, told: str,
+    options: str, held: List[str], way: str, told: str,
 ) -> None:  # fmt: skip
     """A person would not know what to do; or the commit would be there unsigned."""
+    for name in ("other", "ed25519"):
+        told = told.replace(name.upper(), fingerprint(keys[name]))
     words = [keys.line("other") if word == "OTHER" else word for word in options.split()]
     proxy = start_proxy(*words, upstream=agent.sock)
     repository.env[URL] = f"{proxy.url}/sign"
@@ -280,18 +273,7 @@ def test_a_commit_that_cannot_be_signed_fails_with_the_proxys_reason(
             agent.stop()
         else:
             agent.add(keys[name])
-    said = refused(repository)
-    fields = {} if way == "command" else {"SSHSIG-Key": keys.line("ed25519")}
-    reason = http(proxy.port, "POST", "/sign", b"x", {"SSHSIG-Namespace": "git", **fields})
-    assert reason.status == status
-    assert reason.text.strip() in said
-    assert (fingerprint(keys[told]) if told in keys else told) in said
-
-
-def git_version() -> Tuple[int, ...]:
-    match = re.search(rb"\d+(\.\d+)+", run(["git", "--version"]).stdout)
-    assert match
-    return tuple(int(number) for number in match.group().split(b"."))
+    assert f"{proxy.url}/sign answered {told}" in refused(repository)
 
 
 def test_a_tag_that_could_not_be_signed_is_not_there_or_is_called_unsigned(
@@ -304,7 +286,8 @@ def test_a_tag_that_could_not_be_signed_is_not_there_or_is_called_unsigned(
     said = done.stderr.decode()
     assert "the agent lists no keys" in said
     if repository.git("tag"):
-        assert git_version() < (2, 43, 2)
+        version = re.findall(r"\d+", repository.git("--version"))
+        assert tuple(map(int, version)) < (2, 43, 2)
         assert "this tag is NOT signed: git tag -d it" in said
     else:
         assert done.returncode != 0
@@ -391,13 +374,3 @@ def test_a_hundred_commits_with_one_token_and_a_slow_agent_are_all_signed_each_i
     repository.env.update({URL: f"{proxy.url}/sign", "SSH_AGENT_PROXY_TOKEN": "0123456789abcdef"})
     commit_at_once(repository, 100)
     assert "busy: too many requests of this token" in proxy.log()
-
-
-@pytest.mark.long
-def test_a_rebase_of_two_hundred_commits_is_signed_throughout(repository: Repository) -> None:
-    for number in range(201):
-        repository.git("commit", "-q", "--allow-empty", "--no-gpg-sign", "-m", number)
-    repository.git("rebase", "-q", "--force-rebase", "HEAD~200")
-    assert signatures(repository) == ["G"] * 200 + ["N"]
-    subjects = repository.git("log", "--format=%s").split()
-    assert subjects == [str(number) for number in reversed(range(201))]
