@@ -1414,9 +1414,6 @@ INCLUDED='    path = ~/.config/ssh-agent-proxy/gitconfig'
 TAB='	'
 EVERYWHERE='gitdir:**' # a plain [include] loses its path to the next `git config include.path`
 WITH_REMOTE='hasconfig:remote.*.url:**'
-LOCAL='GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_PREFIX
-GIT_CONFIG GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_NAMESPACE GIT_CEILING_DIRECTORIES GIT_GRAFT_FILE
-GIT_SHALLOW_FILE GIT_REPLACE_REF_BASE GIT_DEFAULT_HASH'
 SEE='see docs/containers.md#where-gitconfig-cant-be-written'
 # A commit fails with the settings as long as it can't be signed; so they stay.
 UNTIL="git commits nothing until that is mended; then run \`$PROGRAM setup\` again"
@@ -1427,6 +1424,8 @@ setup() {
     scratch=$(make_temporary -d "${TMPDIR:-/tmp}/$PROGRAM.XXXXXX") ||
         stop "no folder can be made in ${TMPDIR:-/tmp}: set TMPDIR to one that can be written to"
     [ "${scratch#/}" != "$scratch" ] || scratch=$PWD/$scratch
+    # What a repository is known by; GIT_CONFIG_COUNT and the like are the caller's settings.
+    LOCAL=$(git rev-parse --local-env-vars 2>/dev/null | sed /GIT_CONFIG_/d)
     find_files
     [ -z "$undo" ] || undo_setup
     find_program
@@ -1552,7 +1551,6 @@ find_git() {
 find_identity() {
     set --
     [ -n "${EMAIL:-}" ] || set -- -c user.useConfigOnly=true
-    outside ${1+"$@"} var GIT_AUTHOR_IDENT >/dev/null || :
     identity=$(outside ${1+"$@"} var GIT_COMMITTER_IDENT) || identity=''
     email=${identity%>*}
     email=${email##*<}
@@ -1570,8 +1568,8 @@ git config --global user.name 'YOUR NAME' && git config --global user.email YOU@
 get() {
     where=$1 name=$2
     case $name in
-    commit.gpgsign) set -- --bool ;;
-    *SignersFile) set -- --path ;;
+    commit.gpgsign | tag.*) set -- --bool ;;
+    *SignersFile | user.signingkey) set -- --path ;;
     *) set -- ;;
     esac
     said=$("$where" config --show-origin ${1+"$@"} --get "$name") ||
@@ -1586,21 +1584,24 @@ get() {
 # used, $key_file of ours where not, $signers, and what is $overridden.
 read_values() {
     overridden=''
+    printf '%s\n' "# written by $PROGRAM setup; its --undo takes it away" >"$scratch/gitconfig"
     override gpg.format ssh
     override gpg.ssh.program "$program"
     override gpg.ssh.defaultKeyCommand "$key_command"
     override commit.gpgsign true
+    override tag.forceSignAnnotated true
     get outside user.signingkey
     find_their_key || override user.signingkey "${key_file:=$own/key.pub}"
     get outside gpg.ssh.allowedSignersFile
     case $value in # one that depends on the folder is none
     /*) [ ! -f "$value" ] || [ ! -r "$value" ] || signers=$value ;;
     esac
-    override gpg.ssh.allowedSignersFile "$signers"
+    [ "${signers%/*}" != "$own" ] || override gpg.ssh.allowedSignersFile "$signers"
 }
 
-# override KEY VALUE: names what a file sets otherwise.
+# override KEY VALUE: for our file; names what another sets otherwise.
 override() {
+    outside config --file "$scratch/gitconfig" "$1" "$2"
     get outside "$1"
     case $from:$value in
     : | "command line:"* | *":$2" | *"$PROGRAM"*) ;;
@@ -1612,9 +1613,6 @@ override() {
 find_their_key() {
     their_key='' key_file=''
     [ -n "$from" ] || return 0
-    case $value in
-    [~]/*) value=${HOME-}${value#?} ;;
-    esac
     case $value in
     /*) read_key "$value" || read_key "$value.pub" || return ;;
     *) is_key "$value" || return ;;
@@ -1640,24 +1638,12 @@ write_settings() {
         [ -z "$failed" ] || stop "nothing was written: mend that first"
         ;;
     esac
-    set -- gpg.format ssh gpg.ssh.program "$program" gpg.ssh.defaultKeyCommand "$key_command" \
-        commit.gpgsign true tag.forceSignAnnotated true ${key_file:+user.signingkey "$key_file"}
-    [ "${signers%/*}" != "$own" ] || set -- "$@" gpg.ssh.allowedSignersFile "$signers"
-    printf '%s\n' "# written by $PROGRAM setup; its --undo takes it away" >"$scratch/gitconfig"
-    while [ $# -gt 0 ]; do
-        outside config --file "$scratch/gitconfig" "$1" "$2"
-        shift 2
-    done
     [ -f "$config" ] || [ ! -e "$config" ] || fail "$config is no regular file" || return
-    if ! keep gitconfig "$(cat "$scratch/gitconfig")" || ! include_ours; then
-        [ -n "$present" ] || remove_ours
-        fail "$config or ~/.config/ssh-agent-proxy cannot be written"
-    fi
-}
-
-include_ours() {
-    [ -z "$present" ] || return 0
-    append "$config" "$MARK${NEWLINE}[includeIf \"$condition\"]$NEWLINE$INCLUDED" && written=yes
+    lines="$MARK${NEWLINE}[includeIf \"$condition\"]$NEWLINE$INCLUDED"
+    keep gitconfig "$(cat "$scratch/gitconfig")" &&
+        { [ -n "$present" ] || append "$config" "$lines"; } && return
+    [ -n "$present" ] || remove_ours
+    fail "$config or ~/.config/ssh-agent-proxy cannot be written"
 }
 
 has_home() {
@@ -1676,7 +1662,7 @@ keep() {
 # append FILE TEXT: as lines of its own.
 append() {
     [ -z "$(tail -c 1 -- "$1" 2>/dev/null)" ] || set -- "$1" "$NEWLINE$2"
-    { printf '%s\n' "$2" >>"$1"; } 2>/dev/null
+    { printf '%s\n' "$2" >>"$1"; } 2>/dev/null && written=yes
 }
 
 remove_ours() {

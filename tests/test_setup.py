@@ -281,13 +281,14 @@ OTHER_KEYS = [
     ("a dead key", f"{GLOBAL}user.signingkey /Users/me/.ssh/id.pub",
      "user.signingkey = '/Users/me/.ssh/id.pub'"),
     ("an empty key", f": >empty.pub; {GLOBAL}user.signingkey '~/empty.pub'",
-     "user.signingkey = '~/empty.pub'"),
+     "user.signingkey = 'HOME/empty.pub'"),
     ("an empty value", f"{GLOBAL}user.signingkey ''", "user.signingkey = ''"),
     ("a GPG id", f"{GLOBAL}user.signingkey ABCDEF0123456789; {GLOBAL}gpg.format openpgp",
      "gpg.format = 'openpgp'"),
     ("a relative key", f"cp $KEYS/ed25519.pub .; {GLOBAL}user.signingkey ed25519.pub",
      "user.signingkey = 'ed25519.pub'"),
-    ("a folder", f"mkdir k.pub; {GLOBAL}user.signingkey '~/k.pub'", "user.signingkey = '~/k.pub'"),
+    ("a folder", f"mkdir k.pub; {GLOBAL}user.signingkey '~/k.pub'",
+     "user.signingkey = 'HOME/k.pub'"),
     ("nobody's key", f"{GLOBAL}user.signingkey 'key::{NOBODY}'", "user.signingkey = 'key::ssh"),
     ("no signing", f"{GLOBAL}commit.gpgsign false", "commit.gpgsign = 'false'"),
     ("a dead signers file", f"{GLOBAL}gpg.ssh.allowedSignersFile /Users/me/signers",
@@ -463,7 +464,7 @@ def test_a_key_of_the_folders_own_is_its_own_affair(one: Place) -> None:
            'includeIf.gitdir:**/repository/.path "~/x"')  # fmt: skip
     report = one.is_well(where=one.repository, verdict=GOOD.replace(
         " will", " outside this repository will"))  # fmt: skip
-    told = f"user.signingkey = '~/k.pub' (file:{one.home}/x)"
+    told = f"user.signingkey = '{one.home}/k.pub' (file:{one.home}/x)"
     assert told in report.text
     one.is_well()
     one.sh("rm x")
