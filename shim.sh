@@ -731,8 +731,7 @@ asked for its own when the push began: look at \`$PROGRAM pubkey\`, then push ag
     no_copy) die "standard input could not be kept: is the disk full?" ;;
     no_output) die "the signature could not be written" ;;
     refusal) look_at_refusal ;;
-    answer) die "$shown answered 200 without the signature that was asked for: a whole one, by \
-that key, for that namespace" ;;
+    answer) die "$shown answered 200 without the signature that was asked for" ;;
     esac
 }
 
@@ -838,8 +837,7 @@ explain_token() {
         return
     fi
     show "${holder:-SSH_AGENT_PROXY_TOKEN}"
-    fail "what $shown holds is no token: that is one word of letters, digits and . _ ~ + / - (and \
-= at its end), as \`ssh-agent-proxy token NAME\` prints it on the host"
+    fail "what $shown holds is no token: \`ssh-agent-proxy token NAME\` prints one on the host"
 }
 
 # Why there is no token in $holder.
@@ -906,8 +904,8 @@ public key that is needed there, the private one stays with the agent"
     fi
     case $key in
     /*) ;;
-    *) die "user.signingkey is ${shown:-empty}, which is no public key of a known type, and no file with one \
-(one is fetched only to a path that begins with / or ~/)" ;;
+    *) die "user.signingkey is ${shown:-empty}, which is no public key of a known type, and no \
+file with one (one is fetched only to a path that begins with / or ~/)" ;;
     esac
     source=${key%.pub}.pub
     fetch_key || die "$problem"
@@ -967,8 +965,7 @@ find_pubkey_url() {
     :*/sign) pubkey_url=${sign_url%sign}publickey ;;
     :*)
         show "$named_in"
-        fail "$shown is $sign_url, which does not end in /sign: set SSH_AGENT_PROXY_PUBKEY_URL to \
-where the public key is"
+        fail "$shown is $sign_url, which does not end in /sign: set SSH_AGENT_PROXY_PUBKEY_URL too"
         ;;
     *) is_url "$pubkey_url" || explain_url SSH_AGENT_PROXY_PUBKEY_URL "$pubkey_url" ;;
     esac
@@ -1260,35 +1257,28 @@ explain_silence() {
     unix:*:un6:*) fail "${place#unix:} is longer than the path of a socket can be" ;;
     unix:*:un7:*) explain_socket "${place#unix:}" ;;
     *:un*:codex) fail "$shown cannot be reached, for Codex gives its sandbox no network here: the \
-person who set it up has to set network_access = true under [sandbox_workspace_write] in Codex's \
-config.toml" ;;
+person who set it up has to set network_access = true in its [sandbox_workspace_write]" ;;
     *:tried:un*) fail "ssh-agent-proxy was not found at $shown: is it running on the host, and \
 can this container reach it there? SSH_AGENT_PROXY_URL says where to look" ;;
-    *:knocked:un* | *:open:un* | *:knocked:5:*) fail "nothing listens at $shown here, and what http_proxy \
-names, which could lead out, cannot be reached" ;;
+    *:knocked:un* | *:open:un* | *:knocked:5:*) fail "nothing listens at $shown here, and what \
+http_proxy names, which could lead out, cannot be reached" ;;
     *:un6:*) fail "the host of $shown is not known here: SSH_AGENT_PROXY_URL says where to look" ;;
     *:un7:*) fail "nothing listens at $shown (connection refused): is ssh-agent-proxy running on \
 the host, and its port reachable from here? SSH_AGENT_PROXY_URL says where to look" ;;
-    *:un28:*) fail "no connection to $shown in time ($CONNECT_SECONDS s): does a firewall drop \
-it? SSH_AGENT_PROXY_URL says where to look" ;;
-    *:28:*) fail "no answer from $place in time ($ANSWER_SECONDS s): does a prompt of the agent \
-wait on the host?" ;;
+    *:un28:*) fail "no connection to $shown in time ($CONNECT_SECONDS s): is there a firewall?" ;;
+    *:28:*) fail "no answer from $place in time ($ANSWER_SECONDS s): a prompt on the host?" ;;
     *:3:*) fail "$place cannot be asked: its port is no port, or it names no host" ;;
     *:5:*) fail "http_proxy, which leads to $place, names no host that is known here" ;;
-    *:2:* | *:4:* | *:48:*) fail "$curl lacks an option of curl 7.68, or Unix sockets: it must \
-be that or newer" ;;
+    *:2:* | *:4:* | *:48:*) fail "$curl lacks something that curl 7.68 has: install a newer one" ;;
     *:[18]:*) fail "what answers at $place does not speak HTTP: another program there?" ;;
     *:18:*) fail "the answer from $place broke off: try again" ;;
-    *:23:*) fail "the answer from $place could not be kept: the disk is full, or it is longer \
-than any signature" ;;
+    *:23:*) fail "the answer from $place could not be kept: is it too long, or the disk full?" ;;
     *:35:* | *:5[13489]:* | *:60:* | *:77:* | *:83:* | *:9[01]:*) fail "$place: no trusted TLS \
 connection (curl's exit status $ended)" ;;
     *:0:* | *:5[256]:*) fail "$place closed the connection without an answer: try again, and see \
 that it is ssh-agent-proxy's own, whose log tells more, and not an agent's" ;;
-    *:120:*) fail "$curl could not be handed the token: it takes a place for temporary files, \
-such as /tmp, or for standard input /dev/fd" ;;
-    *:12[67]:*) fail "$curl cannot be run: install curl (the package is called that), or say in \
-SSH_AGENT_PROXY_CURL which one to run" ;;
+    *:120:*) fail "$curl could not be handed the token: it takes a writable /tmp, or /dev/fd" ;;
+    *:12[67]:*) fail "$curl cannot be run: install curl, or name another in SSH_AGENT_PROXY_CURL" ;;
     *) fail "$curl ended with exit status $ended, asking $place" ;;
     esac
 }
@@ -1299,11 +1289,9 @@ explain_socket() {
     if [ ! -e "$1" ]; then
         can_be_read "$1" || fail "$problem (its folder, with ssh-agent-proxy running on the host)"
     elif [ ! -S "$1" ]; then
-        fail "$shown is not a socket (container engines make a folder where there was nothing to \
-mount): SSH_AGENT_PROXY_URL must name the one that ssh-agent-proxy listens on"
+        fail "$shown is not a socket (engines make a folder where there was nothing to mount)"
     elif [ ! -w "$1" ]; then
-        fail "$shown: permission denied: the socket is not open to this user (where \
-ssh-agent-proxy has a token file, its address can open it to a group by ?mode=0660)"
+        fail "$shown: permission denied: the socket is not open to this user (?mode=0660 opens it)"
     else
         fail "nobody listens on $shown: is ssh-agent-proxy running on the host? (It makes the \
 socket anew at each start: mount the folder, not the socket alone)"
@@ -1336,12 +1324,11 @@ END_OF_CONFIG
 
 # --- The real ssh-keygen ----------------------------------------------------------------------
 
-PACKAGES='openssh-client (Debian, Ubuntu), openssh (Fedora, Arch) or openssh-keygen (Alpine)'
+PACKAGES='the package openssh-client (Debian, Ubuntu), openssh (Fedora, Arch) or openssh-keygen (Alpine)'
 
 hand_over() {
     ! find_ssh_keygen || exec "$found" "$@"
-    die "ssh-keygen is not installed, and only signing is done without it: it comes in the \
-package $PACKAGES"
+    die "ssh-keygen is not installed, and only signing is done without it: install $PACKAGES"
 }
 
 # The first ssh-keygen on the path that is not this file under its name.
@@ -1724,7 +1711,7 @@ tell_cure() {
 obtain_key() {
     ssh_keygen=''
     ! find_ssh_keygen || ssh_keygen=$found
-    [ -n "$ssh_keygen" ] || unverified="ssh-keygen is missing: it comes in the package $PACKAGES"
+    [ -n "$ssh_keygen" ] || unverified="ssh-keygen is missing: it comes in $PACKAGES"
     prepare_to_ask || stop "$problem${their_key:+ (of the key in user.signingkey)}" "$UNTIL"
     signing_key=$found whole_key=$fetched
     case $their_key$key_file:$lacks:$signing_key in
@@ -1774,8 +1761,7 @@ judge_key() {
     done <"$scratch/signers"
     find_fingerprint "$signing_key"
     [ "${to_trust:-$fingerprint}" = "$fingerprint" ] ||
-        stop "the key that signs is $fingerprint, and --trust names another: compare it with what \
-\`ssh-agent-proxy check\` on the host shows"
+        stop "the key that signs is $fingerprint, and --trust names another: compare it again"
     [ -n "$rival" ] && [ -z "$trusted$to_trust" ] || return 0
     new=$fingerprint
     find_fingerprint "$rival"
