@@ -51,9 +51,8 @@ next=''      # what stands in the way
 checked=''   # not empty: what git does not ask for was looked at
 prepared=''  # not empty: what does not depend on the file was looked at
 chosen=''    # not empty: the key was looked for
-granted=''   # not empty: the proxy has answered 200
+granted=''   # not empty: the proxy has answered 200 after all
 subject=''   # what is being signed, with a slash in it
-direct=''    # not empty: the answer is received in FILE.sig itself
 wanted=''    # the key that git named, as "TYPE BASE64", or empty for the proxy's own choice
 source=''    # the file it stands in
 marked=''    # not empty: we wrote that file, and may replace it
@@ -111,12 +110,13 @@ sign_file() {
         [ -r "$subject" ] && [ ! -d "$subject" ] && [ ! -d "$subject.sig" ] || leave file || return
         is_gits_own "$file" .git_signing_buffer_tmp || leave beside || return
         create "$subject.sig" "$subject.sig" || leave beside || return
-        direct=yes # git reads it only once we have succeeded
     fi
     obtain "$subject" || return
     { printf '%s' "$body" >"$held"; } 2>/dev/null || leave folder || return
-    [ -n "$direct" ] || mv -f -- "$held" "$subject.sig" 2>/dev/null || leave folder || return
-    held='' direct='' once='' granted=''
+    # Where it is that itself, git reads it only once we have succeeded.
+    [ "$held" = "$subject.sig" ] || mv -f -- "$held" "$subject.sig" 2>/dev/null ||
+        leave folder || return
+    held='' once='' granted=''
 }
 
 # Is it git's own temporary file at path $1, whose name is $2 and six letters or digits?
@@ -146,7 +146,6 @@ obtain() {
         data=$1
         ask_for_signature
         is_granted || leave refusal || return
-        granted=yes
     fi
     { is_signature && is_for_git && is_by_key; } || leave answer
 }
@@ -630,7 +629,10 @@ sign_input() {
     if [ -n "$once" ]; then
         data=-
     elif [ -z "$kept" ]; then
-        keep_input || leave no_copy || return
+        cat <&3 >"$data" 2>/dev/null &
+        job=$!
+        job_ends
+        [ "$ended" = 0 ] || leave no_copy || return
         kept=yes
     fi
     obtain "$data" || return
@@ -663,13 +665,6 @@ make_scratch() {
 make_temporary() {
     trap '' HUP INT TERM
     exec mktemp "$@" 2>/dev/null
-}
-
-keep_input() {
-    cat <&3 >"$data" 2>/dev/null &
-    job=$!
-    job_ends
-    [ "$ended" = 0 ]
 }
 
 if [ "$next" = input ] && sign_input; then
@@ -1002,9 +997,7 @@ look_at_refusal() {
         esac
         may_rotate || die "$problem"
         refusal=$problem
-        if ! fetch_key || [ "$found" = "$wanted" ]; then
-            die "$refusal"
-        fi
+        fetch_key && [ "$found" != "$wanted" ] || die "$refusal"
         adopt_key
         ask_again=ask_for_signature
         ask_for_signature
@@ -1019,11 +1012,10 @@ is_ours() {
 
 # No other refusal is asked around: a person's, a policy's and the agent's no are meant.
 may_rotate() {
-    is_ours && [ -n "$marked" ] && [ -z "$once" ] || return 1
-    case $answered:$body in
-    404:* | "403:this proxy signs with "*) return 0 ;;
+    case $marked:$once:$answered:$body in
+    yes::404:* | "yes::403:this proxy signs with "*) is_ours ;;
+    *) return 1 ;;
     esac
-    return 1
 }
 
 # True when our proxy has answered 200, asked again by $ask_again where that does no harm; else
@@ -1324,7 +1316,7 @@ END_OF_CONFIG
 
 # --- The real ssh-keygen ----------------------------------------------------------------------
 
-PACKAGES='the package openssh-client (Debian, Ubuntu), openssh (Fedora, Arch) or openssh-keygen (Alpine)'
+PACKAGES='package openssh-client (Debian, Ubuntu), openssh (Fedora, Arch), openssh-keygen (Alpine)'
 
 hand_over() {
     ! find_ssh_keygen || exec "$found" "$@"
@@ -1338,9 +1330,7 @@ find_ssh_keygen() {
         found=${rest%%:*}
         found=${found:-.}/ssh-keygen
         rest=${rest#*:}
-        if [ -f "$found" ] && [ -x "$found" ] && ! is_shim "$found"; then
-            return 0
-        fi
+        [ ! -f "$found" ] || [ ! -x "$found" ] || is_shim "$found" || return 0
     done
     return 1
 }
