@@ -1715,22 +1715,20 @@ pubkey ~/.ssh/signing.pub && git config --global user.signingkey ~/.ssh/signing.
 
 # $fingerprint of key $1 as ssh-keygen tells it; the key itself where nothing can.
 find_fingerprint() {
-    fingerprint=$1 bytes=''
     printf '%s\n' "$1" >"$scratch/key.pub"
     if [ -n "$ssh_keygen" ]; then
-        fingerprint=$("$ssh_keygen" -lf "$scratch/key.pub" 2>/dev/null) || :
-        fingerprint=${fingerprint#* }
-        fingerprint=${fingerprint%% *}
-        fingerprint=${fingerprint:-$1}
-    elif { cut -d ' ' -f 2 "$scratch/key.pub" | base64 -d >"$scratch/blob"; } 2>/dev/null &&
-        sum=$(sha256sum <"$scratch/blob" 2>/dev/null); then
+        fingerprint=$("$ssh_keygen" -lf "$scratch/key.pub" 2>/dev/null | cut -d ' ' -f 2)
+    else
+        sum=$(cut -d ' ' -f 2 "$scratch/key.pub" | { base64 -d | sha256sum; } 2>/dev/null) || :
+        bytes=''
         for byte in $(printf '%s\n' "${sum%% *}" | sed 's/../0x& /g'); do
             bytes=$bytes\\$(printf '%03o' "$byte")
         done
         # shellcheck disable=SC2059
-        fingerprint=$(printf "$bytes" | base64)
-        fingerprint=SHA256:${fingerprint%=}
+        fingerprint=$(printf "$bytes" | base64 2>/dev/null) || fingerprint=''
+        fingerprint=${fingerprint:+SHA256:${fingerprint%=}}
     fi
+    fingerprint=${fingerprint:-$1}
 }
 
 # $trusted: not empty where the signers hold the key; in our file with its line alone.
