@@ -1783,8 +1783,7 @@ def test_a_wait_is_announced_on_the_terminal_and_holds_nothing_of_gits(
 def test_a_wait_for_a_busy_proxy_is_announced_once(
     shim: Shim, liar: Any, terminal: Terminal
 ) -> None:
-    shim.env.update(liar(*[busy("1")] * 4, answer(ARMOR)).env)
-    process = terminal.start(shim, "-Y", "sign", "m")
+    process = terminal.start(shim, liar(*[busy("1")] * 4, answer(ARMOR)), "m")
     assert process.communicate(timeout=30) == (b"0 0\n", b"")
     assert terminal.read(0) == ANNOUNCEMENT
     assert shim.signature() == ARMOR
