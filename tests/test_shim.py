@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import os
 import pty
 import re
@@ -753,12 +752,6 @@ def test_the_public_key_is_asked_for_where_it_is_said_to_be(
         fine(shim("pubkey", env=env), f"{keys.line('ed25519')}\n".encode())
 
 
-def test_an_empty_variable_counts_as_unset(shim: Shim, served: Served) -> None:
-    names = ["TOKEN", "TOKEN_FILE", "PUBKEY_URL", "CURL"]
-    empty = {f"SSH_AGENT_PROXY_{name}": "" for name in names}
-    fine(shim.sign("-f", f"{shim.folder}/k", "m", env={**served, **empty}))
-
-
 # ---------------------------------------------------------------- the token, and the Unix socket
 
 # What the shim asks the proxy for, and how.
@@ -819,25 +812,24 @@ def home_token(shim: Shim, content: str) -> Path:
 
 
 TOKEN_SOURCES = [
-    ("the variable", {"TOKEN": TOKENS["variable"], "TOKEN_FILE": "token", "HOME": ""}, "variable"),
+    ("the variable", {"TOKEN": TOKENS["variable"], "TOKEN_FILE": "token"}, "variable"),
     ("past a file", {"TOKEN": TOKENS["variable"], "TOKEN_FILE": "missing"}, "variable"),
-    ("the file", {"TOKEN": "", "TOKEN_FILE": "token", "HOME": ""}, "file"),
-    ("the home's", {"TOKEN": "", "TOKEN_FILE": "", "HOME": ""}, "home"),
+    ("the file", {"TOKEN": "", "TOKEN_FILE": "token"}, "file"),
+    ("the home's", dict.fromkeys(["TOKEN", "TOKEN_FILE", "PUBKEY_URL", "CURL"], ""), "home"),
 ]
 
 
 @pytest.mark.parametrize("set_to, taken", rows(TOKEN_SOURCES))
 def test_the_token_is_the_variables_else_the_files_else_that_of_the_home(
-    shim: Shim, guarded: Served, set_to: Dict[str, str], taken: str
+    shim: Shim, liar: Any, set_to: Dict[str, str], taken: str
 ) -> None:
+    """And a variable that is empty counts as unset."""
+    server = liar(served_key(LINE))
     shim.key("token", TOKENS["file"])
-    if "HOME" in set_to:
-        home_token(shim, f"{TOKENS['home']}\n")
-    env = {f"SSH_AGENT_PROXY_{name}": set_to[name] for name in set_to if name != "HOME"}
-    data = os.urandom(16)
-    assert shim.sign(input=data, env={**guarded, **env}).returncode == 0
-    digest = hashlib.sha512(data).hexdigest()
-    guarded.proxy.wait_log(rf"outcome=signed .* token={taken} .* digest=sha512:{digest}\b")
+    home_token(shim, f"{TOKENS['home']}\n")
+    env = {f"SSH_AGENT_PROXY_{name}": value for name, value in set_to.items()}
+    fine(shim("pubkey", env={**server.env, **env}), f"{LINE} me\n".encode())
+    assert sent(server.requests[0], "Authorization") == f"Bearer {TOKENS[taken]}"
 
 
 TOKEN_FILES = {
@@ -860,16 +852,8 @@ def test_the_token_is_the_first_word_of_a_file(
     well_asked(shim, "pubkey", shim("pubkey", env=env))
 
 
-BROKEN_TOKENS = [
-    "s3cr3t s3cr3t",
-    "s3cr3t\r\nX-Header: x",
-    's3cr3t"\nurl = "http://127.0.0.1/',
-    "s3cr3t\\",
-    "s3cr3t\u00e4",
-    "=s3cr3t",
-    "s3cr3t=s3cr3t",
-    "*",
-]
+BROKEN_TOKENS = ["s3cr3t s3cr3t", "s3cr3t\r\nX-Header: x", 's3cr3t"\nurl = "http://127.0.0.1/',
+                 "s3cr3t\\", "s3cr3t\u00e4", "=s3cr3t", "s3cr3t=s3cr3t", "*"]  # fmt: skip
 
 
 @under("token", each(BROKEN_TOKENS), "s3cr3t\\xe4", "s3cr3t\\\\", "*")
@@ -877,12 +861,10 @@ def test_what_is_no_token_is_refused_and_not_shown(shim: Shim, liar: Any, token:
     """It would be a header or a line of curl's configuration."""
     server = liar(answer(ARMOR))
     path = shim.file("token\x1b", f"# x\n{token}".encode())
-    for name, value, place in [
-        ("SSH_AGENT_PROXY_TOKEN", token, "SSH_AGENT_PROXY_TOKEN"),
-        ("SSH_AGENT_PROXY_TOKEN_FILE", str(path), f"{shim.folder}/token?"),
-    ]:
-        if name.endswith("FILE") and set(token) & set(" \r\n\u00e4"):
-            continue  # in a file these end a word
+    given = [("SSH_AGENT_PROXY_TOKEN", token, "SSH_AGENT_PROXY_TOKEN")]
+    if not set(token) & set(" \r\n\u00e4"):  # in a file these end a word
+        given.append(("SSH_AGENT_PROXY_TOKEN_FILE", str(path), f"{shim.folder}/token?"))
+    for name, value, place in given:
         line = said(shim.sign(input=COMMIT, env={**server.env, name: value}))
         assert line.startswith(f"what {place} holds is no token: ")
         assert "s3cr3t" not in line
@@ -1031,6 +1013,20 @@ def traced(shim: Shim, calls: str) -> Path:
     return trace
 
 
+def modes_of_files(trace: Sequence[str]) -> Dict[str, int]:
+    """Of those that were made, by the name that was given."""
+    masks: Dict[str, int] = {}  # of each process that set one
+    modes = {}
+    for line in trace:
+        pid, _, call = line.partition(" ")
+        if mask := re.match(r" *umask\((0\d*)\)", call):
+            masks[pid] = int(mask.group(1), 8)
+        # Without the result, before which another process may have had its say.
+        if made := re.match(r' *open(?:at)?\(.*?"(.*)", [^"]*O_CREAT[^"]*, (0\d+)\b', call):
+            modes[made.group(1)] = int(made.group(2), 8) & ~masks.get(pid, 0o022)
+    return modes
+
+
 TRACED = "execve,open,openat,openat2,creat,memfd_create,umask,fchmod,chmod,write,writev,pwrite64"
 
 
@@ -1054,15 +1050,7 @@ def test_no_argument_no_environment_and_no_file_for_others_ever_holds_the_token(
     programs = [line for line in lines if " execve(" in line]
     assert any("/curl" in line for line in programs)
     assert not [line for line in programs if "s3cr3t" in line]
-    masks: Dict[str, int] = {}  # of each process that set one
-    modes: Dict[str, int] = {}  # of each file that was made
-    for line in lines:
-        pid, _, call = line.partition(" ")
-        if mask := re.match(r" *umask\((0\d*)\)", call):
-            masks[pid] = int(mask.group(1), 8)
-        # By the name that was given: another process may have had its say before the result.
-        if made := re.match(r' *open(?:at)?\(.*?"(.*)", [^"]*O_CREAT[^"]*, (0\d+)\b', call):
-            modes[made.group(1)] = int(made.group(2), 8) & ~masks.get(pid, 0o022)
+    modes = modes_of_files(lines)
     holds = r"^\d+ +p?write\w*\(\d+<([^>]*)>(?:\(deleted\))?,.*s3cr3t"
     written = re.findall(holds, trace.read_text(), re.MULTILINE)
     assert written, "the shell has written the here-document somewhere"
@@ -1103,21 +1091,6 @@ def test_where_the_token_cannot_be_handed_over_it_is_said_what_is_missing(
 def in_a_namespace(script: str) -> List[str]:
     unshare = need("unshare", "util-linux")
     return [unshare, "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
-
-
-NAMES = each(HOSTILE_NAMES)
-FEW_NAMES = [name for name, value in NAMES if not value.isascii() or "\n" in value]
-
-
-@under("name", NAMES, *FEW_NAMES)
-def test_the_path_of_a_socket_may_hold_anything(
-    shim: Shim, served: Served, short: Path, well_asked: Any, name: str
-) -> None:
-    folder = short / f"x{name[:60]}"
-    folder.mkdir()
-    (folder / name[:1]).symlink_to(served.socket)
-    env = {URL: f"unix:{folder}/{name[:1]}"}
-    well_asked(shim, "fetched", ask(shim, "fetched", env))
 
 
 MOUNTED = ": is it mounted? (its folder, with ssh-agent-proxy running on the host)"
@@ -1457,14 +1430,24 @@ def test_a_tag_that_git_makes_all_the_same_is_said_to_be_unsigned(
 # ---------------------------------------------------------------- files
 
 
+NAMES = each(HOSTILE_NAMES)
+FEW_NAMES = [name for name, value in NAMES if not value.isascii() or "\n" in value]
+
+
 @under("name", NAMES, *FEW_NAMES, "-")
-def test_a_file_and_a_folder_may_have_any_name(shim: Shim, served: Served, name: str) -> None:
+def test_a_file_a_folder_and_a_socket_may_have_any_name(
+    shim: Shim, served: Served, short: Path, name: str
+) -> None:
+    (short / f"x{name[:60]}").mkdir()
+    there = short / f"x{name[:60]}" / name[:1]
+    there.symlink_to(served.socket)
+    env = {URL: f"unix:{there}"}
     folder = shim.folder / f"x{name[:99]}"
     folder.mkdir()
     for path in (shim.file(name), shim.file(f"{folder.name}/m")):
         operand = str(path.relative_to(shim.folder))
-        fine(shim.sign("--", "./-" if name == operand == "-" else operand, env=served))
-    fine(shim.sign("-f", f"{folder}/k", f"./{name}", env=served))
+        fine(shim.sign("--", "./-" if name == operand == "-" else operand, env=env))
+    fine(shim.sign("-f", f"{folder}/k", f"./{name}", env=env))
     assert {p.name for p in folder.iterdir()} == {"m", "m.sig", "k.pub"}
     assert shim.signature(name) == (folder / "m.sig").read_bytes()
 
@@ -1728,24 +1711,16 @@ def terminal() -> Iterator[Terminal]:
 
 
 def descendants(pid: int) -> List[int]:
-    found: List[int] = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            if entry.name.isdigit():
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[1]) == pid:
-                    found += [int(entry.name), *descendants(int(entry.name))]
-    return found
+    children: List[str] = []
+    with contextlib.suppress(OSError):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [one for child in map(int, children) for one in (child, *descendants(child))]
 
 
 def the_timers_sleep(process: subprocess.Popen[bytes]) -> List[int]:
     """The shim, curl, the timer, and what that sleeps with, once all of them are there."""
-
-    def look() -> List[int]:
-        family = descendants(process.pid)
-        return family if len(family) >= 4 else []
-
-    return wait_for(look, message="the timer's sleep")  # type: ignore[no-any-return]
+    wait_for(lambda: len(descendants(process.pid)) >= 4, message="the timer's sleep")
+    return descendants(process.pid)
 
 
 def open_files(pid: int) -> List[str]:
