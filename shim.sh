@@ -1203,35 +1203,31 @@ http_proxy lacks the right ones, which a sandbox puts into it" ;;
 
 # $permission: what has to be done where $place is refused, in the words of that place's settings.
 name_permission() {
+    [ -n "$way" ] || ! is_loopback "$place" || return # there is nothing in between
     see_where_it_leads "${http_proxy:-}"
     refused_host=${place#*://}
     refused_host=${refused_host%%/*}
     port=${refused_host##*[!0-9]}
     refused_host=${refused_host%:*[0-9]}
-    if [ "$leads" = gateway ]; then
-        permission="run \`sbx policy allow network localhost:$port --method POST --path /sign\` and \
-\`sbx policy allow network localhost:$port --method GET --path /publickey\` on the host"
-    elif [ -n "${CODEX_NETWORK_PROXY_ACTIVE:-}" ]; then
-        permission="set \"$refused_host\" = \"allow\" in the network domains of its permissions \
-and allow_local_binding = true, in Codex's config.toml"
-    elif [ -n "${SANDBOX_RUNTIME:-}" ]; then
-        permission="set {\"sandbox\":{\"network\":{\"allowedDomains\":[\"$refused_host\"]}}} in \
-Claude Code's settings.json"
-    elif [ -n "$way" ] || ! is_loopback "$place"; then
-        permission="allow the host $refused_host in it"
-    else
-        return 1 # there is nothing in between
-    fi
+    case $leads:${CODEX_NETWORK_PROXY_ACTIVE:+codex}:${SANDBOX_RUNTIME:+claude} in
+    gateway:*) permission="run \`sbx policy allow network localhost:$port --method POST \
+--path /sign\` and \`sbx policy allow network localhost:$port --method GET --path /publickey\` \
+on the host" ;;
+    *:codex:*) permission="set \"$refused_host\" = \"allow\" in the network domains of its \
+permissions and allow_local_binding = true, in Codex's config.toml" ;;
+    *:claude) permission="set {\"sandbox\":{\"network\":{\"allowedDomains\":\
+[\"$refused_host\"]}}} in Claude Code's settings.json" ;;
+    *) permission="allow the host $refused_host in it" ;;
+    esac
 }
 
 # The proxy's own word says how to come by a token, and this where one was looked for.
 advise_token() {
     refusal=$problem
-    show "$holder"
+    show "${holder:-SSH_AGENT_PROXY_TOKEN}"
     if [ -n "$elsewhere" ]; then
         advice="the token is sent to the host of SSH_AGENT_PROXY_URL alone, and this is another"
     elif [ -n "${token:+set}" ]; then
-        [ -n "$holder" ] || shown=SSH_AGENT_PROXY_TOKEN
         advice="what was sent is the one in $shown: put another there"
     else
         explain_holder || advice="SSH_AGENT_PROXY_TOKEN is not set, and $problem"
