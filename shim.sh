@@ -925,9 +925,8 @@ adopt_key() {
 fetch_key() {
     find_pubkey_url || return 1
     asked_for=$wanted # which take_key is about to change
-    ask_again=ask_for_key
     ask_for_key
-    settle || return 1
+    settle ask_for_key || return 1
     read -r word blob rest <<END_OF_BODY
 $body
 END_OF_BODY
@@ -985,8 +984,7 @@ write_key() {
 # There was no signature; that of another key, once, where the one that was asked for is one that
 # we fetched, and the proxy will not sign with it any more.
 look_at_refusal() {
-    ask_again=ask_for_signature
-    if ! settle; then
+    if ! settle ask_for_signature; then
         # Git's own file of a key is gone by the time that this is read.
         case $server:$answered:$wanted:${source##*/} in
         *:.git_signing_key_tmp*) ;;
@@ -999,9 +997,8 @@ look_at_refusal() {
         refusal=$problem
         fetch_key && [ "$found" != "$wanted" ] || die "$refusal"
         adopt_key
-        ask_again=ask_for_signature
         ask_for_signature
-        settle || die "$problem"
+        settle ask_for_signature || die "$problem"
     fi
     granted=yes
 }
@@ -1018,9 +1015,10 @@ may_rotate() {
     esac
 }
 
-# True when our proxy has answered 200, asked again by $ask_again where that does no harm; else
-# $problem says what is wrong. $shown is where was asked.
+# True when our proxy has answered 200, asked again by $1 where that does no harm; else $problem
+# says what is wrong. $shown is where was asked.
 settle() {
+    ask_again=$1
     repeated='' # not empty: asked again after a broken connection
     waited=0    # seconds, for a proxy that was busy
     while ! is_granted; do
