@@ -673,13 +673,11 @@ fi
 
 # What follows is read only where neither way did lead to the end. The variables:
 #
-# SSH_AGENT_PROXY_URL         the sign endpoint, or the proxy's Unix socket: unix:/path; when unset
-#                             the line in ~/.config/ssh-agent-proxy/url, else
-#                             http://127.0.0.1:7221/sign
-# SSH_AGENT_PROXY_PUBKEY_URL  the public key endpoint, derived from it when unset
+# SSH_AGENT_PROXY_URL         the sign endpoint, or unix:/path; else ~/.config/ssh-agent-proxy/url
+#                             has it, else it is http://127.0.0.1:7221/sign
+# SSH_AGENT_PROXY_PUBKEY_URL  the public key endpoint; else it is derived from that
 # SSH_AGENT_PROXY_TOKEN       the bearer token, where the proxy wants one
-# SSH_AGENT_PROXY_TOKEN_FILE  a file with it, when the one above is unset; when both are, it is
-#                             looked for in ~/.config/ssh-agent-proxy/token
+# SSH_AGENT_PROXY_TOKEN_FILE  a file with it; else ~/.config/ssh-agent-proxy/token
 # SSH_AGENT_PROXY_CURL        another curl (7.68 or newer)
 
 main() {
@@ -812,7 +810,14 @@ prepare_anyway() {
             explain_url "$shown" "$sign_url" || return
             ;;
         token) explain_token || return ;;
-        proxy) take_http_proxy ;;
+        proxy) # curl does not look at it: it may be a header that a CGI's client has chosen
+            see_where_it_leads "$HTTP_PROXY"
+            if [ -n "$leads" ] && [ -z "${REQUEST_METHOD:-}" ]; then
+                export http_proxy="$HTTP_PROXY"
+            else
+                unset HTTP_PROXY
+            fi
+            ;;
         esac
     done
 }
@@ -993,7 +998,12 @@ look_at_refusal() {
             problem="$problem (asked for the key in $shown)"
             ;;
         esac
-        may_rotate || die "$problem"
+        # No other refusal is asked around: a person's, a policy's and the agent's no are meant.
+        case $marked:$once:$answered:$body in
+        yes::404:* | "yes::403:this proxy signs with "*) ;;
+        *) die "$problem" ;;
+        esac
+        is_ours || die "$problem"
         refusal=$problem
         fetch_key && [ "$found" != "$wanted" ] || die "$refusal"
         adopt_key
@@ -1005,14 +1015,6 @@ look_at_refusal() {
 
 is_ours() {
     [ "${server#ssh-agent-proxy/}." != "$server." ]
-}
-
-# No other refusal is asked around: a person's, a policy's and the agent's no are meant.
-may_rotate() {
-    case $marked:$once:$answered:$body in
-    yes::404:* | "yes::403:this proxy signs with "*) is_ours ;;
-    *) return 1 ;;
-    esac
 }
 
 # True when our proxy has answered 200, asked again by $1 where that does no harm; else $problem
@@ -1077,16 +1079,6 @@ way=''    # knocked: our proxy was looked for through http_proxy; open: it was f
 tried=''  # the URLs guessed, by none of which it was found
 sought='' # not empty: no further way is known
 
-# HTTP_PROXY, which curl does not look at, for it may be a header that a CGI's client has chosen.
-take_http_proxy() {
-    see_where_it_leads "$HTTP_PROXY"
-    if [ -n "$leads" ] && [ -z "${REQUEST_METHOD:-}" ]; then
-        export http_proxy="$HTTP_PROXY"
-    else
-        unset HTTP_PROXY
-    fi
-}
-
 # $leads: to loopback, as in agents' sandboxes, to Docker's gateway, or elsewhere does http_proxy $1?
 see_where_it_leads() {
     leads=$1
@@ -1111,7 +1103,14 @@ seek_way() {
     esac
     see_where_it_leads "${http_proxy:-}"
     case $leads:$place in
-    loopback:http://*) is_loopback "$place" && knock ;;
+    loopback:http://*) # is our own proxy behind it? It is told no token before that.
+        is_loopback "$place" || return
+        way=knocked past='' elsewhere=yes
+        ask "${place%/*}/healthz" /healthz
+        is_ours || return
+        way=open
+        "$ask_again"
+        ;;
     loopback:*) return 1 ;;
     *) may_guess && guess ;;
     esac
@@ -1123,15 +1122,6 @@ is_unreached() {
     :6:* | :7:* | :28:[0-9].*) return 0 ;;
     esac
     return 1
-}
-
-# Does our own proxy answer through http_proxy, which is told no token before that?
-knock() {
-    way=knocked past='' elsewhere=yes
-    ask "${place%/*}/healthz" /healthz
-    is_ours || return
-    way=open
-    "$ask_again"
 }
 
 # Only in a container, and not where there is a token, which a wrong host could keep.
@@ -1758,12 +1748,11 @@ prove() {
         read_error
         stop "$shown" "$UNTIL"
     }
-    case $(inside cat-file commit HEAD) in
-    *"$BEGIN"*) ;;
-    *) stop "git made a commit without a signature, and did not say why" ;;
-    esac
     if [ -z "$ssh_keygen" ]; then
-        trust "$MARK: signed, and not verified$NEWLINE"
+        case $(inside cat-file commit HEAD) in
+        *"$BEGIN"*) trust "$MARK: signed, and not verified$NEWLINE" ;;
+        *) stop "git made a commit without a signature, and did not say why" ;;
+        esac
         return
     fi
     printf '%s\n' "$trust_line" >"$scratch/signers"
