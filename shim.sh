@@ -708,13 +708,17 @@ mend() {
         ;;
     beside) hold "${subject%/*}/.$PROGRAM.$$" || refuse_folder ;;
     folder) refuse_folder ;;
-    home) find_home ;;
+    home)
+        case ${HOME:-} in
+        /*) key=$HOME/${key#??} ;;
+        *) die "user.signingkey begins with ~/, and HOME is not the whole path of a folder" ;;
+        esac
+        ;;
     no_key) look_for_key ;;
     nobodys_key) accept_key ;;
-    certificate) # git has written the fingerprint of the key that it was told into it
-        die "this push certificate names a key that nobody holds, because the proxy could not be \
-asked for its own when the push began: look at \`$PROGRAM pubkey\`, then push again"
-        ;;
+    # (Git has written the fingerprint of the key that it was told into it.)
+    certificate) die "this push certificate names a key that nobody holds, because the proxy could \
+not be asked for its own when the push began: look at \`$PROGRAM pubkey\`, then push again" ;;
     input)
         ! sign_input || finish
         mend "$@"
@@ -865,13 +869,6 @@ refuse_folder() {
 
 # --- The key that git named, where it is not in a file ----------------------------------------
 
-find_home() {
-    case ${HOME:-} in
-    /*) key=$HOME/${key#??} ;;
-    *) die "user.signingkey begins with ~/, and HOME is not the whole path of a folder" ;;
-    esac
-}
-
 # The one that nobody holds stands for the proxy's own choice.
 accept_key() {
     chosen=yes
@@ -991,12 +988,10 @@ write_key() {
 look_at_refusal() {
     if ! settle ask_for_signature; then
         # Git's own file of a key is gone by the time that this is read.
+        show "$source"
         case $server:$answered:$wanted:${source##*/} in
-        *:.git_signing_key_tmp*) ;;
-        ssh-agent-proxy/*:40[34]:?*:?*)
-            show "$source"
-            problem="$problem (asked for the key in $shown)"
-            ;;
+        *:.git_signing_key_tmp* | *:) ;;
+        ssh-agent-proxy/*:40[34]:?*:*) problem="$problem (asked for the key in $shown)" ;;
         esac
         # No other refusal is asked around: a person's, a policy's and the agent's no are meant.
         case $marked:$once:$answered:$body in
@@ -1451,9 +1446,9 @@ find_program() {
     */* | *.sh | "$PROGRAM"*) program=$PWD/${0#./} ;;
     *) program='' ;; # a shell's name
     esac
-    is_shim "$program" || stop "git needs this as a file: save it, chmod +x it, and run that"
+    is_shim "$program" && [ -x "$program" ] ||
+        stop "git needs this as a file that can be run: save it, chmod +x it, and run that"
     quote "$program"
-    [ -x "$program" ] || stop "$quoted is not executable: chmod +x $quoted"
     key_command="$quoted key"
 }
 
@@ -1821,8 +1816,8 @@ undo_setup() {
     fi
     remove_ours
     find_files
-    [ -z "$present" ] || stop "its lines in $config cannot be taken away: is that read-only?"
-    [ ! -e "$own/gitconfig" ] || stop "$own/gitconfig cannot be removed: is it read-only?"
+    [ -z "$present" ] && [ ! -e "$own/gitconfig" ] ||
+        stop "$own/gitconfig, or its lines in $config, cannot be taken away: read-only?"
     get outside commit.gpgsign
     now="signs no commit by itself"
     [ "$value" != true ] || now="signs commits as $from says"
