@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 from conftest import GIT_CONFIG, SHIM, Keys, run, set_up_debian
@@ -57,32 +56,26 @@ p.verify_tag(".", b"v1")'
 }  # fmt: skip
 
 
-@pytest.fixture
-def debian(keys: Keys, tmp_path: Path) -> Iterator[Path]:
-    """The newest one in a folder, whose root signs through the shim."""
-    root = tmp_path / "debian"
-    set_up_debian(root, "testing", f"--include={PACKAGES}")
-    shutil.copy(SHIM, root / OURS[1:])
-    home, line = root / "root", keys.line("ed25519")
+@pytest.mark.alone
+def test_what_callers_make_is_signed_and_verifies(
+    keys: Keys, served: Served, tmp_path: Path
+) -> None:
+    """They would make commits that nobody can tell from anyone's."""
+    debian, line = tmp_path / "debian", keys.line("ed25519")
+    set_up_debian(debian, "testing", f"--include={PACKAGES}")
+    shutil.copy(SHIM, debian / OURS[1:])
+    home = debian / "root"
     (home / "keyring/openssh/example.com/me").mkdir(parents=True)
     for name in ("key.pub", "keyring/openssh/example.com/me/default"):
         (home / name).write_text(line)
     (home / "signers").write_text(f"me@example.com,git {line}")
     (home / ".gitconfig").write_text(GIT)
-    yield root
-    shutil.rmtree(root)
-
-
-@pytest.mark.alone
-def test_what_callers_make_is_signed_and_verifies(
-    keys: Keys, served: Served, debian: Path
-) -> None:
-    """They would make commits that nobody can tell from anyone's."""
     inside = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child",
               "--mount-proc", "--root", debian, "--wd", "/", "bash", "-euc"]  # fmt: skip
     env = {"HOME": "/root", "PATH": "/usr/local/bin:/usr/bin:/bin", "EDITOR": "true", **served}
     said = {}
     for name, (script, _) in REAL.items():
-        script = START + script.replace("KEY", keys.line("ed25519")) + END
+        script = START + script.replace("KEY", line) + END
         said[name] = run([*inside, script], env, check=False).stdout.decode()
     assert {name: said[name] for name in REAL if not said[name].endswith(REAL[name][1])} == {}
+    shutil.rmtree(debian)

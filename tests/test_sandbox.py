@@ -263,7 +263,7 @@ def test_the_way_that_is_taken(
     one_shim: Shim, apart: Apart, ask_in: Any, signed: bytes,
     words: str, there: str, asked: str, told: str,
 ) -> None:  # fmt: skip
-    Path(one_shim.env["HOME"], ".curlrc").write_text("proxy = http://127.0.0.1:9\nlocation\n")
+    Path(one_shim.env["HOME"], ".curlrc").write_text("proxy = http://127.0.0.1:9\nlocation\nhead\n")
     done = ask_in(one_shim, words, there)
     assert apart.asked() == [CODES.get(word, word) for word in asked.split()]
     if told:
