@@ -1185,7 +1185,7 @@ LIES = [
     ("no HTTP", b"SSH-2.0-OpenSSH_9.2\r\n", "does not speak HTTP"),
     ("nothing", b"", "closed the connection without an answer"),
     ("only half a head", b"HTTP/1.1 200 OK\r\nServer: ssh-agent-pro", "broke off"),
-    ("a long signature", answer(BEGIN + b"U1NI\n" * 50000 + END), "could not be kept"),
+    ("a long signature", answer(BEGIN + (b"U1NI" * 17 + b"\n") * 2000 + END), "could not be kept"),
 ]
 LIES_TO_SHELLS = ["another", "two lines of reason", "a reason with an escape", "a long reason",
                   "nothing in it", "nothing between", "no last line", "two of them",
