@@ -38,6 +38,7 @@ GIT_2=AAAANnaXQAAAAAAAAABnNoY
 CONNECT_SECONDS=5
 ANSWER_SECONDS=600
 ANNOUNCE_SECONDS=2
+BUSY_SECONDS=120
 
 # What is to be removed or ended, whatever happens.
 held=''    # the file that an answer is received in
@@ -667,9 +668,7 @@ make_temporary() {
     exec mktemp "$@" 2>/dev/null
 }
 
-if [ "$next" = input ] && sign_input; then
-    finish
-fi
+[ "$next" != input ] || ! sign_input || finish
 
 # What follows is read only where neither way did lead to the end. The variables:
 #
@@ -836,10 +835,8 @@ explain_url() {
 }
 
 explain_token() {
-    if [ -z "$token" ]; then
-        explain_holder || fail "SSH_AGENT_PROXY_TOKEN_FILE gives no token: $problem"
-        return
-    fi
+    [ -n "$token" ] || explain_holder ||
+        fail "SSH_AGENT_PROXY_TOKEN_FILE gives no token: $problem" || return
     show "${holder:-SSH_AGENT_PROXY_TOKEN}"
     fail "what $shown holds is no token: \`ssh-agent-proxy token NAME\` prints one on the host"
 }
@@ -939,9 +936,8 @@ END_OF_BODY
     take_key "$word" "$blob" || fail "$shown answered 200 without a public key" || return
     found=$wanted
     wanted=$asked_for
-    fetched=$found
     show "$rest"
-    [ -z "$shown" ] || fetched="$found $shown"
+    fetched="$found${shown:+ $shown}"
 }
 
 ask_for_key() {
@@ -1041,8 +1037,6 @@ is_broken() {
     esac
     return 1
 }
-
-BUSY_SECONDS=120
 
 # Is the proxy busy, and can it be waited for? Then that was done.
 is_busy() {
@@ -1505,7 +1499,6 @@ find_git() {
 
 # $email, as git would use it outside a repository; an identity that git makes up is none.
 find_identity() {
-    set --
     [ -n "${EMAIL:-}" ] || set -- -c user.useConfigOnly=true
     identity=$(outside ${1+"$@"} var GIT_COMMITTER_IDENT) || identity=''
     email=${identity%>*}
