@@ -192,9 +192,8 @@ SBX = "`sbx policy allow network localhost:7221 --method POST --path /sign`"
 WITH_A_TOKEN = [
     # 1: a URL of this machine, as is the one that counts where none is set
     ("directly", "http_proxy=L", "L H", "H:/sign", ""),
-    ("127.1", "http_proxy=L URL=http://127.1:7221/sign", "L H", "H:/sign", ""),
-    ("LOCALHOST", "http_proxy=L URL=http://LOCALHOST:7221/sign", "L H", "H:/sign", ""),
-    ("x.localhost", "http_proxy=L URL=http://x.localhost:7221/sign", "L H", "H:/sign", ""),
+    *((host, f"URL=http://{host}:7221/sign http_proxy=C NO_PROXY= no_proxy=", "C H", "H:/sign", "")
+      for host in ("127.1", "LOCALHOST", "x.localhost")),
     ("http_proxy", "http_proxy=L", "L", "K S", ""),
     ("HTTP_PROXY", "HTTP_PROXY=L", "L", "K S", ""),
     ("http_proxy of a CGI", "http_proxy=L REQUEST_METHOD=GET", "L", "K S", ""),
