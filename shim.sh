@@ -94,8 +94,7 @@ prepare() {
     note=${HOME:-}/.config/ssh-agent-proxy/url # which `setup` writes
     if [ -z "$sign_url" ] && [ -e "$note" ]; then
         named_in=$note
-        { read -r sign_url rest || :; } 2>/dev/null <"$note" || :
-        sign_url=${sign_url%[! -~]} # a carriage return
+        { IFS= read -r sign_url || :; } 2>/dev/null <"$note" || :
     elif [ -z "$sign_url" ]; then
         named_in='' sign_url=http://127.0.0.1:7221/sign
     fi
@@ -110,7 +109,7 @@ sign_file() {
         [ -f "$subject" ] || once=yes
         [ -r "$subject" ] && [ ! -d "$subject" ] && [ ! -d "$subject.sig" ] || leave file || return
         is_gits_own "$file" .git_signing_buffer_tmp || leave beside || return
-        create "$subject.sig" "$subject.sig" || leave beside || return
+        create "$subject.sig" || leave beside || return
     fi
     obtain "$subject" || return
     { printf '%s' "$body" >"$held"; } 2>/dev/null || leave folder || return
@@ -129,14 +128,18 @@ is_gits_own() {
 }
 
 # $held: a new file $1, never one that is there. As `set -C` opens a device that a link names all
-# the same, what was opened is looked at, by $2: $1, or /dev/fd/4 where others may write.
+# the same, what was opened is looked at: a neighbour may have put another thing there meanwhile.
 create() {
     [ ! -e "$1" ] && [ ! -L "$1" ] || return 1
     held=$1
     set -C
-    { { [ -f "$2" ] && [ ! -L "$1" ]; } 4>"$held"; } 2>/dev/null || held=''
+    { is_file 4>"$held"; } 2>/dev/null || held=''
     set +C
     [ -n "$held" ]
+}
+
+is_file() {
+    [ -f /dev/fd/4 ] || { [ ! -e /dev/fd/4 ] && [ -f "$held" ] && [ ! -L "$held" ]; }
 }
 
 # The signature of file $1 (- is standard input) in $body. Where it is granted, it is there already.
@@ -236,7 +239,7 @@ find_token() {
 
 # The token in file $1: the first word of the first line that is neither empty nor a comment.
 read_token() {
-    [ -r "$1" ] && [ ! -d "$1" ] || return 1
+    [ -r "$1" ] && [ ! -d "$1" ] && [ ! -c "$1" ] || return 1 # /dev/zero never ends
     more=yes
     while [ -z "$token" ] && [ -n "$more" ]; do
         read -r token rest || more='' # the last line may lack its end
@@ -277,7 +280,7 @@ take_key() {
 # Is there a public key in file $1? Then $wanted is it, and $marked tells whether we wrote it.
 read_key() {
     source=$1 marked='' more=yes
-    [ -r "$1" ] && [ ! -d "$1" ] || return 1
+    [ -r "$1" ] && [ ! -d "$1" ] && [ ! -c "$1" ] || return 1
     while [ -n "$more" ]; do
         read -r word blob rest || more='' # the last line may lack its end
         case "$word $blob $rest" in
@@ -598,10 +601,10 @@ fi
 # --- A file that is not git's own -------------------------------------------------------------
 
 # $held: a new file whose name begins with $1. (mktemp would take as long as all the rest of the
-# shim, and its mode would not be the umask's.) $2: as for `create`.
+# shim, and its mode would not be the umask's.)
 hold() {
     for digit in 0 1 2 3 4 5 6 7 8 9; do
-        ! create "$1.$digit" "${2:-$1.$digit}" || return 0
+        ! create "$1.$digit" || return 0
     done
     return 1
 }
@@ -653,9 +656,9 @@ put_out() {
 # $held for the answer and $data for what is signed: two files in TMPDIR, where others may write,
 # or in $scratch, a folder of our own there, also where descriptors can't be seen (no /proc).
 make_scratch() {
-    if [ -e /dev/fd/3 ] && hold "${TMPDIR:-/tmp}/.$PROGRAM.$$" /dev/fd/4; then
+    if [ -e /dev/fd/3 ] && hold "${TMPDIR:-/tmp}/.$PROGRAM.$$"; then
         data=$held scratch=$held
-        hold "${TMPDIR:-/tmp}/.$PROGRAM.$$" /dev/fd/4
+        hold "${TMPDIR:-/tmp}/.$PROGRAM.$$"
         return
     fi
     scratch=$(make_temporary -d "${TMPDIR:-/tmp}/$PROGRAM.XXXXXX") || return 1
@@ -734,9 +737,10 @@ not be asked for its own when the push began: look at \`$PROGRAM pubkey\`, then 
 # --- Messages ---------------------------------------------------------------------------------
 
 # $shown: foreign text made fit for one line of a message. A terminal obeys control characters,
-# and not only ASCII ones; git takes "usage:" for the word of an OpenSSH that is too old.
+# and not only ASCII ones.
 show() {
-    [ ${#1} -le 300 ] || set -- "$(printf '%.300s' "$1")" # some shells take long to cut it
+    # Some shells take long to cut it.
+    [ ${#1} -le 300 ] || set -- "$(printf '%.300s' "$1" | tr -c ' -~' '?')"
     rest=$1
     shown=''
     while [ -n "$rest" ]; do
@@ -745,13 +749,15 @@ show() {
         shown=$shown$clean${rest:+?}
         rest=${rest#?}
     done
-    while [ "${shown#*usage:}." != "$shown." ]; do
-        shown=${shown%%usage:*}usage\ ${shown#*usage:}
-    done
 }
 
+# Git takes "usage:" for the word of an OpenSSH that is too old.
 say() {
-    printf '%s: %s\n' "$PROGRAM" "$1" >&2 || :
+    said=$1
+    while [ "${said#*usage:}." != "$said." ]; do
+        said=${said%%usage:*}usage\ ${said#*usage:}
+    done
+    printf '%s: %s\n' "$PROGRAM" "$said" >&2 || :
 }
 
 # Does what git wants signed begin with $1? (Where it is not git that asks, there may be no line
@@ -996,7 +1002,9 @@ look_at_refusal() {
         esac
         is_ours || die "$problem"
         refusal=$problem
-        fetch_key && [ "$found" != "$wanted" ] || die "$refusal"
+        if ! fetch_key || [ "$found" = "$wanted" ]; then
+            die "$refusal"
+        fi
         adopt_key
         ask_for_signature
         settle ask_for_signature || die "$problem"
@@ -1068,7 +1076,7 @@ way=''    # knocked: our proxy was looked for through http_proxy; open: it was f
 tried=''  # the URLs guessed, by none of which it was found
 sought='' # not empty: no further way is known
 
-# $leads: to loopback, as in agents' sandboxes, to Docker's gateway, or elsewhere does http_proxy $1?
+# $leads: where http_proxy $1 does, to loopback, as in agents' sandboxes, or to Docker's gateway.
 see_where_it_leads() {
     leads=$1
     case ${1%%://*} in
@@ -1173,7 +1181,7 @@ $shown ($stranger): the person who set it up has to $permission" ;;
 http_proxy lacks the right ones, which a sandbox puts into it" ;;
     knocked:50[0234]) problem="nothing listens at $shown on the host's side of http_proxy \
 ($stranger): is ssh-agent-proxy running on the host, on that port?" ;;
-    open:50[0234]) problem="the way to $shown through http_proxy broke off ($stranger): try again" ;;
+    open:50[0234]) problem="the way to $shown through http_proxy broke off ($stranger)" ;;
     esac
     return 1
 }
@@ -1222,7 +1230,7 @@ explain_silence() {
     unix:*:un6:*) fail "${place#unix:} is longer than the path of a socket can be" ;;
     unix:*:un7:*) explain_socket "${place#unix:}" ;;
     *:un*:codex) fail "$shown cannot be reached, for Codex gives its sandbox no network here: the \
-person who set it up has to set network_access = true in its [sandbox_workspace_write]" ;;
+person who set it up has to set network_access = true in config.toml's [sandbox_workspace_write]" ;;
     *:tried:un*) fail "ssh-agent-proxy was not found at $shown: is it running on the host, and \
 can this container reach it there? SSH_AGENT_PROXY_URL says where to look" ;;
     *:knocked:un* | *:open:un* | *:knocked:5:*) fail "nothing listens at $shown here, and what \
@@ -1321,14 +1329,15 @@ is_shim() {
 prepare_to_ask() {
     set_out
     exec 3</dev/null
-    [ ! -e /dev/fd/3 ] || hold "${TMPDIR:-/tmp}/.$PROGRAM.$$" /dev/fd/4 || :
+    [ ! -e /dev/fd/3 ] || hold "${TMPDIR:-/tmp}/.$PROGRAM.$$" || :
     prepare_anyway && fetch_key
 }
 
 pubkey() {
     path=${1-}
-    [ $# -le 1 ] && [ "${path#-}." = "$path." ] ||
+    if [ $# -gt 1 ] || [ "${path#-}." != "$path." ]; then
         die "pubkey takes one PATH at most, and no options"
+    fi
     prepare_to_ask || die "$problem"
     if [ $# -eq 0 ]; then
         put_out "$fetched$NEWLINE" || die "the key could not be written"
@@ -1371,6 +1380,7 @@ UNTIL="git commits nothing until that is mended; then run \`$PROGRAM setup\` aga
 setup() {
     read_setup_options ${1+"$@"}
     set_out
+    set +C # which bash takes from the environment
     scratch=$(make_temporary -d "${TMPDIR:-/tmp}/$PROGRAM.XXXXXX") ||
         stop "no folder can be made in ${TMPDIR:-/tmp}: set TMPDIR to one that can be written to"
     [ "${scratch#/}" != "$scratch" ] || scratch=$PWD/$scratch
@@ -1387,6 +1397,8 @@ setup() {
     obtain_key
     judge_key
     [ "$trusted:$written$to_prove$unwritable" = yes: ] || prove
+    [ -z "$address" ] || [ -n "$unwritable" ] || keep url "$address" ||
+        stop "$own/url cannot be written: $SEE"
     give_verdict
 }
 
@@ -1440,8 +1452,9 @@ find_program() {
     */* | *.sh | "$PROGRAM"*) program=$PWD/${0#./} ;;
     *) program='' ;; # a shell's name
     esac
-    is_shim "$program" && [ -x "$program" ] ||
+    if ! is_shim "$program" || [ ! -x "$program" ]; then
         stop "git needs this as a file that can be run: save it, chmod +x it, and run that"
+    fi
     quote "$program"
     key_command="$quoted key"
 }
@@ -1470,7 +1483,8 @@ here() (
 
 # $shown: what a program of ours said to git, or else git itself, in one line.
 read_error() {
-    said=$(sed -n "/$PROGRAM: /{s/.*$PROGRAM: //p;q;}" "$scratch/error")
+    said=$(sed -n "/$PROGRAM: /{p;q;}" "$scratch/error")
+    said=${said#*"$PROGRAM: "} # the first: the rest may be a server's
     show "${said:-$(sed -e 's/^fatal: //' -e q "$scratch/error")}"
 }
 
@@ -1584,7 +1598,8 @@ write_settings() {
     h*)
         get outside commit.gpgsign
         [ "$value" != true ] || tell_cure "commit.gpgsign is true, without a remote too"
-        [ -z "$failed" ] || stop "nothing was written: mend that first"
+        [ -z "$failed" ] ||
+            stop "nothing was written: do that, then run \`$PROGRAM setup --remote-only\` again"
         ;;
     esac
     [ -f "$config" ] || [ ! -e "$config" ] || fail "$config is no regular file" || return
@@ -1681,8 +1696,11 @@ obtain_key() {
     :keys*) stop "$version takes a key such as ${signing_key%% *} from a file only: $PROGRAM \
 pubkey ~/.ssh/signing.pub && git config --global user.signingkey ~/.ssh/signing.pub" "$UNTIL" ;;
     esac
-    [ -n "$unwritable" ] || [ -z "${SSH_AGENT_PROXY_URL:-}" ] ||
-        keep url "$SSH_AGENT_PROXY_URL" || stop "$own/url cannot be written: $SEE"
+    [ "$signing_key" = "${their_key:-$signing_key}" ] ||
+        stop "user.signingkey names another key than $pubkey_url does" "$UNTIL"
+    address=${SSH_AGENT_PROXY_URL:-}
+    [ "${address:-$(cat -- "$own/url" 2>/dev/null)}" = "$(cat -- "$own/url" 2>/dev/null)" ] ||
+        to_prove=yes
 }
 
 # $fingerprint of key $1 as ssh-keygen tells it; the key itself where nothing can.
@@ -1712,11 +1730,9 @@ judge_key() {
         read -r who option word blob rest || more=''
         case "$signers|$who $option $word $blob $rest" in
         *"|$trust_line "*) trusted=yes ;;
-        *"|#"* | "$own"/*" $signing_key "*) ;;
-        "$own/"*"|$email $option AAAA"*) rival="$option $word" ;;
-        "$own/"*"|$email "*) rival="$word $blob" ;;
-        "$own/"*) ;;
-        *" $signing_key "*) trusted=yes ;;
+        *"|#"* | *" $signing_key "*) ;; # on other terms: git will say whether they hold
+        *"|$email $option AAAA"*) rival="$option $word" ;;
+        *"|$email "*) rival="$word $blob" ;;
         esac
     done <"$scratch/signers"
     find_fingerprint "$signing_key"
@@ -1764,7 +1780,9 @@ is_good() {
 # Adds the key to the file of signers, after $1, where that is ours.
 trust() {
     [ "$trusted$unwritable$signers" = "$own/allowed_signers" ] || return 0
-    append "$signers" "$1$trust_line" || stop "$signers cannot be written: $SEE"
+    if ! append "$signers" "$1$trust_line" || ! chmod go-w -- "$signers"; then
+        stop "$signers cannot be written: $SEE"
+    fi
 }
 
 give_verdict() {
@@ -1809,8 +1827,9 @@ undo_setup() {
     fi
     remove_ours
     find_files
-    [ -z "$present" ] && [ ! -e "$own/gitconfig" ] ||
+    if [ -n "$present" ] || [ -e "$own/gitconfig" ]; then
         stop "$own/gitconfig, or its lines in $config, cannot be taken away: read-only?"
+    fi
     get outside commit.gpgsign
     now="signs no commit by itself"
     [ "$value" != true ] || now="signs commits as $from says"
