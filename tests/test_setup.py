@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import pytest
-from conftest import SHIM, Agent, Keys, clean_env, fingerprint, need, rows, run
+from conftest import SHIM, Agent, Keys, clean_env, fingerprint, need, run
 from test_shim import (
     ARMOR,
     CALLED,
@@ -26,6 +26,7 @@ from test_shim import (
     on_linux,
     serve,
     served,
+    served_key,
     tree,
 )
 
@@ -38,7 +39,11 @@ LINES = """\
 [includeIf "gitdir:**"]
     path = ~/.config/ssh-agent-proxy/gitconfig
 """
+NOWHERE = {URL: "http://127.0.0.1:1/sign"}
+GLOBAL = "git config --global "
+PLAIN = {".gitconfig": CONFIG.encode()}
 GOOD = "ok   the next commit will be signed, and verify"
+UNVERIFIED = "ok   signs; not verified here: "
 UNTIL = "FAIL git commits nothing until that is mended; then run `ssh-agent-proxy-sign setup` again"
 
 
@@ -66,6 +71,7 @@ class Place:
     def __init__(self, shell: str, home: Path, keys: Keys, env: Dict[str, str]) -> None:
         need(shell, shell)
         self.home = home
+        self.folder = home / OWN
         self.shim = home.parent / "bin" / "ssh-agent-proxy-sign"
         self.shim.parent.mkdir()
         self.shim.symlink_to(SHIM)
@@ -80,8 +86,8 @@ class Place:
         self.sh("git init -q -b main ../repository")
         self.commit()
 
-    def sh(self, script: str, where: Optional[Path] = None, check: bool = True) -> Done[bytes]:
-        return run(["sh", "-euc", script], env=self.env, cwd=where or self.home, check=check)
+    def sh(self, script: str, where: Optional[Path] = None, **env: str) -> Done[bytes]:
+        return run(["sh", "-euc", script], env={**self.env, **env}, cwd=where or self.home)
 
     def __call__(
         self, *options: str, where: Optional[Path] = None, before: Sequence[str] = (), **env: str
@@ -92,16 +98,28 @@ class Place:
         assert left == []
         return Report(done)
 
-    def commit(self, **env: str) -> str:
+    def commit(self) -> str:
         """What git says of the signature of a commit made now, or of why there is none."""
-        self.env.update(env)
         script = "git commit -q --allow-empty -m x && git log -1 --format=%G? 2>/dev/null"
-        done = self.sh(script, where=self.repository, check=False)
+        done = run(["sh", "-c", script], env=self.env, cwd=self.repository, check=False)
         return done.stdout.decode().strip() or done.stderr.decode()
 
-    def own(self) -> Dict[str, bytes]:
-        """Every file under the home, with what it holds."""
-        return tree(self.home)
+    def has_only(self, *programs: str) -> None:
+        """Those of a small container."""
+        folder = self.home.parent / "few"
+        folder.mkdir()
+        for program in programs:
+            (folder / program).symlink_to(need(program, "coreutils"))
+        self.argv[0] = need("dash", "dash")
+        self.env["PATH"] = str(folder)
+
+    def git_says(self, version: str) -> None:
+        """It is then that of another, by its own word."""
+        git = self.shim.parent / "git"
+        said = f'[ "$2" != version ] || exec echo "git version {version}"'
+        git.write_text(f'#!/bin/sh\n{said}\nexec {need("git", "git")} "$@"\n')
+        git.chmod(0o755)
+        self.env["PATH"] = f"{git.parent}:{self.env['PATH']}"
 
     def refuses(self, told: str, *options: str, **more: Any) -> Report:
         report = self(*options, **more)
@@ -127,33 +145,6 @@ def one(home: Path, keys: Keys, served: Served) -> Place:
     return Place("dash", home, keys, served)
 
 
-# ---------------------------------------------------------------- there and back
-
-
-def test_it_signs_and_a_second_run_changes_nothing_and_undo_leaves_it_as_it_was(
-    place: Place, served: Served, keys: Keys
-) -> None:
-    before = place.own()
-    report = place.is_well("todo register as a *signing* key", keys.line("ed25519"))
-    shown = fingerprint(keys["ed25519"])
-    assert f"todo compare: `ssh-agent-proxy check` on the host must show {shown}" in report.lines
-    assert place.config.read_text() == CONFIG + LINES
-    own = place.own()
-    signatures = len(served.proxy.lines("outcome=signed"))
-    assert place().lines == [line for line in report.lines if not line.startswith("ok   tags")]
-    assert place.own() == own
-    assert len(served.proxy.lines("outcome=signed")) == signatures
-    assert place("--sign").status == 0
-    assert len(served.proxy.lines("outcome=signed")) == signatures + 1
-    del place.env[URL]
-    assert place.commit() == "G"
-    undone = place("--undo")
-    assert undone.lines == ["ok   undone: git signs no commit by itself"]
-    assert place.own() == before
-    assert place("--undo").lines == undone.lines
-    assert place.commit() == "N"
-
-
 def some(table: Sequence[Any], *names: str) -> List[Any]:
     """Rows, of which those but NAMES are for whoever runs all tests."""
     return [
@@ -162,28 +153,35 @@ def some(table: Sequence[Any], *names: str) -> List[Any]:
     ]
 
 
-# What stands in ~/.gitconfig first.
-CONFIGS = [
-    ("no end of its last line", CONFIG[:-1]),
-    ("carriage returns", CONFIG.replace("\n", "\r\n")),
-    ("lines of another include", f"{CONFIG}[includeIf \"gitdir:**\"]\n    path = ~/x\n"),
-    ("an empty line at its end", f"{CONFIG}\n\n"),
-    ("a value with a line end", f"{CONFIG}[alias]\n\tx = \"!a\\nb\" \\\n  c\n"),
-]
+# ---------------------------------------------------------------- there and back
 
 
-@pytest.mark.parametrize("text", some(CONFIGS, "no end of its last line"))
-def test_the_bytes_of_gitconfig_come_back(place: Place, text: str) -> None:
-    place.config.write_bytes(text.encode())
+def test_it_signs_and_a_second_run_changes_nothing_and_undo_leaves_it_as_it_was(
+    place: Place, served: Served, keys: Keys
+) -> None:
+    place.config.write_text(CONFIG[:-1])
     place.config.chmod(0o640)
-    place.is_well()
+    report = place.is_well("todo register as a *signing* key", keys.line("ed25519"))
+    shown = fingerprint(keys["ed25519"])
+    assert f"todo compare: `ssh-agent-proxy check` on the host must show {shown}" in report.lines
+    assert place.config.read_text() == CONFIG + LINES
+    own = tree(place.home)
+    signatures = len(served.proxy.lines("outcome=signed"))
+    assert place().lines == [line for line in report.lines if not line.startswith("ok   tags")]
+    assert tree(place.home) == own
+    assert len(served.proxy.lines("outcome=signed")) == signatures
+    assert place("--sign").status == 0
+    assert len(served.proxy.lines("outcome=signed")) == signatures + 1
+    del place.env[URL]
     assert place.commit() == "G"
-    assert place("--undo").status == 0
-    assert place.config.read_bytes() == f"{text.removesuffix(chr(10))}\n".encode()
+    for _ in range(2):
+        assert place("--undo").lines == ["ok   undone: git signs no commit by itself"]
+        assert tree(place.home) == PLAIN
     assert place.config.stat().st_mode & 0o777 == 0o640
+    assert place.commit() == "N"
 
 
-# Where git's file is: what is done before, the file that gets the lines, what undo leaves.
+# What is done before, and the file that gets the lines.
 FILES = [
     ("none", "rm .gitconfig", ".gitconfig"),
     ("a link", "mv .gitconfig real; ln -s real .gitconfig", "real"),
@@ -191,8 +189,13 @@ FILES = [
     ("XDG's", "mkdir -p .config/git; mv .gitconfig .config/git/config", ".config/git/config"),
     ("both", "mkdir -p .config/git; cp .gitconfig .config/git/config", ".gitconfig"),
     ("another home of XDG's", "mkdir -p x/git; mv .gitconfig x/git/config", "x/git/config"),
-    ("GIT_CONFIG_GLOBAL's", "mv .gitconfig $(printf 'given\\033')", "given\x1b"),
-]
+    ("GIT_CONFIG_GLOBAL's", r"mv .gitconfig $(printf 'given\033')", "given\x1b"),
+    ("carriage returns", r"printf '[user]\r\n\tname = Me\r\n' >.gitconfig", ".gitconfig"),
+    ("another's lines", f"echo '{LINES}' | sed 's/gitconfig/x/' >>.gitconfig", ".gitconfig"),
+    ("empty lines at its end", "echo; echo >>.gitconfig", ".gitconfig"),
+    ("a line end in a value", r"printf '[alias]\nx = \"!a\\nb\" \\\n c\n' >>.gitconfig",
+     ".gitconfig"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("script, written", some(FILES, "a link", "GIT_CONFIG_GLOBAL's"))
@@ -203,14 +206,14 @@ def test_the_lines_go_where_git_would_write(script: str, written: str, one: Plac
     if written.startswith("given"):
         one.env["GIT_CONFIG_GLOBAL"] = str(one.home / written)
     one.sh(script)
-    before = one.own()
+    before = tree(one.home)
     links = [p for p in one.home.iterdir() if p.is_symlink()]
     one.is_well()
-    assert (one.home / written).read_text().endswith(LINES)
+    assert (one.home / written).read_bytes() == before.get(written, b"") + LINES.encode()
     assert all(p.is_symlink() for p in links)
     assert one.commit() == "G"
     assert one("--undo").status == 0
-    after = one.own()
+    after = tree(one.home)
     if "real" not in before and "real" in after:
         assert after.pop("real") == after.pop(".gitconfig") == b""
     assert after == before
@@ -221,26 +224,25 @@ MOUNTED = 'cd "$HOME" && mount --bind copy .gitconfig && '
 
 
 @on_linux
-@pytest.mark.parametrize("options", ["", "-o remount,ro,bind"])
-def test_a_mounted_gitconfig_stays_mounted(one: Place, options: str) -> None:
-    """Nothing can be renamed over it; and what is mounted read-only is not written to."""
-    one.sh("cp .gitconfig copy")
-    script = MOUNTED
-    if options:
-        script += f"mount {options} .gitconfig && "
-        one.refuses("docs/containers.md", before=in_a_namespace(script + 'exec "$@"'))
-        assert not (one.home / OWN).exists()
-        one.config.write_text(CONFIG + LINES)
-        one.sh("cp .gitconfig copy")
-        one.refuses("cannot be taken away", "--undo", before=in_a_namespace(script + 'exec "$@"'))
-        assert sorted(one.own()) == [".gitconfig", "copy"]
-        return
-    one.is_well(before=in_a_namespace(script + 'exec "$@"'))
+def test_a_mounted_gitconfig_stays_mounted(one: Place) -> None:
+    (one.home / "copy").write_text(CONFIG)
+    before = in_a_namespace(f'{MOUNTED}exec "$@"')
+    one.is_well(before=before)
     assert (one.home / "copy").read_text() == CONFIG + LINES
     assert one.config.read_text() == CONFIG
-    report = one("--undo", before=in_a_namespace(script + 'exec "$@"'))
-    assert report.status == 0
-    assert one.own() == {".gitconfig": CONFIG.encode(), "copy": CONFIG.encode()}
+    assert one("--undo", before=before).status == 0
+    assert tree(one.home) == {**PLAIN, "copy": CONFIG.encode()}
+
+
+@on_linux
+def test_a_gitconfig_that_is_mounted_read_only_is_not_written_to(one: Place) -> None:
+    before = in_a_namespace(f'{MOUNTED}mount -o remount,ro,bind .gitconfig && exec "$@"')
+    (one.home / "copy").write_text(CONFIG)
+    one.refuses("docs/containers.md", before=before)
+    assert not one.folder.exists()
+    (one.home / "copy").write_text(CONFIG + LINES)
+    one.refuses("cannot be taken away", "--undo", before=before)
+    assert sorted(tree(one.home)) == [".gitconfig", "copy"]
 
 
 def test_two_runs_at_once_do_no_harm(one: Place) -> None:
@@ -252,74 +254,61 @@ def test_two_runs_at_once_do_no_harm(one: Place) -> None:
     one.is_well()
     assert one.commit() == "G"
     assert one("--undo").status == 0
-    assert one.own() == {".gitconfig": CONFIG.encode()}
+    assert tree(one.home) == PLAIN
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_an_include_of_the_users_own_stays(one: Place, when: str) -> None:
-    script = "echo '[alias]' >x; git config --global include.path '~/x'"
-    if when == "before":
-        one.sh(script)
+def test_an_include_of_the_users_own_stays(one: Place) -> None:
     one.is_well()
-    if when == "after":
-        one.sh(script)
+    one.sh(f"echo '[alias]' >x; {GLOBAL}include.path '~/x'")
     one.is_well()
     assert one.commit() == "G"
-    assert b"path = ~/x" in one.sh("cat .gitconfig").stdout
     assert one("--undo").status == 0
-    one.sh("git config --global include.path | grep -x '~/x'")
+    one.sh(f"{GLOBAL}include.path | grep -x '~/x'")
 
 
 # ---------------------------------------------------------------- what is there already
 
-GLOBAL = "git config --global "
-OTHER_KEYS = [
-    ("a Mac's signer", f"{GLOBAL}gpg.ssh.program /Applications/1Password.app/op-ssh-sign",
-     "gpg.ssh.program = '/Applications/1Password.app/op-ssh-sign' (file:HOME/.gitconfig)"),
-    ("a Windows' signer", f"{GLOBAL}gpg.ssh.program 'C:/Program Files/1Password/op.exe'",
-     "gpg.ssh.program = 'C:/Program Files/1Password/op.exe'"),
-    ("a dead key", f"{GLOBAL}user.signingkey /Users/me/.ssh/id.pub",
-     "user.signingkey = '/Users/me/.ssh/id.pub'"),
-    ("an empty key", f": >empty.pub; {GLOBAL}user.signingkey '~/empty.pub'",
-     "user.signingkey = 'HOME/empty.pub'"),
-    ("an empty value", f"{GLOBAL}user.signingkey ''", "user.signingkey = ''"),
-    ("a GPG id", f"{GLOBAL}user.signingkey ABCDEF0123456789; {GLOBAL}gpg.format openpgp",
-     "gpg.format = 'openpgp'"),
-    ("a relative key", f"cp $KEYS/ed25519.pub .; {GLOBAL}user.signingkey ed25519.pub",
-     "user.signingkey = 'ed25519.pub'"),
-    ("a folder", f"mkdir k.pub; {GLOBAL}user.signingkey '~/k.pub'",
-     "user.signingkey = 'HOME/k.pub'"),
-    ("nobody's key", f"{GLOBAL}user.signingkey 'key::{NOBODY}'", "user.signingkey = 'key::ssh"),
-    ("no signing", f"{GLOBAL}commit.gpgsign false", "commit.gpgsign = 'false'"),
-    ("a dead signers file", f"{GLOBAL}gpg.ssh.allowedSignersFile /Users/me/signers",
-     "gpg.ssh.allowedSignersFile = '/Users/me/signers'"),
-    ("a path beyond ASCII", "mkdir \u00e4; echo '[gpg]format=openpgp' >\u00e4/x; "
-     + GLOBAL + "include.path ~/\u00e4/x",
-     "gpg.format = 'openpgp' (file:\"HOME/\\303\\244/x"),
-    ("escapes", f"{GLOBAL}gpg.ssh.program \"$(printf '/a\\033[2J\\n\\303\\244')\"",
-     "gpg.ssh.program = '/a?[2J???'"),
+# The setting, its value, and what is done before.
+UNUSABLE = [
+    ("another's signer", "gpg.ssh.program", "/Applications/1Password.app/op-ssh-sign", ""),
+    ("escapes", "gpg.ssh.program", "/a\033[2J\n\u00e4", ""),
+    ("a path beyond ASCII", "gpg.format", "openpgp",
+     "mkdir \u00e4; mv .gitconfig \u00e4/x; git config --file .gitconfig include.path ~/\u00e4/x"),
+    ("a dead key", "user.signingkey", "~/.ssh/gone.pub", ""),
+    ("an empty key", "user.signingkey", "~/k.pub", ": >k.pub"),
+    ("an empty value", "user.signingkey", "", ""),
+    ("a GPG id", "user.signingkey", "ABCDEF0123456789", ""),
+    ("a relative key", "user.signingkey", "ed25519.pub", "cp $KEYS/ed25519.pub ."),
+    ("a folder", "user.signingkey", "~/k.pub", "mkdir k.pub"),
+    ("nobody's key", "user.signingkey", f"key::{NOBODY}", ""),
+    ("no signing", "commit.gpgsign", "false", ""),
+    ("a dead signers file", "gpg.ssh.allowedSignersFile", "~/gone", ""),
 ]  # fmt: skip
 
 
-SHORT = ["a Mac's signer", "an empty key", "a GPG id", "a relative key", "nobody's key",
-         "a path beyond ASCII"]  # fmt: skip
-
-
-@pytest.mark.parametrize("script, told", some(OTHER_KEYS, *SHORT))
-def test_what_cannot_be_used_is_overridden_and_named(one: Place, script: str, told: str) -> None:
+@pytest.mark.parametrize(
+    "setting, value, script",
+    some(UNUSABLE, "a path beyond ASCII", "an empty key", "a relative key", "nobody's key"),
+)
+def test_what_cannot_be_used_is_overridden_and_named(
+    one: Place, setting: str, value: str, script: str
+) -> None:
+    file = "\u00e4/x" if "\u00e4/x" in script else ".gitconfig"
     one.sh(script)
-    before = one.own()
-    report = one.is_well("warn overridden: ", told.replace("HOME", str(one.home)))
-    own = one.own()
+    one.sh(f'git config --file {file} {setting} "$VALUE"', VALUE=value)
+    before = tree(one.home)
+    origin = one.sh(f"{GLOBAL}--includes --show-origin {setting}").stdout.decode().split("\t")[0]
+    shown = re.sub(rb"[^ -~]", b"?", value.encode()).decode().replace("~", str(one.home))
+    report = one.is_well(f"warn overridden: {setting} = '{shown}' ({origin})")
+    own = tree(one.home)
     assert one().lines == [line for line in report.lines if not line.startswith("ok   tags")]
-    assert one.own() == own
+    assert tree(one.home) == own
     assert one.commit() == "G"
     assert one("--undo").status == 0
-    assert one.own() == before
+    assert tree(one.home) == before
 
 
 KEPT = [
-    ("a .pub file", "$KEYS/ed25519.pub"),
     ("a private key's name", "$KEYS/ed25519"),
     ("the home's", "~/.ssh/k.pub"),
     ("itself", "key::$(cut -d ' ' -f 1,2 $KEYS/ed25519.pub)"),
@@ -330,7 +319,7 @@ KEPT = [
 def test_a_key_that_can_be_used_is_kept(one: Place, key: str) -> None:
     one.sh(f'mkdir .ssh; cp $KEYS/ed25519.pub .ssh/k.pub; {GLOBAL}user.signingkey "{key}"')
     one.is_well()
-    assert "signingkey" not in (one.home / OWN / "gitconfig").read_text()
+    assert "signingkey" not in (one.folder / "gitconfig").read_text()
     assert one.commit() == "G"
 
 
@@ -346,7 +335,7 @@ def test_a_usable_key_that_is_not_the_first_is_asked_for(
         one.is_well(fingerprint(keys["other"]))
         one.is_well(fingerprint(keys["other"]))
         assert len(env.proxy.lines("outcome=signed")) == 1
-    assert "other" not in (one.home / OWN / "allowed_signers").read_text()
+    assert "other" not in (one.folder / "allowed_signers").read_text()
 
 
 # ---------------------------------------------------------------- whom to trust
@@ -358,7 +347,7 @@ def test_another_key_for_the_same_address_is_trusted_by_its_fingerprint_alone(
     place.is_well()
     agent.add(keys["other"])
     old, new = fingerprint(keys["ed25519"]), fingerprint(keys["other"])
-    signers = place.home / OWN / "allowed_signers"
+    signers = place.folder / "allowed_signers"
     before = signers.read_bytes()
     with serve(agent) as env:
         place.env.update(env)
@@ -370,7 +359,7 @@ def test_another_key_for_the_same_address_is_trusted_by_its_fingerprint_alone(
         assert env.proxy.lines("outcome=signed")[1:] == []
         assert signers.read_bytes() == before
         assert place("--trust", new).lines[-1] == GOOD
-        assert place.is_well().lines[-1] == GOOD
+        place.is_well()
         assert place.commit() == "G"
     assert signers.read_text().count(' namespaces="git" ssh-ed25519 ') == 2
 
@@ -389,20 +378,18 @@ def test_signers_of_the_users_own_are_not_touched(
 ) -> None:
     one.sh(f"{script}; {GLOBAL}gpg.ssh.allowedSignersFile '~/s'")
     before = (one.home / "s").read_bytes()
-    for _ in range(2):
-        if status:
-            key = " ".join(keys.line("ed25519").split()[:2])
-            one.refuses(f'lacks this line: me@example.com namespaces="git" {key}')
-        else:
-            one.is_well()
-    assert (one.home / "s").read_bytes() == before
-    assert not (one.home / OWN / "allowed_signers").exists()
+    if status:
+        key = " ".join(keys.line("ed25519").split()[:2])
+        one.refuses(f'lacks this line: me@example.com namespaces="git" {key}')
+    else:
+        one.is_well()
+    assert not (one.folder / "allowed_signers").exists()
     assert one("--undo").status == 0
-    assert (one.home / "s").exists()
+    assert (one.home / "s").read_bytes() == before
 
 
 def test_lines_of_others_stay_in_our_signers(one: Place, keys: Keys) -> None:
-    signers = one.home / OWN / "allowed_signers"
+    signers = one.folder / "allowed_signers"
     signers.parent.mkdir(parents=True)
     lines = ["# mine", "", f"you@example.com {keys.line('other')}", "me@example.org *"]
     signers.write_text("\n".join(lines))
@@ -414,20 +401,21 @@ def test_lines_of_others_stay_in_our_signers(one: Place, keys: Keys) -> None:
 
 # ---------------------------------------------------------------- what wins over the settings
 
+# What is done before, and what of it is named.
 HERE = "cd ../repository; git config "
+SET_UP = "$SHIM setup >/dev/null; "
 WINS = [
-    ("the format, here", f"{HERE}gpg.format openpgp",
-     "FAIL gpg.format is openpgp (file:.git/config): git config --local --unset-all gpg.format"),
-    ("the signer, here", f"{HERE}gpg.ssh.program ./evil",
-     "FAIL gpg.ssh.program is ./evil (file:.git/config): git config --local --unset-all"),
+    ("the format, here", f"{HERE}gpg.format openpgp", "gpg.format is openpgp (file:.git/config)"),
+    ("the signer, here", f"{HERE}gpg.ssh.program ./x", "gpg.ssh.program is ./x (file:.git/config)"),
     ("the signing, here", f"{HERE}commit.gpgsign off",
-     "FAIL commit.gpgsign is false (file:.git/config): git config --local --unset-all commit."),
-    ("no boolean, here", f"{HERE}commit.gpgsign maybe", "FAIL commit.gpgsign is maybe (file:.git/"),
-    ("a later line", "$SHIM setup >/dev/null; printf '[gpg]\\nformat = x509\\n' >>.gitconfig",
-     "FAIL gpg.format is x509 (file:HOME/.gitconfig): git config --file 'HOME/.gitconfig' --unset"),
-    ("an include of theirs", "$SHIM setup >/dev/null; echo '[commit]gpgsign=0' >'it'\"'\"'s'; \
-      printf '[include]\\npath = ~/it%ss' \"'\" >>.gitconfig",
-     "FAIL commit.gpgsign is false (file:HOME/it's): git config --file 'HOME/it'\\''s' --unset"),
+     "commit.gpgsign is false (file:.git/config)"),
+    ("no boolean, here", f"{HERE}commit.gpgsign maybe",
+     "commit.gpgsign is maybe (file:.git/config)"),
+    ("a later line", rf"{SET_UP}printf '[gpg]\nformat = x509\n' >>.gitconfig",
+     "gpg.format is x509 (file:HOME/.gitconfig)"),
+    ("an include of theirs", SET_UP + "echo '[commit]gpgsign=0' >\"it's\"; "
+     r"""printf "[include]\npath = ~/it's" >>.gitconfig""",
+     "commit.gpgsign is false (file:HOME/it's)"),
 ]  # fmt: skip
 
 
@@ -436,41 +424,30 @@ def test_what_wins_is_named_with_its_origin_and_its_cure(
     one: Place, script: str, told: str
 ) -> None:
     one.sh(script)
-    report = one.refuses(told.replace("HOME", str(one.home)), where=one.repository)
+    report = one.refuses(told := told.replace("HOME", str(one.home)), where=one.repository)
     assert "is mended" in report.lines[-1]
-    fault = next(line for line in report.lines if told.split()[1] in line)
-    one.sh(fault.split("): ")[1], where=one.repository)
+    cure = next(line.split("): ")[1] for line in report.lines if line.startswith(f"FAIL {told}: "))
+    one.sh(cure, where=one.repository)
     one.is_well(where=one.repository)
 
 
-ENVIRONMENT = [
-    ("by count", {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "gpg.format",
-                  "GIT_CONFIG_VALUE_0": "openpgp"}, "gpg.format is openpgp (command line:)"),
-    ("by parameters", {"GIT_CONFIG_PARAMETERS": "'commit.gpgsign'='false'"},
-     "commit.gpgsign is false (command line:): take it out of this shell's GIT_CONFIG_COUNT or"),
-]  # fmt: skip
+def test_what_the_environment_sets_is_named(one: Place) -> None:
+    cure = "take it out of this shell's GIT_CONFIG_COUNT or GIT_CONFIG_PARAMETERS"
+    told = f"FAIL commit.gpgsign is false (command line:): {cure}"
+    one.refuses(told, GIT_CONFIG_PARAMETERS="'commit.gpgsign'='false'")
 
 
-@pytest.mark.parametrize("env, told", rows(ENVIRONMENT))
-def test_what_the_environment_sets_is_named(one: Place, env: Dict[str, str], told: str) -> None:
-    one.refuses(told, **env)
-    (one.home / "elsewhere").write_text("[gpg]\n\tformat = x\n")
-    one.is_well(where=one.repository, GIT_CONFIG=str(one.home / "elsewhere"))
-    assert (one.home / "elsewhere").read_text() == "[gpg]\n\tformat = x\n"
-
-
-def test_a_key_of_the_folders_own_is_its_own_affair(one: Place) -> None:
-    one.sh("echo '[user]signingkey=~/k.pub' >x; git config --global "
-           'includeIf.gitdir:**/repository/.path "~/x"')  # fmt: skip
-    report = one.is_well(where=one.repository, verdict=GOOD.replace(
-        " will", " outside this repository will"))  # fmt: skip
-    told = f"user.signingkey = '{one.home}/k.pub' (file:{one.home}/x)"
-    assert told in report.text
+def test_a_key_and_signers_of_the_folders_own_are_its_own_affair(one: Place) -> None:
+    one.sh("echo '[user]signingkey=~/k.pub' >x")
+    one.sh(f"{GLOBAL}includeIf.gitdir:**/repository/.path '~/x'")
+    one.sh(f"{HERE}gpg.ssh.allowedSignersFile x")
+    one.is_well(
+        f"warn this repository has its own user.signingkey = '{one.home}/k.pub' "
+        f"(file:{one.home}/x); gpg.ssh.allowedSignersFile = 'x' (file:.git/config)",
+        where=one.repository,
+        verdict=GOOD.replace(" will", " outside this repository will"),
+    )
     one.is_well()
-    one.sh("rm x")
-    one.is_well(where=one.repository)
-    one.sh("git config gpg.ssh.allowedSignersFile x", where=one.repository)
-    assert "gpg.ssh.allowedSignersFile = 'x' (file:.git/config)" in one(where=one.repository).text
 
 
 # ---------------------------------------------------------------- only where there is a remote
@@ -487,151 +464,117 @@ def test_only_repositories_with_a_remote_are_signed(place: Place) -> None:
     assert place.commit() == "G"
     place.is_well(verdict=REMOTE, where=place.repository)
     assert place("--undo").status == 0
-    assert place.own() == {".gitconfig": CONFIG.encode()}
+    assert tree(place.home) == PLAIN
     place.is_well()
     place.refuses("setup --undo` first", "--remote-only")
 
 
 def test_signing_everywhere_stands_against_remote_only(one: Place) -> None:
     one.sh(f"{GLOBAL}commit.gpgsign yes")
-    before = one.own()
+    before = tree(one.home)
     cure = f"git config --file '{one.config}' --unset-all commit.gpgsign"
     report = one.refuses(f"without a remote too (file:{one.config}): {cure}", "--remote-only")
     assert "nothing was written" in report.lines[-1]
-    assert one.own() == before
+    assert tree(one.home) == before
 
 
 # ---------------------------------------------------------------- where nothing is written
 
 MAIL = "git config --global user.email YOU@EXAMPLE.COM"
+# What is done before, the environment, and what is told.
 SETTLED = [
     ("no mail address", f"{GLOBAL}--unset user.email", {}, MAIL),
-    ("a blank in it", f"{GLOBAL}user.email 'me @example.com'", {}, "(me @example.com): git"),
     ("a pattern", f"{GLOBAL}user.email '*@example.com'", {}, "(*@example.com): git"),
     ("two", f"{GLOBAL}user.email 'a@b,c@d'", {}, MAIL),
     ("no @", f"{GLOBAL}user.email me", {}, MAIL),
     ("escapes", f"{GLOBAL}user.email \"$(printf 'a\\033[2J@b')\"", {}, "(a?[2J@b): git"),
     ("no name", f"{GLOBAL}--unset user.name", {}, "user.name 'YOUR NAME' && git config"),
-    ("no HOME", "", {"HOME": ""}, MAIL),
-    ("no HOME, but an address", "", {"HOME": "", "EMAIL": "a@b"}, "HOME is '', which is not the"),
+    ("no HOME", "", {"HOME": "", "EMAIL": "a@b"}, "HOME is '', which is not the whole path"),
     ("a relative HOME", "", {"HOME": "x", "EMAIL": "a@b"}, "HOME is 'x', which is not the whole"),
     ("a HOME that is missing", "", {"HOME": "/x/y", "EMAIL": "a@b"}, "HOME is '/x/y', which"),
     ("a device", "", {"GIT_CONFIG_GLOBAL": "/dev/null", "EMAIL": "a@b"}, "/dev/null is no regular"),
     ("a file for our folder", "mkdir .config; : >.config/ssh-agent-proxy", {}, "cannot be written"),
     ("broken settings", "echo '[' >.gitconfig", {}, "git does not run: bad config line 1 in file"),
-    ("no git", "", {"PATH": "EMPTY"}, "its package is called git"),
-    ("an old git", "echo 2.33.9 >git", {}, "git version 2.33.9 is too old to sign with SSH keys"),
-    ("an ancient git", "echo 1.9.1 >git", {}, "git version 1.9.1 is too old"),
+    ("no git", "", {"GIT": ""}, "its package is called git"),
+    ("an old git", "", {"GIT": "2.33.9"}, "git version 2.33.9 is too old to sign with SSH keys"),
+    ("an ancient git", "", {"GIT": "1.9.1"}, "git version 1.9.1 is too old"),
+    ("one without a condition", "", {"GIT": "2.35.8"}, "--remote-only takes git 2.36 or newer"),
     ("no TMPDIR", "", {"TMPDIR": "/x/y"}, "no folder can be made in /x/y: set TMPDIR"),
 ]  # fmt: skip
-
-
-@on_linux
-def test_an_address_that_git_makes_up_is_none(one: Place) -> None:
-    """It does where the host's name has a dot."""
-    before = in_a_namespace('hostname a.example.com && exec "$@"')
-    one.sh(f"{GLOBAL}--unset user.email")
-    one.refuses(MAIL, before=[*before[:1], "--uts", *before[1:]])
-
-
-def stand_in(one: Place) -> None:
-    """A git that says to be of the version in ~/git."""
-    git = one.shim.parent / "git"
-    real = need("git", "git")
-    said = f"exec echo git version $(cat {one.home}/git)"
-    git.write_text(f'#!/bin/sh\n[ "$2" != version ] || {said}\nexec {real} "$@"\n')
-    git.chmod(0o755)
-    one.env["PATH"] = f"{one.shim.parent}:{one.env['PATH']}"
-
-
 SOON = ["no mail address", "a pattern", "a relative HOME", "a device", "no git", "an old git"]
 
 
 @on_linux
 @pytest.mark.parametrize("script, env, told", some(SETTLED, *SOON))
 def test_nothing_is_written_before_it_is_settled(
-    one: Place, tmp_path: Path, script: str, env: Dict[str, str], told: str
+    one: Place, script: str, env: Dict[str, str], told: str
 ) -> None:
-    if env.get("PATH"):
-        for program in ("tr", "mktemp", "sed", "tail", "rm", "rmdir", "head", "cat"):
-            (tmp_path / program).symlink_to(need(program, "coreutils"))
-        env = {"PATH": str(tmp_path)}
-        one.argv[0] = need("dash", "dash")
     one.sh(script)
-    if (one.home / "git").exists():
-        stand_in(one)
-    device = env.get("GIT_CONFIG_GLOBAL")
-    files = one.own()
+    # Git makes an address up where the host's name has a dot. (/dev/null is mounted over itself:
+    # nothing that goes wrong here can replace it.)
+    before = in_a_namespace('mount --bind /dev/null /dev/null && hostname a.b.c && exec "$@"')
+    before.insert(1, "--uts")
+    if env.get("GIT"):
+        one.git_says(env["GIT"])
+    elif "GIT" in env:
+        one.has_only("tr", "mktemp", "sed", "tail", "rm", "rmdir", "head", "cat")
+        before = []
+    files = tree(one.home)
     folder = (one.home / ".config").exists()
     name = {} if "name" in told else {"GIT_COMMITTER_NAME": "C", "GIT_AUTHOR_NAME": "A"}
-    # (/dev/null is mounted over itself: nothing that goes wrong here can replace it.)
-    before = in_a_namespace('mount --bind /dev/null /dev/null && exec "$@"') if device else []
-    report = one.refuses(told, before=before, **{**name, **env})
+    options = [word for word in told.split() if word.startswith("--r")]
+    report = one.refuses(told, *options, before=before, **{**name, **env})
     assert len(report.lines) == 1
-    assert one.own() == files
+    assert tree(one.home) == files
     assert (one.home / ".config").exists() == folder
 
 
-VERSIONS = [
-    ("2.34.1", "warn tags: "),
-    ("2.43.1.windows.1", "warn tags: "),
-    ("2.43.2", "ok   tags: "),
-    ("2.50.1 (Apple Git-155)", "ok   tags: "),
-    ("3.0.rc1", "ok   tags: "),
-]
+TAGS = [("2.34.1", "warn"), ("2.43.1.windows.1", "warn"), ("2.43.2", "ok  "),
+        ("2.50.1 (Apple Git-155)", "ok  "), ("3.0.rc1", "ok  ")]  # fmt: skip
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("version, tags", VERSIONS)
-def test_what_an_older_git_does_with_tags_is_said(one: Place, version: str, tags: str) -> None:
-    (one.home / "git").write_text(version)
-    stand_in(one)
-    one.is_well(tags)
-    if version == "2.34.1":
-        assert one("--undo").status == 0
-        one.refuses("--remote-only takes git 2.36 or newer", "--remote-only")
+@pytest.mark.parametrize("version, well", TAGS)
+def test_what_an_older_git_does_with_tags_is_said(one: Place, version: str, well: str) -> None:
+    one.git_says(version)
+    one.is_well(f"{well} tags: ")
 
 
 def test_a_key_that_git_cannot_be_handed_is_told(one: Place, keys: Keys, agent: Agent) -> None:
     agent.add(keys["ecdsa256"])
-    (one.home / "git").write_text("2.34.1")
-    stand_in(one)
+    one.git_says("2.34.1")
     with serve(agent) as env:
         one.env.update(env)
         report = one.refuses("takes a key such as ecdsa-sha2-nistp256 from a file only")
-        one.env["PATH"] = f"{one.shim.parent}:{one.env['PATH']}"
         one.sh("mkdir .ssh; " + report.lines[0].split("only: ")[1])
         one.is_well()
 
 
-BAD_OPTIONS = [["x"], ["--help"], ["--trust"], ["--trust", "SHA256:x"], ["--undo", "--sign", "x"]]
-
-
-@pytest.mark.parametrize("options", BAD_OPTIONS, ids=" ".join)
-def test_wrong_usage_is_2(one: Place, options: List[str]) -> None:
-    done = run([*one.argv, "setup", *options], env=one.env, check=False)
+@pytest.mark.parametrize("words", ["--help", "--trust", "--trust SHA256:x", "--undo --sign x"])
+def test_wrong_usage_is_2(one: Place, words: str) -> None:
+    done = run([*one.argv, "setup", *words.split()], env=one.env, check=False)
     assert (done.returncode, done.stdout) == (2, b"")
     assert b"setup takes [--remote-only] [--trust SHA256:...] [--sign] or --undo" in done.stderr
-    assert one.own() == {".gitconfig": CONFIG.encode()}
+    assert tree(one.home) == PLAIN
 
 
 def test_the_program_must_be_a_file_that_can_be_run(place: Place) -> None:
     script = SHIM.read_bytes()
-    sh = place.argv[:-1]
-    (place.home / "sh").write_bytes(script)
-    (place.home / "copy.sh").write_bytes(script)
-    before = place.own()
-    argv = [*sh, "-c", script.decode(), "sh", "setup"]
-    done = run(argv, env=place.env, cwd=place.home, check=False)
-    assert (done.returncode, done.stdout[:20]) == (1, b"FAIL git needs this ")
-    done = run([*sh, "copy.sh", "setup"], env=place.env, cwd=place.home, check=False)
-    assert (done.returncode, done.stdout[:20]) == (1, b"FAIL git needs this ")
-    assert place.own() == before
     copy = place.home / "it's a \"copy\".sh"
-    copy.write_bytes(script)
+    for path in (copy, place.home / "sh"):
+        path.write_bytes(script)
+    before = tree(place.home)
+
+    def setup(*argv: str) -> Done[bytes]:
+        words = [*place.argv[:-1], *argv, "setup"]
+        return run(words, env=place.env, cwd=place.home, check=False)
+
+    for argv in (["-c", script.decode(), "sh"], [copy.name]):
+        done = setup(*argv)
+        assert (done.returncode, done.stdout[:20]) == (1, b"FAIL git needs this ")
+    assert tree(place.home) == before
     copy.chmod(0o755)
-    argv = [*sh, f"./{copy.name}", "setup"]
-    assert run(argv, env=place.env, cwd=place.home).stdout.decode().endswith(f"{GOOD}\n")
+    assert setup(f"./{copy.name}").stdout.decode().endswith(f"{GOOD}\n")
     assert place.commit() == "G"
 
 
@@ -639,41 +582,32 @@ def test_the_program_must_be_a_file_that_can_be_run(place: Place) -> None:
 
 
 def test_a_proof_that_fails_leaves_the_settings_and_trusts_nobody(
-    place: Place, served: Served
+    place: Place, agent: Agent, keys: Keys, served: Served
 ) -> None:
     """A commit then fails; it never goes unsigned."""
-    place.env[URL] = "http://127.0.0.1:1/sign"
-    report = place.refuses("nothing listens at http://127.0.0.1:1/")
-    assert report.lines[1:] == [UNTIL]
-    assert sorted(place.own()) == [f"{OWN}/gitconfig", ".gitconfig"]
-    assert "nothing listens at" in place.commit()
-    place.env[URL] = served[URL]
+    agent.add(keys["ed25519"])
+    with serve(agent, "--payloads", "tag") as refusing:
+        for env, told in ((NOWHERE, "nothing listens at http"), (refusing, "answered 403: ")):
+            place.env.update(env)
+            report = place.refuses(told)
+            assert report.lines[1:] == [UNTIL]
+            assert {*tree(place.home)} - {f"{OWN}/url"} == {f"{OWN}/gitconfig", ".gitconfig"}
+            assert told in place.commit()
+    place.env.update(served)
     place.is_well()
     assert place.commit() == "G"
 
 
-def test_a_key_that_cannot_sign_is_not_trusted(one: Place, agent: Agent, keys: Keys) -> None:
-    agent.add(keys["ed25519"])
-    with serve(agent, "--payloads", "tag") as env:
-        report = one.refuses("answered 403: ", **env)
-        assert report.lines[1:] == [UNTIL]
-    assert not (one.home / OWN / "allowed_signers").exists()
-    assert "403" in one.commit(**env) or "listens" in one.commit()
-
-
 def test_a_key_whose_signature_does_not_verify_is_not_trusted(one: Place, liar: Any) -> None:
-    key = answer(f"{LINE} me\n".encode())
-    server = liar(key, key, answer(ARMOR))
-    report = one.refuses("that verifies: ", **server.env)
+    key = served_key(LINE)
+    report = one.refuses("that verifies: ", **liar(key, key, answer(ARMOR)).env)
     assert report.lines[1:] == [UNTIL]
-    assert not (one.home / OWN / "allowed_signers").exists()
+    assert not (one.folder / "allowed_signers").exists()
 
 
 def test_a_key_that_nobody_holds_is_not_trusted(one: Place, liar: Any) -> None:
-    server = liar(answer(f"{NOBODY} me\n".encode()))
-    one.refuses("answered 200 without a public key", **server.env)
-    assert not (one.home / OWN / "allowed_signers").exists()
-    assert not (one.home / OWN / "url").exists()
+    one.refuses("answered 200 without a public key", **liar(served_key(NOBODY)).env)
+    assert sorted(tree(one.home)) == [f"{OWN}/gitconfig", ".gitconfig"]
 
 
 def test_the_address_is_kept_and_what_else_was_relied_on_is_named(
@@ -681,73 +615,55 @@ def test_the_address_is_kept_and_what_else_was_relied_on_is_named(
 ) -> None:
     agent.add(keys["ed25519"])
     one.is_well()
-    assert (one.home / OWN / "url").read_text() == f"{served[URL]}\n"
+    assert (one.folder / "url").read_text() == f"{served[URL]}\n"
     with serve(agent, tokens="s3cr3t-s3cr3t-s3cr3t one\n") as env:
         report = one(SSH_AGENT_PROXY_TOKEN="s3cr3t-s3cr3t-s3cr3t", **env)
         assert "relies on SSH_AGENT_PROXY_TOKEN of this shell" in report.text
         assert "~/.config/ssh-agent-proxy/token (mode 0600)" in report.text
         assert "s3cr3t" not in report.text
-        (one.home / OWN / "token").write_text("s3cr3t-s3cr3t-s3cr3t\n")
+        (one.folder / "token").write_text("s3cr3t-s3cr3t-s3cr3t\n")
         del one.env[URL]
         one.is_well()
         assert one.commit() == "G"
-    before = (one.home / OWN / "url").read_text()
-    one.refuses("nothing listens", **{URL: "http://127.0.0.1:1/sign"})
-    assert (one.home / OWN / "url").read_text() == before
+    before = (one.folder / "url").read_text()
+    one.refuses("nothing listens", **NOWHERE)
+    assert (one.folder / "url").read_text() == before
     assert one("--undo").status == 0
-    assert [name for name in one.own() if OWN in name] == [f"{OWN}/token"]
+    assert [name for name in tree(one.home) if OWN in name] == [f"{OWN}/token"]
 
 
-@pytest.fixture
-def without_ssh_keygen(one: Place) -> Place:
-    """The programs that a small container has."""
-    folder = one.home.parent / "few"
-    folder.mkdir()
-    for name in ["git", "curl", "sh", "mktemp", "sed", "tail", "rm", "rmdir", "cat", "mkdir",
-                 "chmod", "mv", "cp", "cmp", "tr", "base64", "sha256sum", "cut"]:  # fmt: skip
-        (folder / name).symlink_to(need(name, "coreutils"))
-    one.argv[0] = need("dash", "dash")
-    one.env["PATH"] = str(folder)
-    return one
+SMALL = """git curl sh mktemp sed tail rm rmdir cat mkdir chmod mv cp cmp tr cut base64 sha256sum"""
 
 
 @pytest.mark.parametrize("missing", some([("none", ""), ("sum", "sha256sum")], "none"))
 def test_without_ssh_keygen_it_signs_and_says_that_it_is_not_verified(
-    missing: str, without_ssh_keygen: Place, keys: Keys
+    missing: str, one: Place, keys: Keys
 ) -> None:
-    one = without_ssh_keygen
-    if missing:
-        (one.home.parent / "few" / missing).unlink()
+    one.has_only(*SMALL.replace(missing, "").split())
     report = one()
     assert report.status == 0
-    assert report.lines[-1].startswith("ok   signs; not verified here: ssh-keygen is missing")
-    assert "package openssh-client" in report.lines[-1]
+    missed = f"{UNVERIFIED}ssh-keygen is missing: it comes in package openssh-client"
+    assert report.lines[-1].startswith(missed)
     line = " ".join(keys.line("ed25519").split()[:2])
     shown = line if missing else fingerprint(keys["ed25519"])
     assert f"on the host must show {shown}" in report.text
-    written = (one.home / OWN / "allowed_signers").read_text()
-    assert written == ("# ssh-agent-proxy-sign setup: signed, and not verified\n"
-                       f'me@example.com namespaces="git" {line}\n')  # fmt: skip
+    assert (one.folder / "allowed_signers").read_text() == (
+        "# ssh-agent-proxy-sign setup: signed, and not verified\n"
+        f'me@example.com namespaces="git" {line}\n'
+    )
     assert one().lines[-1] == report.lines[-1]
     assert one("--undo").status == 0
-    assert one.own() == {".gitconfig": CONFIG.encode()}
+    assert tree(one.home) == PLAIN
 
 
 # ---------------------------------------------------------------- where nothing can be written
 
-COUNTED = {
-    "gpg.format": "ssh",
-    "gpg.ssh.program": "ssh-agent-proxy-sign",
-    "gpg.ssh.defaultKeyCommand": "ssh-agent-proxy-sign key",
-    "commit.gpgsign": "1",
-}
-
-
-def counted() -> Dict[str, str]:
-    env = {"GIT_CONFIG_COUNT": str(len(COUNTED))}
-    for number, (key, value) in enumerate(COUNTED.items()):
-        env.update({f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value})
-    return env
+COUNTED = [
+    ("gpg.format", "ssh"),
+    ("gpg.ssh.program", "ssh-agent-proxy-sign"),
+    ("gpg.ssh.defaultKeyCommand", "ssh-agent-proxy-sign key"),
+    ("commit.gpgsign", "1"),
+]
 
 
 @on_linux
@@ -756,61 +672,57 @@ def test_settings_of_the_environment_do_where_the_home_is_read_only(one: Place) 
                             'exec "$@"')  # fmt: skip
     report = one.refuses("docs/containers.md#where-gitconfig-cant-be-written", before=before)
     assert f"{one.config} or ~/.config/ssh-agent-proxy cannot be written" in report.lines[0]
-    env = {**counted(), "PATH": f"{one.shim.parent}:{one.env['PATH']}"}
-    report = one(before=before, **env)
-    assert report.lines[-1] == ("ok   signs; not verified here: git has no file of allowed signers "
-                                "with this key in it")  # fmt: skip
-    assert one.own() == {".gitconfig": CONFIG.encode()}
-    one.refuses("nothing listens", before=before, **{**env, URL: "http://127.0.0.1:1/sign"})
+    env = {"GIT_CONFIG_COUNT": "4", "PATH": f"{one.shim.parent}:{one.env['PATH']}"}
+    for number, (key, value) in enumerate(COUNTED):
+        env.update({f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value})
+    verdict = f"{UNVERIFIED}git has no file of allowed signers with this key in it"
+    one.is_well(before=before, verdict=verdict, **env)
+    assert tree(one.home) == PLAIN
+    one.refuses("nothing listens", before=before, **{**env, **NOWHERE})
     one.is_well(**env)
     one.config.write_text(CONFIG)
-    assert one(before=before, **env).lines == report.lines
+    one.is_well(before=before, verdict=verdict, **env)
 
 
 # ---------------------------------------------------------------- a repository that means harm
 
 
-def test_nothing_that_a_repository_names_is_run_written_or_trusted(
-    place: Place, served: Served
-) -> None:
-    evil = place.home.parent / "evil"
-    evil.write_text(f"#!/bin/sh\necho \"$0 $*\" >>{place.home.parent}/ran\n")
+EVIL = """
+    core.fsmonitor core.pager pager.config pager.version core.hooksPath core.editor core.sshCommand
+    core.askPass alias.config alias.rev-parse alias.commit gpg.program gpg.ssh.program diff.external
+    gpg.ssh.defaultKeyCommand gpg.ssh.allowedSignersFile user.signingkey user.email user.name
+    init.templateDir include.path filter.x.clean commit.template credential.helper
+"""
+
+
+def test_nothing_that_a_repository_names_is_run_written_or_trusted(place: Place) -> None:
+    """By its settings, its hooks, and the variables that lead to it."""
+    theirs, git = place.home.parent / "theirs", place.repository / ".git"
+    (theirs / "hooks").mkdir(parents=True)
+    evil = theirs / "evil"
+    evil.write_text(f"#!/bin/sh\necho \"$0 $*\" >>{theirs}/ran\n")
     evil.chmod(0o755)
-    settings = {
-        "core.fsmonitor": evil, "core.pager": evil, "pager.config": evil, "pager.version": evil,
-        "core.hooksPath": evil.parent / "hooks", "core.editor": evil, "core.sshCommand": evil,
-        "alias.config": f"!{evil}", "alias.rev-parse": f"!{evil}", "alias.commit": f"!{evil}",
-        "gpg.program": evil, "gpg.ssh.program": evil, "gpg.ssh.defaultKeyCommand": evil,
-        "gpg.ssh.allowedSignersFile": place.home.parent / "theirs", "diff.external": evil,
-        "user.email": "evil@example.com", "user.name": "\x1b[2J", "user.signingkey": "\x1b]0;x\x07",
-        "init.templateDir": evil.parent / "template", "include.path": "../more\x1b[31m",
-        "filter.x.clean": evil, "commit.template": evil, "core.askPass": evil,
-        "credential.helper": f"!{evil}",
-    }  # fmt: skip
     for name in ("post-commit", "pre-commit", "commit-msg", "post-index-change"):
-        for folder in ("hooks", "template/hooks", "repository/.git/hooks"):
-            hook = evil.parent / folder / name
-            hook.parent.mkdir(parents=True, exist_ok=True)
-            hook.symlink_to(evil)
-    for key, value in settings.items():
-        run(["git", "config", key, value], env=place.env, cwd=place.repository)
-    place.sh(f"{GLOBAL}core.hooksPath {evil.parent}/hooks")  # nor do the user's own take part
-    before = {p: p.read_bytes() for p in place.repository.rglob("*") if p.is_file()}
-    git = place.repository / ".git"
-    for env in (
-        {},
-        {"GIT_DIR": git, "GIT_WORK_TREE": place.repository, "GIT_INDEX_FILE": git / "index"},
-        {"GIT_TEMPLATE_DIR": evil.parent / "template", "GIT_COMMON_DIR": git, "GIT_DIR": git},
-        {"GIT_OBJECT_DIRECTORY": git / "objects", "GIT_CONFIG": git / "config"},
-    ):
-        report = place("--sign", where=place.repository, **{k: str(v) for k, v in env.items()})
+        (theirs / "hooks" / name).symlink_to(evil)
+        (git / "hooks" / name).symlink_to(evil)
+    special = {"core.hooksPath": f"{theirs}/hooks", "user.email": "evil@example.com",
+               "init.templateDir": theirs, "user.name": "\x1b[2J", "include.path": "../x\x1b[31m",
+               "user.signingkey": "\x1b]0;x\x07"}  # fmt: skip
+    for name in EVIL.split():
+        command = f"!{evil}" if name.startswith(("alias", "credential")) else evil
+        place.sh(f'{HERE}{name} "$VALUE"', VALUE=str(special.get(name, command)))
+    place.sh(f"{GLOBAL}core.hooksPath {theirs}/hooks")  # nor do the user's own take part
+    before = tree(theirs), tree(place.repository)
+    leading = {"GIT_DIR": git, "GIT_COMMON_DIR": git, "GIT_WORK_TREE": place.repository,
+               "GIT_INDEX_FILE": git / "index", "GIT_OBJECT_DIRECTORY": git / "objects",
+               "GIT_TEMPLATE_DIR": theirs, "GIT_CONFIG": git / "config"}  # fmt: skip
+    for env in ({}, {name: str(path) for name, path in leading.items()}):
+        report = place("--sign", where=place.repository, **env)
         assert f"FAIL gpg.ssh.program is {evil} (file:" in report.text
         assert "for me@example.com" in report.text
-    assert not (place.home.parent / "ran").exists()
-    assert before == {p: p.read_bytes() for p in place.repository.rglob("*") if p.is_file()}
-    assert "evil" not in str(place.own())
-    outside = place.is_well()
-    assert outside.status == 0
+    assert (tree(theirs), tree(place.repository)) == before
+    assert "evil" not in str(tree(place.home))
+    place.is_well()
 
 
 @on_linux
