@@ -9,26 +9,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import pytest
+import test_shim
 from conftest import SHIM, Agent, Keys, clean_env, fingerprint, need, run
-from test_shim import (
-    ARMOR,
-    CALLED,
-    LINE,
-    NOBODY,
-    SHELLS,
-    URL,
-    Done,
-    Served,
-    answer,
-    in_a_namespace,
-    liar,
-    on,
-    on_linux,
-    serve,
-    served,
-    served_key,
-    tree,
-)
+from test_shim import URL, Done, Served, in_a_namespace, liar, on_linux, serve, served, tree
 
 __all__ = ["liar", "served"]  # fixtures
 
@@ -57,12 +40,10 @@ class Report:
         assert done.stderr == b"", done
         assert 1 <= len(self.lines) <= 12, self.text
         for line in self.lines:
-            assert re.fullmatch(r"(ok  |warn|FAIL|todo) [ -~]+", line), line
-            assert len(line) < 700, line
+            assert re.fullmatch(r"(ok  |warn|FAIL|todo) [ -~]{1,694}", line), line
         assert self.lines[-1][:4] == ("FAIL" if self.status else "ok  "), self.text
         assert ("FAIL" in self.text) == (self.status == 1), self.text
-        assert "no-gpg-sign" not in self.text
-        assert "gpgsign=false" not in self.text
+        assert not re.search("no-gpg-sign|gpgsign=false", self.text)
 
 
 class Place:
@@ -75,7 +56,7 @@ class Place:
         self.shim = home.parent / "bin" / "ssh-agent-proxy-sign"
         self.shim.parent.mkdir()
         self.shim.symlink_to(SHIM)
-        self.argv = [*CALLED.get(shell, [shell]), str(self.shim)]
+        self.argv = [*test_shim.CALLED.get(shell, [shell]), str(self.shim)]
         self.env = {k: v for k, v in clean_env(home.parent).items() if not k.startswith("GIT_A")}
         del self.env["GIT_COMMITTER_NAME"], self.env["GIT_COMMITTER_EMAIL"]
         self.env.update(env, HOME=str(home), KEYS=str(keys.folder), SHIM=str(self.shim))
@@ -94,8 +75,7 @@ class Place:
     ) -> Report:
         argv = [*before, *self.argv, "setup", *options]
         done = run(argv, env={**self.env, **env}, cwd=where or self.home, check=False)
-        left = [p for p in Path(self.env["TMPDIR"]).iterdir() if "signing_key_tmp" not in p.name]
-        assert left == []
+        assert not [p for p in Path(self.env["TMPDIR"]).glob("*") if "_key_tmp" not in p.name]
         return Report(done)
 
     def commit(self) -> str:
@@ -134,7 +114,7 @@ class Place:
         return report
 
 
-@pytest.fixture(params=[on(shell) for shell in SHELLS])
+@pytest.fixture(params=[test_shim.on(shell) for shell in test_shim.SHELLS])
 def place(request: Any, home: Path, keys: Keys, served: Served) -> Place:
     """Under every shell."""
     return Place(request.param, home, keys, served)
@@ -147,10 +127,9 @@ def one(home: Path, keys: Keys, served: Served) -> Place:
 
 def some(table: Sequence[Any], *names: str) -> List[Any]:
     """Rows, of which those but NAMES are for whoever runs all tests."""
-    return [
-        pytest.param(*row[1:], id=row[0], marks=[] if row[0] in names else pytest.mark.long)
-        for row in table
-    ]
+    marks: Dict[str, Any] = dict.fromkeys(names, ())
+    long = pytest.mark.long
+    return [pytest.param(*row[1:], id=row[0], marks=marks.get(row[0], long)) for row in table]
 
 
 # ---------------------------------------------------------------- there and back
@@ -181,52 +160,10 @@ def test_it_signs_and_a_second_run_changes_nothing_and_undo_leaves_it_as_it_was(
     assert place.commit() == "N"
 
 
-# What is done before, and the file that gets the lines.
-FILES = [
-    ("none", "rm .gitconfig", ".gitconfig"),
-    ("a link", "mv .gitconfig real; ln -s real .gitconfig", "real"),
-    ("a dangling link", "mv .gitconfig x; ln -s real .gitconfig", "real"),
-    ("XDG's", "mkdir -p .config/git; mv .gitconfig .config/git/config", ".config/git/config"),
-    ("both", "mkdir -p .config/git; cp .gitconfig .config/git/config", ".gitconfig"),
-    ("another home of XDG's", "mkdir -p x/git; mv .gitconfig x/git/config", "x/git/config"),
-    ("GIT_CONFIG_GLOBAL's", r"mv .gitconfig $(printf 'given\033')", "given\x1b"),
-    ("carriage returns", r"printf '[user]\r\n\tname = Me\r\n' >.gitconfig", ".gitconfig"),
-    ("another's lines", f"echo '{LINES}' | sed 's/gitconfig/x/' >>.gitconfig", ".gitconfig"),
-    ("empty lines at its end", "echo; echo >>.gitconfig", ".gitconfig"),
-    ("a line end in a value", r"printf '[alias]\nx = \"!a\\nb\" \\\n c\n' >>.gitconfig",
-     ".gitconfig"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("script, written", some(FILES, "a link", "GIT_CONFIG_GLOBAL's"))
-def test_the_lines_go_where_git_would_write(script: str, written: str, one: Place) -> None:
-    one.env.update(EMAIL="me@example.com", GIT_COMMITTER_NAME="C", GIT_AUTHOR_NAME="A")
-    if written.startswith("x/"):
-        one.env["XDG_CONFIG_HOME"] = str(one.home / "x")
-    if written.startswith("given"):
-        one.env["GIT_CONFIG_GLOBAL"] = str(one.home / written)
-    one.sh(script)
-    before = tree(one.home)
-    links = [p for p in one.home.iterdir() if p.is_symlink()]
-    one.is_well()
-    assert (one.home / written).read_bytes() == before.get(written, b"") + LINES.encode()
-    assert all(p.is_symlink() for p in links)
-    assert one.commit() == "G"
-    assert one("--undo").status == 0
-    after = tree(one.home)
-    if "real" not in before and "real" in after:
-        assert after.pop("real") == after.pop(".gitconfig") == b""
-    assert after == before
-    assert all(p.is_symlink() for p in links)
-
-
-MOUNTED = 'cd "$HOME" && mount --bind copy .gitconfig && '
-
-
 @on_linux
 def test_a_mounted_gitconfig_stays_mounted(one: Place) -> None:
     (one.home / "copy").write_text(CONFIG)
-    before = in_a_namespace(f'{MOUNTED}exec "$@"')
+    before = in_a_namespace('cd "$HOME" && mount --bind copy .gitconfig && exec "$@"')
     one.is_well(before=before)
     assert (one.home / "copy").read_text() == CONFIG + LINES
     assert one.config.read_text() == CONFIG
@@ -236,7 +173,8 @@ def test_a_mounted_gitconfig_stays_mounted(one: Place) -> None:
 
 @on_linux
 def test_a_gitconfig_that_is_mounted_read_only_is_not_written_to(one: Place) -> None:
-    before = in_a_namespace(f'{MOUNTED}mount -o remount,ro,bind .gitconfig && exec "$@"')
+    before = in_a_namespace('cd "$HOME" && mount --bind copy .gitconfig && '
+                            'mount -o remount,ro,bind .gitconfig && exec "$@"')  # fmt: skip
     (one.home / "copy").write_text(CONFIG)
     one.refuses("docs/containers.md", before=before)
     assert not one.folder.exists()
@@ -247,9 +185,7 @@ def test_a_gitconfig_that_is_mounted_read_only_is_not_written_to(one: Place) -> 
 
 def test_two_runs_at_once_do_no_harm(one: Place) -> None:
     argv = [*one.argv, "setup"]
-    started = [
-        subprocess.Popen(argv, env=one.env, stdout=subprocess.DEVNULL) for _ in range(3)
-    ]
+    started = [subprocess.Popen(argv, env=one.env, stdout=subprocess.DEVNULL) for _ in range(3)]
     assert [process.wait(30) for process in started] == [0, 0, 0]
     one.is_well()
     assert one.commit() == "G"
@@ -266,66 +202,91 @@ def test_an_include_of_the_users_own_stays(one: Place) -> None:
     one.sh(f"{GLOBAL}include.path | grep -x '~/x'")
 
 
+def test_only_repositories_with_a_remote_are_signed(place: Place) -> None:
+    verdict = GOOD.replace(" will", " in a repository that has a remote will")
+    assert place("--remote-only").lines[-1] == verdict
+    place.is_well(verdict=verdict, where=place.repository)
+    assert LINES.replace("gitdir:**", "hasconfig:remote.*.url:**") in place.config.read_text()
+    assert place.commit() == "N"
+    place.sh("git remote add origin https://example.com/x", where=place.repository)
+    assert place.commit() == "G"
+    place.is_well(verdict=verdict, where=place.repository)
+    assert place("--undo").status == 0
+    assert tree(place.home) == PLAIN
+    place.is_well()
+    place.refuses("setup --undo` first", "--remote-only")
+
+
 # ---------------------------------------------------------------- what is there already
 
-# The setting, its value, and what is done before.
+# What is done before, and what is told. First the file that gets the lines,
+FILES = [
+    ("none", "rm .gitconfig", "by HOME/.gitconfig"),
+    ("a link", "mv .gitconfig real; ln -s real .gitconfig", "by HOME/.gitconfig"),
+    ("a dangling link", "mv .gitconfig x; ln -s real .gitconfig", "by HOME/.gitconfig"),
+    ("XDG's", "mkdir -p .config/git; mv .gitconfig .config/git/config", "by HOME/.config/git/"),
+    ("both", "mkdir -p .config/git; cp .gitconfig .config/git/config", "by HOME/.gitconfig"),
+    ("another home of XDG's", "mkdir -p x/git; mv .gitconfig x/git/config", "by HOME/x/git/config"),
+    ("GIT_CONFIG_GLOBAL's", r"mv .gitconfig $(printf 'given\033')", "by HOME/given?"),
+    ("carriage returns", r"printf '[user]\r\n\tname = Me\r\n' >.gitconfig", ""),
+    ("another's lines", f"echo '{LINES}' | sed 's/gitconfig/x/' >>.gitconfig", ""),
+    ("empty lines at its end", "echo; echo >>.gitconfig", ""),
+    ("a line end in a value", r"printf '[x]\ny = \"a\\nb\" \\\n c\n' >>.gitconfig", ""),
+]
+# then what cannot be used,
+PROGRAM = f"{GLOBAL}gpg.ssh.program "
+KEY = f"{GLOBAL}user.signingkey "
+SIGNERS = f"{GLOBAL}gpg.ssh.allowedSignersFile "
 UNUSABLE = [
-    ("another's signer", "gpg.ssh.program", "/Applications/1Password.app/op-ssh-sign", ""),
-    ("escapes", "gpg.ssh.program", "/a\033[2J\n\u00e4", ""),
-    ("a path beyond ASCII", "gpg.format", "openpgp",
-     "mkdir \u00e4; mv .gitconfig \u00e4/x; git config --file .gitconfig include.path ~/\u00e4/x"),
-    ("a dead key", "user.signingkey", "~/.ssh/gone.pub", ""),
-    ("an empty key", "user.signingkey", "~/k.pub", ": >k.pub"),
-    ("an empty value", "user.signingkey", "", ""),
-    ("a GPG id", "user.signingkey", "ABCDEF0123456789", ""),
-    ("a relative key", "user.signingkey", "ed25519.pub", "cp $KEYS/ed25519.pub ."),
-    ("a folder", "user.signingkey", "~/k.pub", "mkdir k.pub"),
-    ("nobody's key", "user.signingkey", f"key::{NOBODY}", ""),
-    ("no signing", "commit.gpgsign", "false", ""),
-    ("a dead signers file", "gpg.ssh.allowedSignersFile", "~/gone", ""),
+    ("another's signer", f"{PROGRAM}/op-x", "gpg.ssh.program = '/op-x' (file:HOME/.gitconfig)"),
+    ("escapes", rf'{PROGRAM}"$(printf "/a\033[2J\n\303\244")"', "gpg.ssh.program = '/a?[2J???'"),
+    ("a path beyond ASCII", f"mkdir ä; echo '[gpg]format=x509' >ä/x; {GLOBAL}include.path ~/ä/x",
+     "gpg.format = 'x509' (file:\"HOME/\\303\\244/x"),
+    ("a dead key", f"{KEY}'~/.ssh/gone.pub'", "user.signingkey = 'HOME/.ssh/gone.pub'"),
+    ("an empty key", f": >k.pub; {KEY}'~/k.pub'", "user.signingkey = 'HOME/k.pub'"),
+    ("an empty value", f"{KEY}''", "user.signingkey = ''"),
+    ("a GPG id", f"{KEY}ABCDEF0123456789", "user.signingkey = 'ABCDEF0123456789'"),
+    ("a relative key", f"cp $KEYS/other.pub k.pub; {KEY}k.pub", "user.signingkey = 'k.pub'"),
+    ("a folder", f"mkdir k.pub; {KEY}'~/k.pub'", "user.signingkey = 'HOME/k.pub'"),
+    ("nobody's key", f"{KEY}'key::{test_shim.NOBODY}'", "user.signingkey = 'key::ssh-ed25519 AAA"),
+    ("no signing", f"{GLOBAL}commit.gpgsign false", "commit.gpgsign = 'false'"),
+    ("a dead signers file", f"{SIGNERS}'~/gone'", "gpg.ssh.allowedSignersFile = 'HOME/gone'"),
 ]  # fmt: skip
+# and what can.
+PUBLIC = "$(cut -d ' ' -f 1,2 $KEYS/ed25519.pub)"
+USABLE = [
+    ("a private key's name", f"{KEY}$KEYS/ed25519", ""),
+    ("a key of the home's", f"mkdir k; cp $KEYS/ed25519.pub k; {KEY}'~/k/ed25519.pub'", ""),
+    ("a key itself", f'{KEY}"key::{PUBLIC}"', ""),
+    ("signers", f'{SIGNERS}"~/s"; echo me@example.com {PUBLIC} >s', ""),
+    ("signers for all", f"{SIGNERS}'~/s'; echo '* namespaces=\"git\"' {PUBLIC} me >s", ""),
+]
+SOON = ["a link", "GIT_CONFIG_GLOBAL's", "a path beyond ASCII", "a relative key", "nobody's key",
+        "a key itself", "signers"]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "setting, value, script",
-    some(UNUSABLE, "a path beyond ASCII", "an empty key", "a relative key", "nobody's key"),
-)
-def test_what_cannot_be_used_is_overridden_and_named(
-    one: Place, setting: str, value: str, script: str
-) -> None:
-    file = "\u00e4/x" if "\u00e4/x" in script else ".gitconfig"
+@pytest.mark.parametrize("script, told", some([*FILES, *UNUSABLE, *USABLE], *SOON))
+def test_what_is_there_is_used_or_named_and_comes_back(one: Place, script: str, told: str) -> None:
+    one.env.update(EMAIL="me@example.com", GIT_COMMITTER_NAME="C", GIT_AUTHOR_NAME="A")
+    if "x/git" in script:
+        one.env["XDG_CONFIG_HOME"] = f"{one.home}/x"
+    if "given" in script:
+        one.env["GIT_CONFIG_GLOBAL"] = f"{one.home}/given\x1b"
     one.sh(script)
-    one.sh(f'git config --file {file} {setting} "$VALUE"', VALUE=value)
     before = tree(one.home)
-    origin = one.sh(f"{GLOBAL}--includes --show-origin {setting}").stdout.decode().split("\t")[0]
-    shown = re.sub(rb"[^ -~]", b"?", value.encode()).decode().replace("~", str(one.home))
-    report = one.is_well(f"warn overridden: {setting} = '{shown}' ({origin})")
-    own = tree(one.home)
-    assert one().lines == [line for line in report.lines if not line.startswith("ok   tags")]
-    assert tree(one.home) == own
+    links = [p for p in one.home.iterdir() if p.is_symlink()]
+    for _ in range(2):
+        report = one.is_well(told.replace("HOME", str(one.home)))
+        assert ("warn overridden: " in report.text) == ("=" in told)
     assert one.commit() == "G"
     assert one("--undo").status == 0
+    if links and not before.get(".gitconfig"):
+        before.update({".gitconfig": b"", "real": b""})
     assert tree(one.home) == before
+    assert [p for p in one.home.iterdir() if p.is_symlink()] == links
 
 
-KEPT = [
-    ("a private key's name", "$KEYS/ed25519"),
-    ("the home's", "~/.ssh/k.pub"),
-    ("itself", "key::$(cut -d ' ' -f 1,2 $KEYS/ed25519.pub)"),
-]
-
-
-@pytest.mark.parametrize("key", some(KEPT, "itself"))
-def test_a_key_that_can_be_used_is_kept(one: Place, key: str) -> None:
-    one.sh(f'mkdir .ssh; cp $KEYS/ed25519.pub .ssh/k.pub; {GLOBAL}user.signingkey "{key}"')
-    one.is_well()
-    assert "signingkey" not in (one.folder / "gitconfig").read_text()
-    assert one.commit() == "G"
-
-
-def test_a_usable_key_that_is_not_the_first_is_asked_for(
-    one: Place, keys: Keys, agent: Agent
-) -> None:
+def test_a_key_that_is_not_the_first_is_asked_for(one: Place, keys: Keys, agent: Agent) -> None:
     for name in ("ed25519", "other"):
         agent.add(keys[name])
     one.sh(f"{GLOBAL}user.signingkey $KEYS/other.pub")
@@ -335,7 +296,48 @@ def test_a_usable_key_that_is_not_the_first_is_asked_for(
         one.is_well(fingerprint(keys["other"]))
         one.is_well(fingerprint(keys["other"]))
         assert len(env.proxy.lines("outcome=signed")) == 1
-    assert "other" not in (one.folder / "allowed_signers").read_text()
+
+
+HERE = "cd ../repository; git config "
+SET_UP = "$SHIM setup >/dev/null; "
+# What is done before, and what of it is named.
+WINS = [
+    ("format", f"{HERE}gpg.format openpgp", "gpg.format is openpgp (file:.git/config)"),
+    ("signer", f"{HERE}gpg.ssh.program ./x", "gpg.ssh.program is ./x (file:.git/config)"),
+    ("signing", f"{HERE}commit.gpgsign off", "commit.gpgsign is false (file:.git/config)"),
+    ("no boolean", f"{HERE}commit.gpgsign maybe", "commit.gpgsign is maybe (file:.git/config)"),
+    ("a later line", rf"{SET_UP}printf '[gpg]\nformat = x509\n' >>.gitconfig",
+     "gpg.format is x509 (file:HOME/.gitconfig)"),
+    ("an include of theirs", SET_UP + "echo '[commit]gpgsign=0' >\"it's\"; "
+     r"""printf "[include]\npath = ~/it's" >>.gitconfig""",
+     "commit.gpgsign is false (file:HOME/it's)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script, told", some(WINS, "signing", "an include of theirs"))
+def test_what_wins_is_named_with_its_origin_and_cure(one: Place, script: str, told: str) -> None:
+    one.sh(script)
+    report = one.refuses(told := told.replace("HOME", str(one.home)), where=one.repository)
+    assert "is mended" in report.lines[-1]
+    cure = next(line.split("): ")[1] for line in report.lines if line.startswith(f"FAIL {told}: "))
+    one.sh(cure, where=one.repository)
+    one.is_well(where=one.repository)
+
+
+def test_what_the_environment_sets_is_named(one: Place) -> None:
+    cure = "take it out of this shell's GIT_CONFIG_COUNT or GIT_CONFIG_PARAMETERS"
+    told = f"FAIL commit.gpgsign is false (command line:): {cure}"
+    one.refuses(told, GIT_CONFIG_PARAMETERS="'commit.gpgsign'='false'")
+
+
+def test_a_key_and_signers_of_the_folders_own_are_its_own_affair(one: Place) -> None:
+    one.sh("echo '[user]signingkey=~/k.pub' >x")
+    one.sh(f"{GLOBAL}includeIf.gitdir:**/repository/.path '~/x'")
+    one.sh(f"{HERE}gpg.ssh.allowedSignersFile x")
+    told = f"own user.signingkey = '{one.home}/k.pub' (file:{one.home}/x); gpg.ssh.allowedSigners"
+    verdict = GOOD.replace(" will", " outside this repository will")
+    one.is_well(told, verdict=verdict, where=one.repository)
+    one.is_well()
 
 
 # ---------------------------------------------------------------- whom to trust
@@ -364,28 +366,14 @@ def test_another_key_for_the_same_address_is_trusted_by_its_fingerprint_alone(
     assert signers.read_text().count(' namespaces="git" ssh-ed25519 ') == 2
 
 
-SIGNERS = [
-    ("with the line", 'echo "me@example.com $(cut -d " " -f 1,2 $KEYS/ed25519.pub)" >s', 0),
-    ("with it for all", 'echo "* namespaces=\\"git\\" $(cat $KEYS/ed25519.pub)" >s', 0),
-    ("without it", 'echo "# me@example.com $(cat $KEYS/ed25519.pub)" >s', 1),
-    ("with another's", 'echo "you@example.com $(cat $KEYS/other.pub)" >s', 1),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("script, status", some(SIGNERS, "with the line", "without it"))
-def test_signers_of_the_users_own_are_not_touched(
-    one: Place, keys: Keys, script: str, status: int
-) -> None:
-    one.sh(f"{script}; {GLOBAL}gpg.ssh.allowedSignersFile '~/s'")
-    before = (one.home / "s").read_bytes()
-    if status:
-        key = " ".join(keys.line("ed25519").split()[:2])
-        one.refuses(f'lacks this line: me@example.com namespaces="git" {key}')
-    else:
-        one.is_well()
+def test_signers_of_the_users_own_are_not_touched(one: Place, keys: Keys) -> None:
+    one.sh(f"echo '# me@example.com' {PUBLIC} >s; {SIGNERS}'~/s'")
+    before = tree(one.home)
+    key = " ".join(keys.line("ed25519").split()[:2])
+    one.refuses(f'lacks this line: me@example.com namespaces="git" {key}')
     assert not (one.folder / "allowed_signers").exists()
     assert one("--undo").status == 0
-    assert (one.home / "s").read_bytes() == before
+    assert tree(one.home) == before
 
 
 def test_lines_of_others_stay_in_our_signers(one: Place, keys: Keys) -> None:
@@ -397,85 +385,6 @@ def test_lines_of_others_stay_in_our_signers(one: Place, keys: Keys) -> None:
     assert one.commit() == "G"
     assert one("--undo").status == 0
     assert signers.read_text().splitlines() == lines
-
-
-# ---------------------------------------------------------------- what wins over the settings
-
-# What is done before, and what of it is named.
-HERE = "cd ../repository; git config "
-SET_UP = "$SHIM setup >/dev/null; "
-WINS = [
-    ("the format, here", f"{HERE}gpg.format openpgp", "gpg.format is openpgp (file:.git/config)"),
-    ("the signer, here", f"{HERE}gpg.ssh.program ./x", "gpg.ssh.program is ./x (file:.git/config)"),
-    ("the signing, here", f"{HERE}commit.gpgsign off",
-     "commit.gpgsign is false (file:.git/config)"),
-    ("no boolean, here", f"{HERE}commit.gpgsign maybe",
-     "commit.gpgsign is maybe (file:.git/config)"),
-    ("a later line", rf"{SET_UP}printf '[gpg]\nformat = x509\n' >>.gitconfig",
-     "gpg.format is x509 (file:HOME/.gitconfig)"),
-    ("an include of theirs", SET_UP + "echo '[commit]gpgsign=0' >\"it's\"; "
-     r"""printf "[include]\npath = ~/it's" >>.gitconfig""",
-     "commit.gpgsign is false (file:HOME/it's)"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("script, told", some(WINS, "the signing, here", "an include of theirs"))
-def test_what_wins_is_named_with_its_origin_and_its_cure(
-    one: Place, script: str, told: str
-) -> None:
-    one.sh(script)
-    report = one.refuses(told := told.replace("HOME", str(one.home)), where=one.repository)
-    assert "is mended" in report.lines[-1]
-    cure = next(line.split("): ")[1] for line in report.lines if line.startswith(f"FAIL {told}: "))
-    one.sh(cure, where=one.repository)
-    one.is_well(where=one.repository)
-
-
-def test_what_the_environment_sets_is_named(one: Place) -> None:
-    cure = "take it out of this shell's GIT_CONFIG_COUNT or GIT_CONFIG_PARAMETERS"
-    told = f"FAIL commit.gpgsign is false (command line:): {cure}"
-    one.refuses(told, GIT_CONFIG_PARAMETERS="'commit.gpgsign'='false'")
-
-
-def test_a_key_and_signers_of_the_folders_own_are_its_own_affair(one: Place) -> None:
-    one.sh("echo '[user]signingkey=~/k.pub' >x")
-    one.sh(f"{GLOBAL}includeIf.gitdir:**/repository/.path '~/x'")
-    one.sh(f"{HERE}gpg.ssh.allowedSignersFile x")
-    one.is_well(
-        f"warn this repository has its own user.signingkey = '{one.home}/k.pub' "
-        f"(file:{one.home}/x); gpg.ssh.allowedSignersFile = 'x' (file:.git/config)",
-        where=one.repository,
-        verdict=GOOD.replace(" will", " outside this repository will"),
-    )
-    one.is_well()
-
-
-# ---------------------------------------------------------------- only where there is a remote
-
-REMOTE = "ok   the next commit in a repository that has a remote will be signed, and verify"
-
-
-def test_only_repositories_with_a_remote_are_signed(place: Place) -> None:
-    assert place("--remote-only").lines[-1] == REMOTE
-    place.is_well(verdict=REMOTE, where=place.repository)
-    assert LINES.replace("gitdir:**", "hasconfig:remote.*.url:**") in place.config.read_text()
-    assert place.commit() == "N"
-    place.sh("git remote add origin https://example.com/x", where=place.repository)
-    assert place.commit() == "G"
-    place.is_well(verdict=REMOTE, where=place.repository)
-    assert place("--undo").status == 0
-    assert tree(place.home) == PLAIN
-    place.is_well()
-    place.refuses("setup --undo` first", "--remote-only")
-
-
-def test_signing_everywhere_stands_against_remote_only(one: Place) -> None:
-    one.sh(f"{GLOBAL}commit.gpgsign yes")
-    before = tree(one.home)
-    cure = f"git config --file '{one.config}' --unset-all commit.gpgsign"
-    report = one.refuses(f"without a remote too (file:{one.config}): {cure}", "--remote-only")
-    assert "nothing was written" in report.lines[-1]
-    assert tree(one.home) == before
 
 
 # ---------------------------------------------------------------- where nothing is written
@@ -498,14 +407,16 @@ SETTLED = [
     ("no git", "", {"GIT": ""}, "its package is called git"),
     ("an old git", "", {"GIT": "2.33.9"}, "git version 2.33.9 is too old to sign with SSH keys"),
     ("an ancient git", "", {"GIT": "1.9.1"}, "git version 1.9.1 is too old"),
-    ("one without a condition", "", {"GIT": "2.35.8"}, "--remote-only takes git 2.36 or newer"),
+    ("no condition", "", {"OPTION": "--remote-only", "GIT": "2.35.8"}, "takes git 2.36 or newer"),
+    ("signing everywhere", f"{GLOBAL}commit.gpgsign yes", {"OPTION": "--remote-only"},
+     "FAIL commit.gpgsign is true, without a remote too (file:/"),
     ("no TMPDIR", "", {"TMPDIR": "/x/y"}, "no folder can be made in /x/y: set TMPDIR"),
 ]  # fmt: skip
-SOON = ["no mail address", "a pattern", "a relative HOME", "a device", "no git", "an old git"]
+FIRST = ["no mail address", "a pattern", "a relative HOME", "a device", "no git", "an old git"]
 
 
 @on_linux
-@pytest.mark.parametrize("script, env, told", some(SETTLED, *SOON))
+@pytest.mark.parametrize("script, env, told", some(SETTLED, *FIRST))
 def test_nothing_is_written_before_it_is_settled(
     one: Place, script: str, env: Dict[str, str], told: str
 ) -> None:
@@ -519,14 +430,12 @@ def test_nothing_is_written_before_it_is_settled(
     elif "GIT" in env:
         one.has_only("tr", "mktemp", "sed", "tail", "rm", "rmdir", "head", "cat")
         before = []
-    files = tree(one.home)
-    folder = (one.home / ".config").exists()
+    files = tree(one.home), [*one.home.rglob("*")]
     name = {} if "name" in told else {"GIT_COMMITTER_NAME": "C", "GIT_AUTHOR_NAME": "A"}
-    options = [word for word in told.split() if word.startswith("--r")]
+    options = env.get("OPTION", "").split()
     report = one.refuses(told, *options, before=before, **{**name, **env})
-    assert len(report.lines) == 1
-    assert tree(one.home) == files
-    assert (one.home / ".config").exists() == folder
+    assert report.lines[1:] in ([], ["FAIL nothing was written: mend that first"])
+    assert (tree(one.home), [*one.home.rglob("*")]) == files
 
 
 TAGS = [("2.34.1", "warn"), ("2.43.1.windows.1", "warn"), ("2.43.2", "ok  "),
@@ -560,21 +469,18 @@ def test_wrong_usage_is_2(one: Place, words: str) -> None:
 
 def test_the_program_must_be_a_file_that_can_be_run(place: Place) -> None:
     script = SHIM.read_bytes()
+    *sh, _ = place.argv
     copy = place.home / "it's a \"copy\".sh"
-    for path in (copy, place.home / "sh"):
-        path.write_bytes(script)
+    copy.write_bytes(script)
+    (place.home / "sh").write_bytes(script)
     before = tree(place.home)
-
-    def setup(*argv: str) -> Done[bytes]:
-        words = [*place.argv[:-1], *argv, "setup"]
-        return run(words, env=place.env, cwd=place.home, check=False)
-
-    for argv in (["-c", script.decode(), "sh"], [copy.name]):
-        done = setup(*argv)
+    for words in (["-c", script.decode(), "sh"], [copy.name]):
+        done = run([*sh, *words, "setup"], env=place.env, cwd=place.home, check=False)
         assert (done.returncode, done.stdout[:20]) == (1, b"FAIL git needs this ")
     assert tree(place.home) == before
     copy.chmod(0o755)
-    assert setup(f"./{copy.name}").stdout.decode().endswith(f"{GOOD}\n")
+    done = run([*sh, f"./{copy.name}", "setup"], env=place.env, cwd=place.home)
+    assert done.stdout.decode().endswith(f"{GOOD}\n")
     assert place.commit() == "G"
 
 
@@ -599,14 +505,16 @@ def test_a_proof_that_fails_leaves_the_settings_and_trusts_nobody(
 
 
 def test_a_key_whose_signature_does_not_verify_is_not_trusted(one: Place, liar: Any) -> None:
-    key = served_key(LINE)
-    report = one.refuses("that verifies: ", **liar(key, key, answer(ARMOR)).env)
+    key = test_shim.served_key(test_shim.LINE)
+    server = liar(key, key, test_shim.answer(test_shim.ARMOR))
+    report = one.refuses("that verifies: ", **server.env)
     assert report.lines[1:] == [UNTIL]
     assert not (one.folder / "allowed_signers").exists()
 
 
 def test_a_key_that_nobody_holds_is_not_trusted(one: Place, liar: Any) -> None:
-    one.refuses("answered 200 without a public key", **liar(served_key(NOBODY)).env)
+    server = liar(test_shim.served_key(test_shim.NOBODY))
+    one.refuses("answered 200 without a public key", **server.env)
     assert sorted(tree(one.home)) == [f"{OWN}/gitconfig", ".gitconfig"]
 
 
@@ -656,24 +564,16 @@ def test_without_ssh_keygen_it_signs_and_says_that_it_is_not_verified(
     assert tree(one.home) == PLAIN
 
 
-# ---------------------------------------------------------------- where nothing can be written
-
-COUNTED = [
-    ("gpg.format", "ssh"),
-    ("gpg.ssh.program", "ssh-agent-proxy-sign"),
-    ("gpg.ssh.defaultKeyCommand", "ssh-agent-proxy-sign key"),
-    ("commit.gpgsign", "1"),
-]
-
-
 @on_linux
 def test_settings_of_the_environment_do_where_the_home_is_read_only(one: Place) -> None:
     before = in_a_namespace('mount --bind "$HOME" "$HOME" && mount -o remount,ro,bind "$HOME" && '
                             'exec "$@"')  # fmt: skip
     report = one.refuses("docs/containers.md#where-gitconfig-cant-be-written", before=before)
     assert f"{one.config} or ~/.config/ssh-agent-proxy cannot be written" in report.lines[0]
+    settings = {"gpg.format": "ssh", "gpg.ssh.program": "ssh-agent-proxy-sign",
+                "gpg.ssh.defaultKeyCommand": "ssh-agent-proxy-sign key", "commit.gpgsign": "1"}
     env = {"GIT_CONFIG_COUNT": "4", "PATH": f"{one.shim.parent}:{one.env['PATH']}"}
-    for number, (key, value) in enumerate(COUNTED):
+    for number, (key, value) in enumerate(settings.items()):
         env.update({f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value})
     verdict = f"{UNVERIFIED}git has no file of allowed signers with this key in it"
     one.is_well(before=before, verdict=verdict, **env)
@@ -686,7 +586,6 @@ def test_settings_of_the_environment_do_where_the_home_is_read_only(one: Place) 
 
 # ---------------------------------------------------------------- a repository that means harm
 
-
 EVIL = """
     core.fsmonitor core.pager pager.config pager.version core.hooksPath core.editor core.sshCommand
     core.askPass alias.config alias.rev-parse alias.commit gpg.program gpg.ssh.program diff.external
@@ -698,16 +597,19 @@ EVIL = """
 def test_nothing_that_a_repository_names_is_run_written_or_trusted(place: Place) -> None:
     """By its settings, its hooks, and the variables that lead to it."""
     theirs, git = place.home.parent / "theirs", place.repository / ".git"
-    (theirs / "hooks").mkdir(parents=True)
     evil = theirs / "evil"
-    evil.write_text(f"#!/bin/sh\necho \"$0 $*\" >>{theirs}/ran\n")
-    evil.chmod(0o755)
-    for name in ("post-commit", "pre-commit", "commit-msg", "post-index-change"):
-        (theirs / "hooks" / name).symlink_to(evil)
-        (git / "hooks" / name).symlink_to(evil)
-    special = {"core.hooksPath": f"{theirs}/hooks", "user.email": "evil@example.com",
-               "init.templateDir": theirs, "user.name": "\x1b[2J", "include.path": "../x\x1b[31m",
-               "user.signingkey": "\x1b]0;x\x07"}  # fmt: skip
+    place.sh(f"""
+        mkdir -p {theirs}/hooks
+        printf '#!/bin/sh\necho "$0 $*" >>{theirs}/ran\n' >{evil}
+        chmod +x {evil}
+        for name in post-commit pre-commit commit-msg post-index-change; do
+            ln -s {evil} {theirs}/hooks/$name
+            ln -s {evil} {git}/hooks/$name
+        done
+    """)
+    special = {"core.hooksPath": theirs / "hooks", "init.templateDir": theirs,
+               "include.path": "../x",
+               "user.email": "evil@example.com", "user.signingkey": "\x1b]0;x\x07"}
     for name in EVIL.split():
         command = f"!{evil}" if name.startswith(("alias", "credential")) else evil
         place.sh(f'{HERE}{name} "$VALUE"', VALUE=str(special.get(name, command)))
@@ -735,9 +637,7 @@ def test_a_repository_of_another_user_is_refused_as_git_does(one: Place) -> None
     refused = "FAIL git refuses this: fatal: detected dubious ownership in repository at"
     report = one.refuses(refused, where=folder)
     assert "the next commit in this repository will not be signed" in report.lines[-1]
-    told = next(line for line in report.lines if "safe.directory" in line)
-    cure = told.split("this directory, call: ")[1]
-    one.sh(cure)
+    one.sh(report.text.split("this directory, call: ")[1].splitlines()[0])
     one.is_well(where=folder)
     one.sh("echo '[' >.git/config", where=folder)
     one.refuses("git refuses this: fatal: bad config line 1", where=folder)
