@@ -358,3 +358,11 @@ def test_a_hundred_commits_with_one_token_and_a_slow_agent_are_all_signed_each_i
     repository.env.update({URL: f"{proxy.url}/sign", "SSH_AGENT_PROXY_TOKEN": "0123456789abcdef"})
     commit_at_once(repository, 100)
     assert "busy: too many requests of this token" in proxy.log()
+
+
+@pytest.mark.long
+def test_a_rebase_of_two_hundred_commits_is_signed_throughout(repository: Repository) -> None:
+    for number in range(201):
+        repository.git("commit", "-q", "--allow-empty", "--no-gpg-sign", "-m", number)
+    repository.git("rebase", "-q", "--force-rebase", "HEAD~200")
+    assert signatures(repository) == ["G"] * 200 + ["N"]

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -334,11 +335,15 @@ COMMIT = "date >one; git add one; git commit -q -m one"
 SIGNED_THERE = """
 true 2>/dev/null >"$HOME/x" && exit 8
 python3 -c 'import socket; socket.socket(socket.AF_UNIX)' 2>/dev/null && exit 9
-for each in a b c; do date >"$each"; git add "$each"; git commit -q -m "$each"; done
+commit() { for each; do date >"$each"; git add "$each"; git commit -q -m "$each"; done; }
+commit a b c
 git tag -s -m v1 v1
-git rebase -q --force-rebase HEAD~2
+git switch -q -c side main~2
+commit d e f
+git rebase -q main
+git switch -q main && git merge -q --no-ff -m merge side
 git verify-tag v1 2>/dev/null
-[ "$(git log --format=%G? | tr -d '\\n')" = GGG ]
+[ "$(git log --format=%G? | tr -d '\\n')" = GGGGGGG ]
 """
 
 
@@ -392,6 +397,17 @@ def test_what_the_real_sandbox_lacks_is_told_word_for_word_until_it_signs(
     assert f"{NOTHING} on the host's side".encode() in sandboxed(COMMIT, *allowed).stderr
     apart.place("H", served.proxy.port)
     assert sandboxed(COMMIT, *allowed).returncode == 0
+
+
+@pytest.mark.alone
+def test_in_the_real_sandbox_git_alone_needs_the_folder_for_temporary_files(
+    sandboxed: Any, apart: Apart, served: Served, signed: bytes
+) -> None:
+    apart.place("H", served.proxy.port)
+    script = f"printf %s {shlex.quote(t.COMMIT.decode())} | {SHIM} -Y sign; {COMMIT}"
+    done = sandboxed(script, "127.0.0.1", CLAUDE_CODE_TMPDIR="/nowhere")
+    assert done.stdout == signed
+    assert b"could not create temporary file" in done.stderr
 
 
 SQUID = "http_port 3128\nhttp_access allow all\naccess_log none\ncache_log /dev/null\n"
