@@ -65,7 +65,6 @@ class Place:
         self.config.write_text(CONFIG)
         self.repository = home.parent / "repository"
         self.sh("git init -q -b main ../repository")
-        self.commit()
 
     def sh(self, script: str, where: Optional[Path] = None, **env: str) -> Done[bytes]:
         return run(["sh", "-euc", script], env={**self.env, **env}, cwd=where or self.home)
@@ -85,7 +84,6 @@ class Place:
         return done.stdout.decode().strip() or done.stderr.decode()
 
     def has_only(self, *programs: str) -> None:
-        """Those of a small container."""
         folder = self.home.parent / "few"
         folder.mkdir()
         for program in programs:
@@ -103,8 +101,7 @@ class Place:
 
     def refuses(self, told: str, *options: str, **more: Any) -> Report:
         report = self(*options, **more)
-        assert report.status == 1, report.text
-        assert told in report.text, report.text
+        assert (report.status, told in report.text) == (1, True), report.text
         return report
 
     def is_well(self, *told: str, verdict: str = GOOD, **more: Any) -> Report:
@@ -166,7 +163,6 @@ def test_a_mounted_gitconfig_stays_mounted(one: Place) -> None:
     before = in_a_namespace('cd "$HOME" && mount --bind copy .gitconfig && exec "$@"')
     one.is_well(before=before)
     assert (one.home / "copy").read_text() == CONFIG + LINES
-    assert one.config.read_text() == CONFIG
     assert one("--undo", before=before).status == 0
     assert tree(one.home) == {**PLAIN, "copy": CONFIG.encode()}
 
@@ -185,8 +181,8 @@ def test_a_gitconfig_that_is_mounted_read_only_is_not_written_to(one: Place) -> 
 
 def test_two_runs_at_once_do_no_harm(one: Place) -> None:
     argv = [*one.argv, "setup"]
-    started = [subprocess.Popen(argv, env=one.env, stdout=subprocess.DEVNULL) for _ in range(3)]
-    assert [process.wait(30) for process in started] == [0, 0, 0]
+    started = [subprocess.Popen(argv, env=one.env, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(30) for process in started] == [0, 0]
     one.is_well()
     assert one.commit() == "G"
     assert one("--undo").status == 0
@@ -196,7 +192,6 @@ def test_two_runs_at_once_do_no_harm(one: Place) -> None:
 def test_an_include_of_the_users_own_stays(one: Place) -> None:
     one.is_well()
     one.sh(f"echo '[alias]' >x; {GLOBAL}include.path '~/x'")
-    one.is_well()
     assert one.commit() == "G"
     assert one("--undo").status == 0
     one.sh(f"{GLOBAL}include.path | grep -x '~/x'")
@@ -261,8 +256,7 @@ USABLE = [
     ("signers", f'{SIGNERS}"~/s"; echo me@example.com {PUBLIC} >s', ""),
     ("signers for all", f"{SIGNERS}'~/s'; echo '* namespaces=\"git\"' {PUBLIC} me >s", ""),
 ]
-SOON = ["a link", "GIT_CONFIG_GLOBAL's", "a path beyond ASCII", "a relative key", "nobody's key",
-        "a key itself", "signers"]  # fmt: skip
+SOON = ["a link", "GIT_CONFIG_GLOBAL's", "a path beyond ASCII", "nobody's key", "a key itself"]
 
 
 @pytest.mark.parametrize("script, told", some([*FILES, *UNUSABLE, *USABLE], *SOON))
@@ -325,9 +319,9 @@ def test_what_wins_is_named_with_its_origin_and_cure(one: Place, script: str, to
 
 
 def test_what_the_environment_sets_is_named(one: Place) -> None:
-    cure = "take it out of this shell's GIT_CONFIG_COUNT or GIT_CONFIG_PARAMETERS"
-    told = f"FAIL commit.gpgsign is false (command line:): {cure}"
-    one.refuses(told, GIT_CONFIG_PARAMETERS="'commit.gpgsign'='false'")
+    cure = "(command line:): take it out of this shell's GIT_CONFIG_COUNT or GIT_CONFIG_PARAMETERS"
+    settings = "'commit.gpgsign'='false'"
+    one.refuses(f"FAIL commit.gpgsign is false {cure}", GIT_CONFIG_PARAMETERS=settings)
 
 
 def test_a_key_and_signers_of_the_folders_own_are_its_own_affair(one: Place) -> None:
@@ -408,8 +402,7 @@ SETTLED = [
     ("an old git", "", {"GIT": "2.33.9"}, "git version 2.33.9 is too old to sign with SSH keys"),
     ("an ancient git", "", {"GIT": "1.9.1"}, "git version 1.9.1 is too old"),
     ("no condition", "", {"OPTION": "--remote-only", "GIT": "2.35.8"}, "takes git 2.36 or newer"),
-    ("signing everywhere", f"{GLOBAL}commit.gpgsign yes", {"OPTION": "--remote-only"},
-     "FAIL commit.gpgsign is true, without a remote too (file:/"),
+    ("signing everywhere", f"{GLOBAL}commit.gpgsign yes", {"OPTION": "--remote-only"}, "remote too"),
     ("no TMPDIR", "", {"TMPDIR": "/x/y"}, "no folder can be made in /x/y: set TMPDIR"),
 ]  # fmt: skip
 FIRST = ["no mail address", "a pattern", "a relative HOME", "a device", "no git", "an old git"]
@@ -518,12 +511,10 @@ def test_a_key_that_nobody_holds_is_not_trusted(one: Place, liar: Any) -> None:
     assert sorted(tree(one.home)) == [f"{OWN}/gitconfig", ".gitconfig"]
 
 
-def test_the_address_is_kept_and_what_else_was_relied_on_is_named(
-    one: Place, agent: Agent, keys: Keys, served: Served
-) -> None:
+def test_what_was_relied_on_is_kept_or_named(one: Place, agent: Agent, keys: Keys) -> None:
     agent.add(keys["ed25519"])
     one.is_well()
-    assert (one.folder / "url").read_text() == f"{served[URL]}\n"
+    assert (one.folder / "url").read_text() == f"{one.env[URL]}\n"
     with serve(agent, tokens="s3cr3t-s3cr3t-s3cr3t one\n") as env:
         report = one(SSH_AGENT_PROXY_TOKEN="s3cr3t-s3cr3t-s3cr3t", **env)
         assert "relies on SSH_AGENT_PROXY_TOKEN of this shell" in report.text
@@ -540,14 +531,10 @@ def test_the_address_is_kept_and_what_else_was_relied_on_is_named(
     assert [name for name in tree(one.home) if OWN in name] == [f"{OWN}/token"]
 
 
-SMALL = """git curl sh mktemp sed tail rm rmdir cat mkdir chmod mv cp cmp tr cut base64 sha256sum"""
-
-
 @pytest.mark.parametrize("missing", some([("none", ""), ("sum", "sha256sum")], "none"))
-def test_without_ssh_keygen_it_signs_and_says_that_it_is_not_verified(
-    missing: str, one: Place, keys: Keys
-) -> None:
-    one.has_only(*SMALL.replace(missing, "").split())
+def test_without_ssh_keygen_it_signs_unverified(one: Place, keys: Keys, missing: str) -> None:
+    small = "git curl sh mktemp sed tail rm rmdir cat mkdir chmod mv cp cmp tr cut base64 sha256sum"
+    one.has_only(*small.replace(missing, "").split())
     report = one()
     assert report.status == 0
     missed = f"{UNVERIFIED}ssh-keygen is missing: it comes in package openssh-client"
@@ -592,28 +579,29 @@ EVIL = """
     gpg.ssh.defaultKeyCommand gpg.ssh.allowedSignersFile user.signingkey user.email user.name
     init.templateDir include.path filter.x.clean commit.template credential.helper
 """
+SPECIAL = {"core.hooksPath": "THEIRS/hooks", "init.templateDir": "THEIRS", "include.path": "../x",
+           "user.email": "evil@example.com", "user.signingkey": "\x1b]0;x\x07"}  # fmt: skip
 
 
 def test_nothing_that_a_repository_names_is_run_written_or_trusted(place: Place) -> None:
     """By its settings, its hooks, and the variables that lead to it."""
     theirs, git = place.home.parent / "theirs", place.repository / ".git"
     evil = theirs / "evil"
-    place.sh(f"""
+    script = f"""
         mkdir -p {theirs}/hooks
         printf '#!/bin/sh\necho "$0 $*" >>{theirs}/ran\n' >{evil}
         chmod +x {evil}
         for name in post-commit pre-commit commit-msg post-index-change; do
             ln -s {evil} {theirs}/hooks/$name
-            ln -s {evil} {git}/hooks/$name
         done
-    """)
-    special = {"core.hooksPath": theirs / "hooks", "init.templateDir": theirs,
-               "include.path": "../x",
-               "user.email": "evil@example.com", "user.signingkey": "\x1b]0;x\x07"}
+        cp -P {theirs}/hooks/* {git}/hooks
+        {GLOBAL} core.hooksPath {theirs}/hooks # nor do the user's own take part
+        cd {place.repository}
+    """
     for name in EVIL.split():
         command = f"!{evil}" if name.startswith(("alias", "credential")) else evil
-        place.sh(f'{HERE}{name} "$VALUE"', VALUE=str(special.get(name, command)))
-    place.sh(f"{GLOBAL}core.hooksPath {theirs}/hooks")  # nor do the user's own take part
+        script += f"git config {name} '{SPECIAL.get(name, command)}'\n"
+    place.sh(script.replace("THEIRS", str(theirs)))
     before = tree(theirs), tree(place.repository)
     leading = {"GIT_DIR": git, "GIT_COMMON_DIR": git, "GIT_WORK_TREE": place.repository,
                "GIT_INDEX_FILE": git / "index", "GIT_OBJECT_DIRECTORY": git / "objects",
@@ -634,8 +622,7 @@ def test_a_repository_of_another_user_is_refused_as_git_does(one: Place) -> None
     folder = one.home.parent / "it's theirs"
     one.repository.rename(folder)
     run(["chown", "-R", "12345", folder])
-    refused = "FAIL git refuses this: fatal: detected dubious ownership in repository at"
-    report = one.refuses(refused, where=folder)
+    report = one.refuses("FAIL git refuses this: fatal: detected dubious owner", where=folder)
     assert "the next commit in this repository will not be signed" in report.lines[-1]
     one.sh(report.text.split("this directory, call: ")[1].splitlines()[0])
     one.is_well(where=folder)
