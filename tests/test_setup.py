@@ -225,7 +225,7 @@ FILES = [
     ("GIT_CONFIG_GLOBAL's", r"mv .gitconfig $(printf 'given\033')", "by HOME/given?"),
     ("carriage returns", r"printf '[user]\r\n\tname = Me\r\n' >.gitconfig", ""),
     ("another's lines", f"echo '{LINES}' | sed 's/gitconfig/x/' >>.gitconfig", ""),
-    ("empty lines at its end", "echo; echo >>.gitconfig", ""),
+    ("empty lines at its end", r"printf '\n\n' >>.gitconfig", ""),
     ("a line end in a value", r"printf '[x]\ny = \"a\\nb\" \\\n c\n' >>.gitconfig", ""),
 ]
 # then what cannot be used,
@@ -240,7 +240,8 @@ UNUSABLE = [
     ("a dead key", f"{KEY}'~/.ssh/gone.pub'", "user.signingkey = 'HOME/.ssh/gone.pub'"),
     ("an empty key", f": >k.pub; {KEY}'~/k.pub'", "user.signingkey = 'HOME/k.pub'"),
     ("an empty value", f"{KEY}''", "user.signingkey = ''"),
-    ("a GPG id", f"{KEY}ABCDEF0123456789", "user.signingkey = 'ABCDEF0123456789'"),
+    ("a GPG id", f"{KEY}ABCDEF01; {GLOBAL}gpg.format openpgp",
+     "gpg.format = 'openpgp' (file:HOME/.gitconfig); user.signingkey = 'ABCDEF01' (file"),
     ("a relative key", f"cp $KEYS/other.pub k.pub; {KEY}k.pub", "user.signingkey = 'k.pub'"),
     ("a folder", f"mkdir k.pub; {KEY}'~/k.pub'", "user.signingkey = 'HOME/k.pub'"),
     ("nobody's key", f"{KEY}'key::{test_shim.NOBODY}'", "user.signingkey = 'key::ssh-ed25519 AAA"),
@@ -328,7 +329,8 @@ def test_a_key_and_signers_of_the_folders_own_are_its_own_affair(one: Place) -> 
     one.sh("echo '[user]signingkey=~/k.pub' >x")
     one.sh(f"{GLOBAL}includeIf.gitdir:**/repository/.path '~/x'")
     one.sh(f"{HERE}gpg.ssh.allowedSignersFile x")
-    told = f"own user.signingkey = '{one.home}/k.pub' (file:{one.home}/x); gpg.ssh.allowedSigners"
+    key = f"user.signingkey = '{one.home}/k.pub' (file:{one.home}/x)"
+    told = f"warn this repository has its own {key}; gpg.ssh.allowedSignersFile = 'x' (file:.git/c"
     verdict = GOOD.replace(" will", " outside this repository will")
     one.is_well(told, verdict=verdict, where=one.repository)
     one.is_well()
