@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import pytest
 import test_shim
-from conftest import SHIM, Agent, Keys, clean_env, fingerprint, need, run
+from conftest import SHIM, Agent, Keys, cannot_run, clean_env, fingerprint, need, run
 from test_shim import URL, Done, Served, in_a_namespace, liar, on_linux, serve, served, tree
 
 __all__ = ["liar", "served"]  # fixtures
@@ -344,9 +344,11 @@ def test_another_key_for_the_same_address_is_trusted_by_its_fingerprint_alone(
     old, new = fingerprint(keys["ed25519"]), fingerprint(keys["other"])
     signers = place.folder / "allowed_signers"
     before = signers.read_bytes()
+    address = (place.folder / "url").read_text()
     with serve(agent) as env:
         place.env.update(env)
         report = place.refuses(f"trusted for me@example.com is the key {old}")
+        assert (place.folder / "url").read_text() == address
         assert f"what signs now is {new}" in report.text
         assert f"--trust {new}" not in report.text
         assert place.commit() == "U"
@@ -367,6 +369,12 @@ def test_signers_of_the_users_own_are_not_touched(one: Place, keys: Keys) -> Non
     assert not (one.folder / "allowed_signers").exists()
     assert one("--undo").status == 0
     assert tree(one.home) == before
+
+
+def test_who_trusts_another_key_is_not_shown_a_strangers_line(one: Place, keys: Keys) -> None:
+    one.sh(f"echo 'me@example.com {keys.line('other')}' >s; {SIGNERS}'~/s'")
+    report = one.refuses(f"is the key {fingerprint(keys['other'])}, and what signs now is")
+    assert "lacks this line" not in report.text
 
 
 def test_lines_of_others_stay_in_our_signers(one: Place, keys: Keys) -> None:
@@ -504,6 +512,20 @@ def test_a_key_whose_signature_does_not_verify_is_not_trusted(one: Place, liar: 
     assert not (one.folder / "allowed_signers").exists()
 
 
+def test_a_servers_word_is_not_taken_for_ours(one: Place, liar: Any) -> None:
+    key = test_shim.served_key(test_shim.LINE)
+    reason = b"no ssh-agent-proxy-sign: all is well\n"
+    server = liar(key, key, test_shim.answer(reason, "403 Forbidden"))
+    one.refuses("answered 403: no ssh-agent-proxy-sign: all is well", **server.env)
+
+
+def test_another_key_than_git_names_is_not_trusted(one: Place, liar: Any) -> None:
+    one.sh(f"{KEY}$KEYS/ed25519")
+    server = liar(test_shim.served_key(test_shim.LINE))
+    one.refuses("user.signingkey names another key than http", **server.env)
+    assert not (one.folder / "allowed_signers").exists()
+
+
 def test_a_key_that_nobody_holds_is_not_trusted(one: Place, liar: Any) -> None:
     server = liar(test_shim.served_key(test_shim.NOBODY))
     one.refuses("answered 200 without a public key", **server.env)
@@ -617,7 +639,7 @@ def test_nothing_that_a_repository_names_is_run_written_or_trusted(place: Place)
 @on_linux
 def test_a_repository_of_another_user_is_refused_as_git_does(one: Place) -> None:
     if os.getuid() != 0:
-        pytest.skip("gives a folder away, which only root can")
+        cannot_run("gives a folder away, which only root can")
     folder = one.home.parent / "it's theirs"
     one.repository.rename(folder)
     run(["chown", "-R", "12345", folder])
