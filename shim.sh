@@ -1363,6 +1363,9 @@ key() {
     put_out "$fetched$NEWLINE" || die "the key could not be written"
 }
 
+# In braces, without the last of which nothing is run. What follows only setup needs.
+{ [ "${1-}" = setup ] || main "$@"; }
+
 # --- setup ------------------------------------------------------------------------------------
 
 # What git is told stands in a file of ours, which git's own includes in its last lines: nothing of
@@ -1856,5 +1859,4 @@ take_lines_away() {
     [ -s "$1" ] || [ -L "$1" ] || rm -f -- "$1" 2>/dev/null || :
 }
 
-# In braces, without the last of which nothing is run.
 { main "$@"; }
