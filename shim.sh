@@ -1385,7 +1385,7 @@ setup() {
     set_out
     set +C # which bash takes from the environment
     scratch=$(make_temporary -d "${TMPDIR:-/tmp}/$PROGRAM.XXXXXX") ||
-        stop "no folder can be made in ${TMPDIR:-/tmp}: set TMPDIR to one that can be written to"
+        halt "no folder can be made in ${TMPDIR:-/tmp}: set TMPDIR to one that can be written to"
     [ "${scratch#/}" != "$scratch" ] || scratch=$PWD/$scratch
     # What a repository is known by; GIT_CONFIG_COUNT and the like are the caller's settings.
     LOCAL=$(git rev-parse --local-env-vars 2>/dev/null | sed /GIT_CONFIG_/d)
@@ -1401,7 +1401,7 @@ setup() {
     judge_key
     [ "$trusted:$written$to_prove$unwritable" = yes: ] || prove
     [ -z "$address" ] || [ -n "$unwritable" ] || keep url "$address" ||
-        stop "$own/url cannot be written: $SEE"
+        halt "$own/url cannot be written: $SEE"
     give_verdict
 }
 
@@ -1428,7 +1428,8 @@ tell() {
     printf '\n'
 }
 
-stop() {
+# (`stop` would be a command of ksh.)
+halt() {
     for fault; do
         tell "FAIL $fault"
     done
@@ -1456,7 +1457,7 @@ find_program() {
     *) program='' ;; # a shell's name
     esac
     if ! is_shim "$program" || [ ! -x "$program" ]; then
-        stop "git needs this as a file that can be run: save it, chmod +x it, and run that"
+        halt "git needs this as a file that can be run: save it, chmod +x it, and run that"
     fi
     quote "$program"
     key_command="$quoted key"
@@ -1498,20 +1499,20 @@ find_git() {
     version=$(outside version) || outcome=$?
     read_error
     case $outcome:${version#git version }. in
-    12[67]:*) stop "git is not installed, or not on the path: its package is called git" ;;
+    12[67]:*) halt "git is not installed, or not on the path: its package is called git" ;;
     0:[01].* | 0:2.[0-9].* | 0:2.[12][0-9].* | 0:2.3[0-3].*)
-        stop "$version is too old to sign with SSH keys: it takes 2.34 or newer"
+        halt "$version is too old to sign with SSH keys: it takes 2.34 or newer"
         ;;
     0:2.34.*) lacks='keys, remotes, tags' ;;
     0:2.35.*) lacks='remotes, tags' ;;
     0:2.3[6-9].* | 0:2.4[0-2].* | 0:2.43.[01].*) lacks=tags ;;
     0:[1-9]*) lacks='' ;;
-    *) stop "git does not run: $shown" ;;
+    *) halt "git does not run: $shown" ;;
     esac
     mkdir -- "$scratch/proof"
     inside init -q --template= && inside config remote.none.url https://none.invalid && return
     read_error
-    stop "git cannot make a repository in ${TMPDIR:-/tmp}: $shown"
+    halt "git cannot make a repository in ${TMPDIR:-/tmp}: $shown"
 }
 
 # $email, as git would use it outside a repository; an identity that git makes up is none.
@@ -1526,7 +1527,7 @@ find_identity() {
     esac
     read_error
     show "${email:-$shown}"
-    stop "git must know your name, and a mail address such as you@example.com ($shown): \
+    halt "git must know your name, and a mail address such as you@example.com ($shown): \
 git config --global user.name 'YOUR NAME' && git config --global user.email YOU@EXAMPLE.COM"
 }
 
@@ -1595,14 +1596,14 @@ write_settings() {
     has_home || return
     [ -z "$remote_only" ] || condition=$WITH_REMOTE
     [ "${present:-$condition}" = "$condition" ] ||
-        stop "git signs in every repository by now: run \`$PROGRAM setup --undo\` first"
+        halt "git signs in every repository by now: run \`$PROGRAM setup --undo\` first"
     case $condition:$lacks in
-    h*remotes*) stop "--remote-only takes git 2.36 or newer, and this is $version" ;;
+    h*remotes*) halt "--remote-only takes git 2.36 or newer, and this is $version" ;;
     h*)
         get outside commit.gpgsign
         [ "$value" != true ] || tell_cure "commit.gpgsign is true, without a remote too"
         [ -z "$failed" ] ||
-            stop "nothing was written: do that, then run \`$PROGRAM setup --remote-only\` again"
+            halt "nothing was written: do that, then run \`$PROGRAM setup --remote-only\` again"
         ;;
     esac
     [ -f "$config" ] || [ ! -e "$config" ] || fail "$config is no regular file" || return
@@ -1643,7 +1644,7 @@ find_what_wins() {
     resolved=$(command -v "$value") || : # however it is spelled
     [ "${resolved#/}" = "$resolved" ] || ! is_shim "$resolved" || program=$value
     expect_settings inside
-    [ -z "$failed" ] || stop "the next commit will not be signed until that is mended"
+    [ -z "$failed" ] || halt "the next commit will not be signed until that is mended"
     differing=''
     if ! here rev-parse --git-dir >/dev/null; then
         read_error
@@ -1668,7 +1669,7 @@ expect_settings() {
     for setting in "gpg.format ssh" "gpg.ssh.program $program" "commit.gpgsign true"; do
         get "$1" "${setting%% *}"
         [ "$value" != "${setting#* }" ] || continue
-        [ "$where" = here ] || [ -z "$unwritable" ] || stop "$unwritable: $SEE"
+        [ "$where" = here ] || [ -z "$unwritable" ] || halt "$unwritable: $SEE"
         tell_cure "$name is ${shown:-not set}"
     done
 }
@@ -1692,15 +1693,15 @@ obtain_key() {
     ssh_keygen=''
     ! find_ssh_keygen || ssh_keygen=$found
     [ -n "$ssh_keygen" ] || unverified="ssh-keygen is missing: it comes in $PACKAGES"
-    prepare_to_ask || stop "$problem${their_key:+ (of the key in user.signingkey)}" "$UNTIL"
+    prepare_to_ask || halt "$problem${their_key:+ (of the key in user.signingkey)}" "$UNTIL"
     signing_key=$found whole_key=$fetched
     case $their_key$key_file:$lacks:$signing_key in
     :keys*:ssh-*) ;;
-    :keys*) stop "$version takes a key such as ${signing_key%% *} from a file only: $PROGRAM \
+    :keys*) halt "$version takes a key such as ${signing_key%% *} from a file only: $PROGRAM \
 pubkey ~/.ssh/signing.pub && git config --global user.signingkey ~/.ssh/signing.pub" "$UNTIL" ;;
     esac
     [ "$signing_key" = "${their_key:-$signing_key}" ] ||
-        stop "user.signingkey names another key than $pubkey_url does" "$UNTIL"
+        halt "user.signingkey names another key than $pubkey_url does" "$UNTIL"
     address=${SSH_AGENT_PROXY_URL:-}
     [ "${address:-$(cat -- "$own/url" 2>/dev/null)}" = "$(cat -- "$own/url" 2>/dev/null)" ] ||
         to_prove=yes
@@ -1740,11 +1741,11 @@ judge_key() {
     done <"$scratch/signers"
     find_fingerprint "$signing_key"
     [ "${to_trust:-$fingerprint}" = "$fingerprint" ] ||
-        stop "the key that signs is $fingerprint, and --trust names another: compare it again"
+        halt "the key that signs is $fingerprint, and --trust names another: compare it again"
     [ -n "$rival" ] && [ -z "$trusted$to_trust" ] || return 0
     new=$fingerprint
     find_fingerprint "$rival"
-    stop "trusted for $email is the key $fingerprint, and what signs now is $new" \
+    halt "trusted for $email is the key $fingerprint, and what signs now is $new" \
         "the key was changed, or somebody else is at the proxy's address: only where \
 \`ssh-agent-proxy check\` on the host shows the second one, add it by setup --trust FINGERPRINT"
 }
@@ -1753,22 +1754,22 @@ judge_key() {
 prove() {
     inside commit -q --allow-empty --no-verify -m "$PROGRAM setup" || {
         read_error
-        stop "$shown" "$UNTIL"
+        halt "$shown" "$UNTIL"
     }
     if [ -z "$ssh_keygen" ]; then
         case $(inside cat-file commit HEAD) in
         *"$BEGIN"*) trust "$MARK: signed, and not verified$NEWLINE" ;;
-        *) stop "git made a commit without a signature, and did not say why" ;;
+        *) halt "git made a commit without a signature, and did not say why" ;;
         esac
         return
     fi
     printf '%s\n' "$trust_line" >"$scratch/signers"
     is_good -c gpg.ssh.allowedSignersFile="$scratch/signers" ||
-        stop "the signature is none by $fingerprint that verifies: ${shown:-$verdict}" "$UNTIL"
+        halt "the signature is none by $fingerprint that verifies: ${shown:-$verdict}" "$UNTIL"
     trust ''
     is_good || case $unwritable:$signers in
-    :"$own"/*) stop "the commit does not verify by $signers: ${shown:-$verdict}" ;;
-    :*) stop "$signers (git's gpg.ssh.allowedSignersFile) lacks this line: $trust_line" \
+    :"$own"/*) halt "the commit does not verify by $signers: ${shown:-$verdict}" ;;
+    :*) halt "$signers (git's gpg.ssh.allowedSignersFile) lacks this line: $trust_line" \
         "commits are signed, and do not verify here until it is in there" ;;
     *) unverified="git has no file of allowed signers with this key in it" ;;
     esac
@@ -1784,7 +1785,7 @@ is_good() {
 trust() {
     [ "$trusted$unwritable$signers" = "$own/allowed_signers" ] || return 0
     if ! append "$signers" "$1$trust_line" || ! chmod go-w -- "$signers"; then
-        stop "$signers cannot be written: $SEE"
+        halt "$signers cannot be written: $SEE"
     fi
 }
 
@@ -1805,7 +1806,7 @@ a token is kept in ~/.config/ssh-agent-proxy/token (mode 0600)"
     [ -z "$differing" ] || tell "warn this repository has its own $differing"
     tell "ok   key $fingerprint, for $email"
     [ -z "$failed" ] ||
-        stop "the next commit in this repository will not be signed until that is mended"
+        halt "the next commit in this repository will not be signed until that is mended"
     tell "todo compare: \`ssh-agent-proxy check\` on the host must show $fingerprint"
     tell "todo register as a *signing* key, where your commits are shown: $whole_key"
     limit=''
@@ -1817,7 +1818,7 @@ a token is kept in ~/.config/ssh-agent-proxy/token (mode 0600)"
 
 # Takes our lines away, and what was written.
 undo_setup() {
-    has_home || stop "$problem"
+    has_home || halt "$problem"
     for target in "$config" "$beside" "${HOME-}/.gitconfig"; do
         take_lines_away "$target"
     done
@@ -1831,7 +1832,7 @@ undo_setup() {
     remove_ours
     find_files
     if [ -n "$present" ] || [ -e "$own/gitconfig" ]; then
-        stop "$own/gitconfig, or its lines in $config, cannot be taken away: read-only?"
+        halt "$own/gitconfig, or its lines in $config, cannot be taken away: read-only?"
     fi
     get outside commit.gpgsign
     now="signs no commit by itself"
@@ -1852,7 +1853,7 @@ take_lines_away() {
         cp -- "$1" "$fresh"
         copy=$fresh fresh='' # which stays, should the writing end in the middle
         { cat "$scratch/left" >"$1"; } 2>/dev/null || cmp -s "$copy" "$1" ||
-            stop "$1 could not be written whole: what it was is in $copy"
+            halt "$1 could not be written whole: what it was is in $copy"
         rm -f -- "$copy"
     fi
     fresh=''

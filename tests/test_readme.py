@@ -158,7 +158,7 @@ def test_every_message_explained_is_one_that_is_said(page: str, heading: str) ->
 
 def test_every_message_of_the_shim_is_explained() -> None:
     """With its cause and its cure: an AI agent that reads it finds what to ask its person for."""
-    called, kept = "die|fail|say|stop|tell|refuse", "problem|permission|advice|UNTIL|tags"
+    called, kept = "die|fail|say|halt|tell|refuse", "problem|permission|advice|UNTIL|tags"
     says = re.compile(rf"\b({called})\b|\b({kept})=")
     lines = filter(says.search, SHIM_SOURCE.replace("\\\n", "").splitlines())
     said = [one for line in lines for one in re.findall(r'"((?:[^"\\]|\\.)*)"', line)]
