@@ -38,7 +38,6 @@ GIT_2=AAAANnaXQAAAAAAAAABnNoY
 CONNECT_SECONDS=5
 ANSWER_SECONDS=600
 ANNOUNCE_SECONDS=2
-BUSY_SECONDS=120
 
 # What is to be removed or ended, whatever happens.
 held=''    # the file that an answer is received in
@@ -582,6 +581,7 @@ stop_timer() {
     [ -n "$timer" ] || return 0
     kill -s USR1 "$timer" 2>/dev/null || :
     stopped=$timer timer=''
+    [ -z "${ZSH_VERSION:-}" ] || reap_timer # its end would come amid zsh's malloc, and break that
 }
 
 # Where process 1 waits for nobody it would stay as a zombie.
@@ -814,10 +814,7 @@ and no blank or comma among them" ;;
 prepare_anyway() {
     until prepare; do
         case $next in
-        url)
-            show "$named_in"
-            explain_url "$shown" "$sign_url" || return
-            ;;
+        url) explain_url "$named_in" "$sign_url" || return ;;
         token) explain_token || return ;;
         proxy) # curl does not look at it: it may be a header that a CGI's client has chosen
             see_where_it_leads "$HTTP_PROXY"
@@ -833,6 +830,8 @@ prepare_anyway() {
 
 # URL $2, which stands in $1, is none; a password in it is not repeated.
 explain_url() {
+    show "$1"
+    set -- "$shown" "$2"
     show "$2"
     case $2 in
     '' | *@*) shown='empty, or with a user name' ;;
@@ -1046,6 +1045,8 @@ is_broken() {
     return 1
 }
 
+BUSY_SECONDS=120
+
 # Is the proxy busy, and can it be waited for? Then that was done.
 is_busy() {
     is_ours && [ "$answered" = 503 ] && [ -n "$retry_after" ] && [ -z "$once" ] || return 1
@@ -1109,7 +1110,7 @@ seek_way() {
         "$ask_again"
         ;;
     loopback:*) return 1 ;;
-    *) may_guess && guess ;;
+    *) guess ;;
     esac
 }
 
@@ -1121,15 +1122,12 @@ is_unreached() {
     return 1
 }
 
-# Only in a container, and not where there is a token, which a wrong host could keep.
-may_guess() {
+# By the names that engines give to the host: does our proxy answer there? Only in a container, and
+# not where there is a token, which a wrong host could keep.
+guess() {
     [ -z "$named_in" ] && [ "${place%/*}" = "${sign_url%/*}" ] && [ -z "${token:+set}" ] &&
         [ ! -e "$holder" ] || return 1
-    [ "$leads" = gateway ] || [ -e /.dockerenv ] || [ -e /run/.containerenv ]
-}
-
-# By the names that engines give to the host: does our proxy answer there?
-guess() {
+    [ "$leads" = gateway ] || [ -e /.dockerenv ] || [ -e /run/.containerenv ] || return 1
     tried=$sign_url
     set -- host.docker.internal host.containers.internal
     export no_proxy='*' NO_PROXY='*'
