@@ -700,7 +700,6 @@ main() {
 
 # For all the arguments: removes what stands in the way, or says what it is and ends.
 mend() {
-    show "${place-}"
     case $next in
     request) check_request "$@" ;;
     url | token | proxy) prepare_anyway || die "$problem" ;;
@@ -730,17 +729,17 @@ not be asked for its own when the push began: look at \`$PROGRAM pubkey\`, then 
     no_copy) die "standard input could not be kept: is the disk full?" ;;
     no_output) die "the signature could not be written" ;;
     refusal) look_at_refusal ;;
-    answer) die "$shown answered 200 without the signature that was asked for" ;;
+    answer) die "$place answered 200 without the signature that was asked for" ;;
     esac
 }
 
 # --- Messages ---------------------------------------------------------------------------------
 
-# $shown: foreign text made fit for one line of a message. A terminal obeys control characters,
-# and not only ASCII ones.
+# $shown: foreign text, of which more than 300 bytes ($2) tell nothing, fit for one line. A
+# terminal obeys control characters, and not only ASCII ones.
 show() {
     # Some shells take long to cut it.
-    [ ${#1} -le 300 ] || set -- "$(printf '%.300s' "$1" | tr -c ' -~' '?')"
+    [ ${#1} -le "${2:-300}" ] || set -- "$(printf "%.${2:-300}s" "$1" | tr -c ' -~' '?')"
     rest=$1
     shown=''
     while [ -n "$rest" ]; do
@@ -751,9 +750,10 @@ show() {
     done
 }
 
-# Git takes "usage:" for the word of an OpenSSH that is too old.
+# One line, whatever stands in it. Git takes "usage:" for the word of an OpenSSH that is too old.
 say() {
-    said=$1
+    show "$1" 9999
+    said=$shown
     while [ "${said#*usage:}." != "$said." ]; do
         said=${said%%usage:*}usage\ ${said#*usage:}
     done
@@ -766,10 +766,8 @@ begins_with() {
     [ "$namespace" = git ] && [ -f "$subject" ] && [ -r "$subject" ] || return 1
     line=''
     IFS= read -r line <"$subject" || :
-    case $line in
-    "$1"*) return 0 ;;
-    esac
-    return 1
+    rest=${line#"$1"} # (posh would not cut it within other quotes)
+    [ "$rest" != "$line" ]
 }
 
 die() {
@@ -815,7 +813,12 @@ prepare_anyway() {
     until prepare; do
         case $next in
         url) explain_url "$named_in" "$sign_url" || return ;;
-        token) explain_token || return ;;
+        token)
+            [ -n "$token" ] || explain_holder ||
+                fail "SSH_AGENT_PROXY_TOKEN_FILE gives no token: $problem" || return
+            fail "what ${holder:-SSH_AGENT_PROXY_TOKEN} holds is no token: \`ssh-agent-proxy \
+token NAME\` prints one on the host" || return
+            ;;
         proxy) # curl does not look at it: it may be a header that a CGI's client has chosen
             see_where_it_leads "$HTTP_PROXY"
             if [ -n "$leads" ] && [ -z "${REQUEST_METHOD:-}" ]; then
@@ -830,8 +833,6 @@ prepare_anyway() {
 
 # URL $2, which stands in $1, is none; a password in it is not repeated.
 explain_url() {
-    show "$1"
-    set -- "$shown" "$2"
     show "$2"
     case $2 in
     '' | *@*) shown='empty, or with a user name' ;;
@@ -839,34 +840,25 @@ explain_url() {
     fail "$1 is $shown: it must be http://HOST:PORT/sign, https://HOST/sign or unix:/PATH"
 }
 
-explain_token() {
-    [ -n "$token" ] || explain_holder ||
-        fail "SSH_AGENT_PROXY_TOKEN_FILE gives no token: $problem" || return
-    show "${holder:-SSH_AGENT_PROXY_TOKEN}"
-    fail "what $shown holds is no token: \`ssh-agent-proxy token NAME\` prints one on the host"
-}
-
 # Why there is no token in $holder.
 explain_holder() {
-    can_be_read "$holder" && fail "$shown holds none"
+    can_be_read "$holder" && fail "$holder holds none"
 }
 
 # Is what is at path $1 a file that can be read?
 can_be_read() {
-    show "$1"
     if [ ! -e "$1" ]; then
         reason=$(ls -d -L -- "$1" 2>&1 >/dev/null) || : # in the words of the system
-        fail "$shown: ${reason##*: }: is it mounted?"
+        fail "$1: ${reason##*: }: is it mounted?"
     elif [ -d "$1" ]; then
-        fail "$shown is a folder (container engines make one where there was nothing to mount)"
+        fail "$1 is a folder (container engines make one where there was nothing to mount)"
     elif [ ! -r "$1" ]; then
-        fail "$shown cannot be read: permission denied"
+        fail "$1 cannot be read: permission denied"
     fi
 }
 
 refuse_folder() {
-    show "$file"
-    die "cannot write $shown.sig: is it a folder, or its own not writable, or the disk full?"
+    die "cannot write $file.sig: is it a folder, or its own not writable, or the disk full?"
 }
 
 # --- The key that git named, where it is not in a file ----------------------------------------
@@ -877,8 +869,7 @@ accept_key() {
     case ${wanted#* } in
     "$NOBODY") wanted='' nobody=yes ;;
     "$ANYBODY")
-        show "$source"
-        die "the key in ${shown:-user.signingkey} is 32 zero bytes, for which anyone can forge a \
+        die "the key in ${source:-user.signingkey} is 32 zero bytes, for which anyone can forge a \
 signature: take it out of there, and out of every file of allowed signers"
         ;;
     esac
@@ -897,7 +888,6 @@ look_for_key() {
     show "$key"
     if [ -n "$there" ]; then
         can_be_read "$there" || die "git's user.signingkey: $problem"
-        show "$key"
         die "no public key in $shown (git's user.signingkey) nor in $shown.pub: it is the \
 public key that is needed there, the private one stays with the agent"
     fi
@@ -938,7 +928,7 @@ END_OF_BODY
     case $body in
     *"$NEWLINE"?* | *"$NOBODY"* | *"$ANYBODY"*) word='' ;; # it is one line, and somebody's
     esac
-    take_key "$word" "$blob" || fail "$shown answered 200 without a public key" || return
+    take_key "$word" "$blob" || fail "$place answered 200 without a public key" || return
     found=$wanted
     wanted=$asked_for
     show "$rest"
@@ -960,10 +950,8 @@ find_pubkey_url() {
     case $pubkey_url:$sign_url in
     :unix:*) pubkey_url=$sign_url ;;
     :*/sign) pubkey_url=${sign_url%sign}publickey ;;
-    :*)
-        show "$named_in"
-        fail "$shown is $sign_url, which does not end in /sign: set SSH_AGENT_PROXY_PUBKEY_URL too"
-        ;;
+    :*) fail "$named_in is $sign_url, which does not end in /sign: set SSH_AGENT_PROXY_PUBKEY_URL \
+too" ;;
     *) is_url "$pubkey_url" || explain_url SSH_AGENT_PROXY_PUBKEY_URL "$pubkey_url" ;;
     esac
 }
@@ -989,10 +977,9 @@ write_key() {
 look_at_refusal() {
     if ! settle ask_for_signature; then
         # Git's own file of a key is gone by the time that this is read.
-        show "$source"
         case $server:$answered:$wanted:${source##*/} in
         *:.git_signing_key_tmp* | *:) ;;
-        ssh-agent-proxy/*:40[34]:?*:*) problem="$problem (asked for the key in $shown)" ;;
+        ssh-agent-proxy/*:40[34]:?*:*) problem="$problem (asked for the key in $source)" ;;
         esac
         # No other refusal is asked around: a person's, a policy's and the agent's no are meant.
         case $marked:$once:$answered:$body in
@@ -1016,7 +1003,7 @@ is_ours() {
 }
 
 # True when our proxy has answered 200, asked again by $1 where that does no harm; else $problem
-# says what is wrong. $shown is where was asked.
+# says what is wrong.
 settle() {
     ask_again=$1
     repeated='' # not empty: asked again after a broken connection
@@ -1025,13 +1012,10 @@ settle() {
         if is_broken || is_busy; then
             "$ask_again"
         elif ! seek_way; then
-            show "$place"
-            place=$shown
             explain_answer
             return
         fi
     done
-    show "$place"
 }
 
 # Did the connection break before an answer: a restart, perhaps? Once, and not after so long that
@@ -1169,17 +1153,17 @@ explain_answer() {
 explain_stranger() {
     show "$server"
     stranger="status $answered, Server: ${shown:-none}"
-    show "${tried:-$place}"
-    problem="what answers at $shown is not ssh-agent-proxy ($stranger) but another program there, \
+    asked=${tried:-$place}
+    problem="what answers at $asked is not ssh-agent-proxy ($stranger) but another program there, \
 or a network policy's page: SSH_AGENT_PROXY_URL says where to look"
     case $way:$answered in
     *:403) ! name_permission || problem="a network policy refuses \
-$shown ($stranger): the person who set it up has to $permission" ;;
-    *:407) problem="the proxy on the way to $shown wants a user and a password ($stranger): \
+$asked ($stranger): the person who set it up has to $permission" ;;
+    *:407) problem="the proxy on the way to $asked wants a user and a password ($stranger): \
 http_proxy lacks the right ones, which a sandbox puts into it" ;;
-    knocked:50[0234]) problem="nothing listens at $shown on the host's side of http_proxy \
+    knocked:50[0234]) problem="nothing listens at $asked on the host's side of http_proxy \
 ($stranger): is ssh-agent-proxy running on the host, on that port?" ;;
-    open:50[0234]) problem="the way to $shown through http_proxy broke off ($stranger)" ;;
+    open:50[0234]) problem="the way to $asked through http_proxy broke off ($stranger)" ;;
     esac
     return 1
 }
@@ -1207,11 +1191,10 @@ permissions and allow_local_binding = true, in Codex's config.toml" ;;
 # The proxy's own word says how to come by a token, and this where one was looked for.
 advise_token() {
     refusal=$problem
-    show "${holder:-SSH_AGENT_PROXY_TOKEN}"
     if [ -n "$elsewhere" ]; then
         advice="the token is sent to the host of SSH_AGENT_PROXY_URL alone, and this is another"
     elif [ -n "${token:+set}" ]; then
-        advice="what was sent is the one in $shown: put another there"
+        advice="what was sent is the one in ${holder:-SSH_AGENT_PROXY_TOKEN}: put another there"
     else
         explain_holder || advice="SSH_AGENT_PROXY_TOKEN is not set, and $problem"
     fi
@@ -1220,23 +1203,22 @@ advise_token() {
 
 # There is no (whole) answer: curl's exit status says why.
 explain_silence() {
-    show "${SSH_AGENT_PROXY_CURL:-curl}"
-    curl=$shown
-    show "${tried:-$place}"
+    curl=${SSH_AGENT_PROXY_CURL:-curl}
+    asked=${tried:-$place}
     ! is_unreached || ended=un$ended
     case ${place%%:*}:${tried:+tried}$way:$ended:${CODEX_SANDBOX_NETWORK_DISABLED:+codex} in
     unix:*:un6:*) fail "${place#unix:} is longer than the path of a socket can be" ;;
     unix:*:un7:*) explain_socket "${place#unix:}" ;;
-    *:un*:codex) fail "$shown cannot be reached, for Codex gives its sandbox no network here: the \
+    *:un*:codex) fail "$asked cannot be reached, for Codex gives its sandbox no network here: the \
 person who set it up has to set network_access = true in config.toml's [sandbox_workspace_write]" ;;
-    *:tried:un*) fail "ssh-agent-proxy was not found at $shown: is it running on the host, and \
+    *:tried:un*) fail "ssh-agent-proxy was not found at $asked: is it running on the host, and \
 can this container reach it there? SSH_AGENT_PROXY_URL says where to look" ;;
-    *:knocked:un* | *:open:un* | *:knocked:5:*) fail "nothing listens at $shown here, and what \
+    *:knocked:un* | *:open:un* | *:knocked:5:*) fail "nothing listens at $asked here, and what \
 http_proxy names, which could lead out, cannot be reached" ;;
-    *:un6:*) fail "the host of $shown is not known here: SSH_AGENT_PROXY_URL says where to look" ;;
-    *:un7:*) fail "nothing listens at $shown (connection refused): is ssh-agent-proxy running on \
+    *:un6:*) fail "the host of $asked is not known here: SSH_AGENT_PROXY_URL says where to look" ;;
+    *:un7:*) fail "nothing listens at $asked (connection refused): is ssh-agent-proxy running on \
 the host, and its port reachable from here? SSH_AGENT_PROXY_URL says where to look" ;;
-    *:un28:*) fail "no connection to $shown in time ($CONNECT_SECONDS s): is there a firewall?" ;;
+    *:un28:*) fail "no connection to $asked in time ($CONNECT_SECONDS s): is there a firewall?" ;;
     *:28:*) fail "no answer from $place in time ($ANSWER_SECONDS s): a prompt on the host?" ;;
     *:3:*) fail "$place cannot be asked: its port is no port, or it names no host" ;;
     *:5:*) fail "http_proxy, which leads to $place, names no host that is known here" ;;
@@ -1256,15 +1238,14 @@ that it is ssh-agent-proxy's own, whose log tells more, and not an agent's" ;;
 
 # Why nobody answers at the socket $1.
 explain_socket() {
-    show "$1"
     if [ ! -e "$1" ]; then
         can_be_read "$1" || fail "$problem (its folder, with ssh-agent-proxy running on the host)"
     elif [ ! -S "$1" ]; then
-        fail "$shown is not a socket (engines make a folder where there was nothing to mount)"
+        fail "$1 is not a socket (engines make a folder where there was nothing to mount)"
     elif [ ! -w "$1" ]; then
-        fail "$shown: permission denied: the socket is not open to this user (?mode=0660 opens it)"
+        fail "$1: permission denied: the socket is not open to this user (?mode=0660 opens it)"
     else
-        fail "nobody listens on $shown: is ssh-agent-proxy running on the host? (It makes the \
+        fail "nobody listens on $1: is ssh-agent-proxy running on the host? (It makes the \
 socket anew at each start: mount the folder, not the socket alone)"
     fi
 }
@@ -1340,11 +1321,10 @@ pubkey() {
     if [ $# -eq 0 ]; then
         put_out "$fetched$NEWLINE" || die "the key could not be written"
     else
-        show "$path"
         # What is there may be a device, or /dev/stdout, which nobody wants to see replaced.
         if [ -L "$path" ] || { [ -e "$path" ] && [ ! -f "$path" ]; } ||
             ! write_key "$path" "$fetched"; then
-            die "cannot write $shown: is it no plain file, or is its folder closed to this user?"
+            die "cannot write $path: is it no plain file, or is its folder closed to this user?"
         fi
     fi
 }
@@ -1420,10 +1400,10 @@ read_setup_options() {
     done
 }
 
-# One line of the report, whatever foreign text is in it.
+# One line of the report, whatever stands in it.
 tell() {
-    printf '%s' "$1" | tr -c ' -~' '?'
-    printf '\n'
+    show "$1" 9999
+    printf '%s\n' "$shown"
 }
 
 # (`stop` would be a command of ksh.)
@@ -1708,16 +1688,13 @@ pubkey ~/.ssh/signing.pub && git config --global user.signingkey ~/.ssh/signing.
 # $fingerprint of key $1 as ssh-keygen tells it; the key itself where nothing can.
 find_fingerprint() {
     printf '%s\n' "$1" >"$scratch/key.pub"
+    fingerprint=''
     if [ -n "$ssh_keygen" ]; then
         fingerprint=$("$ssh_keygen" -lf "$scratch/key.pub" 2>/dev/null | cut -d ' ' -f 2)
-    else
-        sum=$(cut -d ' ' -f 2 "$scratch/key.pub" | { base64 -d | sha256sum; } 2>/dev/null) || :
-        bytes=''
-        for byte in $(printf '%s\n' "${sum%% *}" | sed 's/../0x& /g'); do
-            bytes=$bytes\\$(printf '%03o' "$byte")
-        done
-        # shellcheck disable=SC2059
-        fingerprint=$(printf "$bytes" | base64 2>/dev/null) || fingerprint=''
+    elif sum=$(cut -d ' ' -f 2 "$scratch/key.pub" | { base64 -d | sha256sum; } 2>/dev/null); then
+        digits=$(printf '%s\n' "${sum%% *}" | sed 's/../0x& /g')
+        # shellcheck disable=SC2059,SC2086 # each is a word, and becomes an escape sequence
+        fingerprint=$(printf "$(printf '\\%03o' $digits)" | base64 2>/dev/null) || fingerprint=''
         fingerprint=${fingerprint:+SHA256:${fingerprint%=}}
     fi
     fingerprint=${fingerprint:-$1}
