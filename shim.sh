@@ -59,6 +59,8 @@ marked=''    # not empty: we wrote that file, and may replace it
 nobody=''    # not empty: git names the key that nobody holds
 once=''      # not empty: the data can be read only once
 past='*'     # for which hosts on loopback no http_proxy is used
+token_from=- # from where curl is told the token,
+data_from=4  # and what is its standard input then: that, or the data
 
 # --- -Y sign ----------------------------------------------------------------------------------
 
@@ -121,9 +123,9 @@ sign_file() {
 # Is it git's own temporary file at path $1, whose name is $2 and six letters or digits?
 is_gits_own() {
     case ${1##*/} in
-    "$2"[A-Za-z0-9][A-Za-z0-9][A-Za-z0-9][A-Za-z0-9][A-Za-z0-9][A-Za-z0-9]) return 0 ;;
+    "$2"[A-Za-z0-9][A-Za-z0-9][A-Za-z0-9][A-Za-z0-9][A-Za-z0-9][A-Za-z0-9]) ;;
+    *) return 1 ;;
     esac
-    return 1
 }
 
 # $held: a new file $1, never one that is there. As `set -C` opens a device that a link names all
@@ -354,11 +356,11 @@ is_loopback() {
     '[::1]'[:/]*) return 0 ;;
     esac
     case ${host%%[:/]*} in
-    [Ll][Oo][Cc][Aa][Ll][Hh][Oo][Ss][Tt] | *.[Ll][Oo][Cc][Aa][Ll][Hh][Oo][Ss][Tt]) return 0 ;;
+    [Ll][Oo][Cc][Aa][Ll][Hh][Oo][Ss][Tt] | *.[Ll][Oo][Cc][Aa][Ll][Hh][Oo][Ss][Tt]) ;;
     *[!0-9.]*) return 1 ;;
-    127.*) return 0 ;;
+    127.*) ;;
+    *) return 1 ;;
     esac
-    return 1
 }
 
 # Whatever answers is held to 64 KiB: an endless page must not fill the disk.
@@ -371,9 +373,9 @@ run_curl() {
     # By a here-document, for everyone sees arguments (printf too is a program in mksh and posh).
     # Some shells make a temporary file of it, ksh by the umask; the group is for its failure.
     umask 077
-    { exec "${SSH_AGENT_PROXY_CURL:-curl}" "$@" -K -; } <<END_OF_CONFIG || exit 120
+    { exec "${SSH_AGENT_PROXY_CURL:-curl}" "$@" -K "$token_from" <&"$data_from"; } 4<<END || exit 120
 header = "Authorization: Bearer $token"
-END_OF_CONFIG
+END
 }
 
 read_answer() {
@@ -420,10 +422,7 @@ read_body() {
 }
 
 is_granted() {
-    case $answered:$ended:$head_ends:$server in
-    200:0:yes:ssh-agent-proxy/*) return 0 ;;
-    esac
-    return 1
+    [ "$answered:$ended:$head_ends" = 200:0:yes ] && [ "${server#ssh-agent-proxy/}." != "$server." ]
 }
 
 # --- What is written --------------------------------------------------------------------------
@@ -868,10 +867,8 @@ accept_key() {
     chosen=yes
     case ${wanted#* } in
     "$NOBODY") wanted='' nobody=yes ;;
-    "$ANYBODY")
-        die "the key in ${source:-user.signingkey} is 32 zero bytes, for which anyone can forge a \
-signature: take it out of there, and out of every file of allowed signers"
-        ;;
+    "$ANYBODY") die "the key in ${source:-user.signingkey} is 32 zero bytes, for which anyone can \
+forge a signature: take it out of there, and out of every file of allowed signers" ;;
     esac
 }
 
@@ -975,27 +972,24 @@ write_key() {
 # There was no signature; that of another key, once, where the one that was asked for is one that
 # we fetched, and the proxy will not sign with it any more.
 look_at_refusal() {
-    if ! settle ask_for_signature; then
-        # Git's own file of a key is gone by the time that this is read.
-        case $server:$answered:$wanted:${source##*/} in
-        *:.git_signing_key_tmp* | *:) ;;
-        ssh-agent-proxy/*:40[34]:?*:*) problem="$problem (asked for the key in $source)" ;;
-        esac
-        # No other refusal is asked around: a person's, a policy's and the agent's no are meant.
-        case $marked:$once:$answered:$body in
-        yes::404:* | "yes::403:this proxy signs with "*) ;;
-        *) die "$problem" ;;
-        esac
-        is_ours || die "$problem"
-        refusal=$problem
-        if ! fetch_key || [ "$found" = "$wanted" ]; then
-            die "$refusal"
-        fi
-        adopt_key
-        ask_for_signature
-        settle ask_for_signature || die "$problem"
-    fi
     granted=yes
+    ! settle ask_for_signature || return 0
+    # Git's own file of a key is gone by the time that this is read.
+    case $server:$answered:$wanted:${source##*/} in
+    *:.git_signing_key_tmp* | *:) ;;
+    ssh-agent-proxy/*:40[34]:?*:*) problem="$problem (asked for the key in $source)" ;;
+    esac
+    # No other refusal is asked around: a person's, a policy's and the agent's no are meant.
+    case $marked:$once:$answered:$server:$body in
+    yes::404:ssh-agent-proxy/*) ;;
+    yes::403:ssh-agent-proxy/*:"this proxy signs with "*) ;;
+    *) die "$problem" ;;
+    esac
+    refusal=$problem
+    { fetch_key && [ "$found" != "$wanted" ]; } || die "$refusal"
+    adopt_key
+    ask_for_signature
+    settle ask_for_signature || die "$problem"
 }
 
 is_ours() {
@@ -1011,9 +1005,8 @@ settle() {
     while ! is_granted; do
         if is_broken || is_busy; then
             "$ask_again"
-        elif ! seek_way; then
-            explain_answer
-            return
+        else
+            seek_way || explain_answer || return
         fi
     done
 }
@@ -1024,9 +1017,9 @@ is_broken() {
     [ -z "$answered$once$repeated" ] || return 1
     repeated=yes
     case $ended:$took in
-    52:[0-4].* | 55:[0-4].* | 56:[0-4].* | 52: | 55: | 56:) return 0 ;;
+    52:[0-4].* | 55:[0-4].* | 56:[0-4].* | 52: | 55: | 56:) ;;
+    *) return 1 ;;
     esac
-    return 1
 }
 
 BUSY_SECONDS=120
@@ -1101,9 +1094,9 @@ seek_way() {
 # Is the name unknown, or was no connection made in time?
 is_unreached() {
     case $answered:$ended:$took in
-    :6:* | :7:* | :28:[0-9].*) return 0 ;;
+    :6:* | :7:* | :28:[0-9].*) ;;
+    *) return 1 ;;
     esac
-    return 1
 }
 
 # By the names that engines give to the host: does our proxy answer there? Only in a container, and
@@ -1134,7 +1127,7 @@ guess() {
 
 # Why there is no signature, and no key: $problem.
 explain_answer() {
-    if [ -n "$answered" ] && [ -z "$head_ends" ]; then
+    if [ "$ended" = 18 ] || { [ -n "$answered" ] && [ -z "$head_ends" ]; }; then
         fail "the answer from $place broke off: try again"
     elif [ -n "$answered" ] && ! is_ours; then
         explain_stranger
@@ -1224,7 +1217,6 @@ the host, and its port reachable from here? SSH_AGENT_PROXY_URL says where to lo
     *:5:*) fail "http_proxy, which leads to $place, names no host that is known here" ;;
     *:2:* | *:4:* | *:48:*) fail "$curl lacks something that curl 7.68 has: install a newer one" ;;
     *:[18]:*) fail "what answers at $place does not speak HTTP: another program there?" ;;
-    *:18:*) fail "the answer from $place broke off: try again" ;;
     *:23:*) fail "the answer from $place could not be kept: is it too long, or the disk full?" ;;
     *:35:* | *:5[13489]:* | *:60:* | *:77:* | *:83:* | *:9[01]:*) fail "$place: no trusted TLS \
 connection (curl's exit status $ended)" ;;
@@ -1254,24 +1246,17 @@ socket anew at each start: mount the folder, not the socket alone)"
 
 # One request, with the data as it comes.
 stream() {
-    ended=0
-    { answer=$(stream_curl "$@" --limit-rate 1M <&3); } 2>/dev/null || ended=$?
+    ended=0 token_from=/dev/fd/4 data_from=0
+    {
+        answer=$(
+            [ -z "${token:+set}" ] || [ -e /dev/fd/0 ] || exit 120
+            run_curl "$@" --limit-rate 1M <&3
+        )
+    } 2>/dev/null || ended=$?
     shift_key
     read_answer 2>/dev/null <<END_OF_ANSWER
 $answer
 END_OF_ANSWER
-}
-
-# The data is standard input, so that the token has a descriptor of its own.
-stream_curl() {
-    if [ -z "${token:+set}" ] || [ -n "$elsewhere" ]; then
-        run_curl "$@"
-    fi
-    umask 077
-    [ -e /dev/fd/0 ] || exit 120
-    { exec "${SSH_AGENT_PROXY_CURL:-curl}" "$@" -K /dev/fd/4; } 4<<END_OF_CONFIG || exit 120
-header = "Authorization: Bearer $token"
-END_OF_CONFIG
 }
 
 # --- The real ssh-keygen ----------------------------------------------------------------------
@@ -1320,12 +1305,10 @@ pubkey() {
     prepare_to_ask || die "$problem"
     if [ $# -eq 0 ]; then
         put_out "$fetched$NEWLINE" || die "the key could not be written"
-    else
-        # What is there may be a device, or /dev/stdout, which nobody wants to see replaced.
-        if [ -L "$path" ] || { [ -e "$path" ] && [ ! -f "$path" ]; } ||
-            ! write_key "$path" "$fetched"; then
-            die "cannot write $path: is it no plain file, or is its folder closed to this user?"
-        fi
+    elif [ -L "$path" ] || { [ -e "$path" ] && [ ! -f "$path" ]; } ||
+        # (A device, or /dev/stdout, which nobody wants to see replaced.)
+        ! write_key "$path" "$fetched"; then
+        die "cannot write $path: is it no plain file, or is its folder closed to this user?"
     fi
 }
 
