@@ -787,18 +787,16 @@ fail() {
 
 # What goes into a header stays in it.
 check_request() {
-    show "${refused_text-}"
-    [ -z "$refused" ] || die "$refused$shown"
+    [ -z "$refused" ] || die "$refused$refused_text"
     show "$namespace"
     [ ${#namespace} -le 255 ] || namespace=''
     case $namespace in
     '' | *[!!-~]* | *,*) die "-n '$shown': a namespace has 1 to 255 printable ASCII characters, \
 and no blank or comma among them" ;;
     esac
-    show "$hash"
     case $hash in
     '' | sha256: | sha512:) ;;
-    *) die "-O hashalg=${shown%:} is unknown: it is sha256 or sha512" ;;
+    *) die "-O hashalg=${hash%:} is unknown: it is sha256 or sha512" ;;
     esac
     shift "$consumed"
     for operand; do
@@ -820,11 +818,8 @@ token NAME\` prints one on the host" || return
             ;;
         proxy) # curl does not look at it: it may be a header that a CGI's client has chosen
             see_where_it_leads "$HTTP_PROXY"
-            if [ -n "$leads" ] && [ -z "${REQUEST_METHOD:-}" ]; then
-                export http_proxy="$HTTP_PROXY"
-            else
-                unset HTTP_PROXY
-            fi
+            [ -z "$leads" ] || [ -n "${REQUEST_METHOD:-}" ] || export http_proxy="$HTTP_PROXY"
+            unset HTTP_PROXY
             ;;
         esac
     done
@@ -888,11 +883,8 @@ look_for_key() {
         die "no public key in $shown (git's user.signingkey) nor in $shown.pub: it is the \
 public key that is needed there, the private one stays with the agent"
     fi
-    case $key in
-    /*) ;;
-    *) die "user.signingkey is ${shown:-empty}, which is no public key of a known type, and no \
-file with one (one is fetched only to a path that begins with / or ~/)" ;;
-    esac
+    [ "${key#/}." != "$key." ] || die "user.signingkey is ${shown:-empty}, which is no public key \
+of a known type, and no file with one (one is fetched only to a path that begins with / or ~/)"
     source=${key%.pub}.pub
     fetch_key || die "$problem"
     adopt_key
@@ -1134,7 +1126,7 @@ explain_answer() {
     elif [ -n "$answered" ] && [ "$answered" != 200 ]; then
         reason=${body%%"$NEWLINE"*} # (posh would not cut it within other quotes)
         show "$reason"
-        fail "$place answered $answered: ${shown:-no reason given}" || :
+        problem="$place answered $answered: ${shown:-no reason given}"
         [ "$answered" != 401 ] || advise_token
         return 1
     else
@@ -1184,14 +1176,12 @@ permissions and allow_local_binding = true, in Codex's config.toml" ;;
 # The proxy's own word says how to come by a token, and this where one was looked for.
 advise_token() {
     refusal=$problem
-    if [ -n "$elsewhere" ]; then
-        advice="the token is sent to the host of SSH_AGENT_PROXY_URL alone, and this is another"
-    elif [ -n "${token:+set}" ]; then
-        advice="what was sent is the one in ${holder:-SSH_AGENT_PROXY_TOKEN}: put another there"
-    else
-        explain_holder || advice="SSH_AGENT_PROXY_TOKEN is not set, and $problem"
-    fi
-    fail "$refusal ($advice)"
+    case $elsewhere:${token:+set} in
+    yes:*) fail "the token is sent to the host of SSH_AGENT_PROXY_URL alone, and this is another" ;;
+    :set) fail "what was sent is the one in ${holder:-SSH_AGENT_PROXY_TOKEN}: put another there" ;;
+    *) explain_holder || fail "SSH_AGENT_PROXY_TOKEN is not set, and $problem" ;;
+    esac || :
+    problem="$refusal ($problem)"
 }
 
 # There is no (whole) answer: curl's exit status says why.
@@ -1299,9 +1289,8 @@ prepare_to_ask() {
 
 pubkey() {
     path=${1-}
-    if [ $# -gt 1 ] || [ "${path#-}." != "$path." ]; then
+    { [ $# -le 1 ] && [ "${path#-}." = "$path." ]; } ||
         die "pubkey takes one PATH at most, and no options"
-    fi
     prepare_to_ask || die "$problem"
     if [ $# -eq 0 ]; then
         put_out "$fetched$NEWLINE" || die "the key could not be written"
@@ -1367,7 +1356,8 @@ setup() {
 }
 
 read_setup_options() {
-    undo='' remote_only='' to_prove='' to_trust='' written='' unwritable='' unverified='' failed=''
+    undo='' remote_only='' to_prove='' to_trust='' ssh_keygen=''
+    written='' unwritable='' unverified='' failed='' overridden='' differing='' limit=''
     while [ $# -gt 0 ]; do
         case $1:${2-} in
         --undo:*) undo=yes ;;
@@ -1417,9 +1407,8 @@ find_program() {
     */* | *.sh | "$PROGRAM"*) program=$PWD/${0#./} ;;
     *) program='' ;; # a shell's name
     esac
-    if ! is_shim "$program" || [ ! -x "$program" ]; then
+    { is_shim "$program" && [ -x "$program" ]; } ||
         halt "git needs this as a file that can be run: save it, chmod +x it, and run that"
-    fi
     quote "$program"
     key_command="$quoted key"
 }
@@ -1511,7 +1500,6 @@ get() {
 # What git is told outside repositories, where our lines do not count: $their_key, where it can be
 # used, $key_file of ours where not, $signers, and what is $overridden.
 read_values() {
-    overridden=''
     printf '%s\n' "# written by $PROGRAM setup; its --undo takes it away" >"$scratch/gitconfig"
     override gpg.format ssh
     override gpg.ssh.program "$program"
@@ -1576,10 +1564,8 @@ write_settings() {
 }
 
 has_home() {
-    case ${HOME-} in
-    /*) [ ! -d "$HOME" ] || return 0 ;;
-    esac
-    fail "HOME is '${HOME-}', which is not the whole path of a folder here"
+    { [ -d "${HOME-}" ] && [ "${HOME#/}" != "$HOME" ]; } ||
+        fail "HOME is '${HOME-}', which is not the whole path of a folder here"
 }
 
 # Writes $2 and a line end to our file $1, where that is not what it holds.
@@ -1606,7 +1592,6 @@ find_what_wins() {
     [ "${resolved#/}" = "$resolved" ] || ! is_shim "$resolved" || program=$value
     expect_settings inside
     [ -z "$failed" ] || halt "the next commit will not be signed until that is mended"
-    differing=''
     if ! here rev-parse --git-dir >/dev/null; then
         read_error
         case $shown in
@@ -1651,7 +1636,6 @@ tell_cure() {
 
 # $signing_key, with its comment $whole_key.
 obtain_key() {
-    ssh_keygen=''
     ! find_ssh_keygen || ssh_keygen=$found
     [ -n "$ssh_keygen" ] || unverified="ssh-keygen is missing: it comes in $PACKAGES"
     prepare_to_ask || halt "$problem${their_key:+ (of the key in user.signingkey)}" "$UNTIL"
@@ -1742,9 +1726,8 @@ is_good() {
 # Adds the key to the file of signers, after $1, where that is ours.
 trust() {
     [ "$trusted$unwritable$signers" = "$own/allowed_signers" ] || return 0
-    if ! append "$signers" "$1$trust_line" || ! chmod go-w -- "$signers"; then
+    { append "$signers" "$1$trust_line" && chmod go-w -- "$signers"; } ||
         halt "$signers cannot be written: $SEE"
-    fi
 }
 
 give_verdict() {
@@ -1767,7 +1750,6 @@ a token is kept in ~/.config/ssh-agent-proxy/token (mode 0600)"
         halt "the next commit in this repository will not be signed until that is mended"
     tell "todo compare: \`ssh-agent-proxy check\` on the host must show $fingerprint"
     tell "todo register as a *signing* key, where your commits are shown: $whole_key"
-    limit=''
     [ "$condition" = "$EVERYWHERE" ] || limit=' in a repository that has a remote'
     [ -z "$differing" ] || limit="$limit outside this repository"
     [ -z "$unverified" ] || tell "ok   signs; not verified here: $unverified"
@@ -1777,21 +1759,17 @@ a token is kept in ~/.config/ssh-agent-proxy/token (mode 0600)"
 # Takes our lines away, and what was written.
 undo_setup() {
     has_home || halt "$problem"
+    lines="$MARK\\n\\[includeIf \"[^\"]*\"\\]\\n$INCLUDED"
     for target in "$config" "$beside" "${HOME-}/.gitconfig"; do
-        take_lines_away "$target"
+        take_away "$target" "/^$MARK\$/{N;N;\\|^$lines\$|d;}"
     done
+    take_away "$signers" "/^$MARK: /d;/^[^ #]* namespaces=\"git\" [^ ]* [^ ]*\$/d"
+    [ -s "$signers" ] || rm -f -- "$signers"
     ! read_key "$own/key.pub" || [ -z "$marked" ] || rm -f -- "$own/key.pub"
-    if [ -f "$signers" ]; then
-        sed -e "/^$MARK: /d" -e '/^[^ #]* namespaces="git" [^ ]* [^ ]*$/d' "$signers" \
-            >"$scratch/left"
-        cmp -s "$scratch/left" "$signers" || cat "$scratch/left" >"$signers"
-        [ -s "$signers" ] || rm -f -- "$signers"
-    fi
     remove_ours
     find_files
-    if [ -n "$present" ] || [ -e "$own/gitconfig" ]; then
+    { [ -z "$present" ] && [ ! -e "$own/gitconfig" ]; } ||
         halt "$own/gitconfig, or its lines in $config, cannot be taken away: read-only?"
-    fi
     get outside commit.gpgsign
     now="signs no commit by itself"
     [ "$value" != true ] || now="signs commits as $from says"
@@ -1799,10 +1777,9 @@ undo_setup() {
     finish
 }
 
-# From file $1, in one step where it is neither a link nor mounted.
-take_lines_away() {
-    lines="$MARK\\n\\[includeIf \"[^\"]*\"\\]\\n$INCLUDED"
-    sed "/^$MARK\$/{N;N;\\|^$lines\$|d;}" "$1" >"$scratch/left" 2>/dev/null || return 0
+# What sed's $2 leaves of file $1, in one step where that is neither a link nor mounted.
+take_away() {
+    sed "$2" "$1" >"$scratch/left" 2>/dev/null || return 0
     ! cmp -s "$scratch/left" "$1" || return 0
     fresh=$(make_temporary "$1.XXXXXX") || return 0
     if [ -L "$1" ] || ! {

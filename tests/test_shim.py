@@ -1023,7 +1023,7 @@ def test_no_argument_no_environment_and_no_file_for_others_ever_holds_the_token(
     assert written, "the shell has written the here-document somewhere"
     for pid, name in written:
         if not name.startswith(("pipe:", "socket:", "TCP:", "UNIX")):
-            assert [one for one in lines if re.match(rf"{pid} +umask\(077\)", one)], name
+            assert [one for one in lines if re.match(rf"{pid} +umask\(077\b", one)], name
 
 
 @on_linux
