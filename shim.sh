@@ -1376,7 +1376,7 @@ read_setup_options() {
 # One line of the report, whatever stands in it.
 tell() {
     show "$1" 9999
-    printf '%s\n' "$shown"
+    printf '%s\n' "$shown" || finish 1 # nobody reads it
 }
 
 # (`stop` would be a command of ksh.)
