@@ -972,13 +972,12 @@ look_at_refusal() {
     ssh-agent-proxy/*:40[34]:?*:*) problem="$problem (asked for the key in $source)" ;;
     esac
     # No other refusal is asked around: a person's, a policy's and the agent's no are meant.
-    case $marked:$once:$answered:$server:$body in
-    yes::404:ssh-agent-proxy/*) ;;
-    yes::403:ssh-agent-proxy/*:"this proxy signs with "*) ;;
+    case $marked:$once:$answered:$body in
+    yes::404:* | "yes::403:this proxy signs with "*) ;;
     *) die "$problem" ;;
     esac
     refusal=$problem
-    { fetch_key && [ "$found" != "$wanted" ]; } || die "$refusal"
+    { is_ours && fetch_key && [ "$found" != "$wanted" ]; } || die "$refusal"
     adopt_key
     ask_for_signature
     settle ask_for_signature || die "$problem"

@@ -602,7 +602,7 @@ REFUSALS = [
     ("another is pinned", 403, "this proxy signs with x", PROXYS, "POST GET POST"),
     ("there is no other", 404, "the agent does not hold it", PROXYS, "POST GET"),
     ("a person's no", 403, "not agreed to", PROXYS, "POST"),
-    ("the agent's no", 403, "the agent refuses", PROXYS, "POST"),
+    ("the agent's no", 403, "the agent refuses:this proxy signs with x", PROXYS, "POST"),
     ("no agent", 503, "no agent", PROXYS, "POST"),
     ("another server's", 404, "no such page", "nginx", "POST"),
     ("another server's pin", 403, "this proxy signs with x", "nginx", "POST"),
