@@ -1238,7 +1238,7 @@ stream() {
     ended=0 token_from=/dev/fd/4 data_from=0
     {
         answer=$(
-            [ -z "${token:+set}" ] || [ -e /dev/fd/0 ] || exit 120
+            [ -z "${token:+set}" ] || [ -n "$elsewhere" ] || [ -e /dev/fd/0 ] || exit 120
             run_curl "$@" --limit-rate 1M <&3
         )
     } 2>/dev/null || ended=$?
@@ -1282,7 +1282,8 @@ is_shim() {
 prepare_to_ask() {
     set_out
     exec 3</dev/null
-    [ ! -e /dev/fd/3 ] || hold "${TMPDIR:-/tmp}/.$PROGRAM.$$" || :
+    held=${scratch:+$scratch/answer} # it is that of `setup`
+    [ -n "$held" ] || make_scratch || :
     prepare_anyway && fetch_key
 }
 
