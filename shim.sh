@@ -930,7 +930,7 @@ ask_for_key() {
     case $pubkey_url in
     "$sign_url" | "${sign_url%%://*}://${host%%/*}/"*) elsewhere='' ;; # anyone but this
     esac
-    ask "$pubkey_url" /publickey ${their_key:+-H "SSHSIG-Key: $their_key"} # for setup
+    ask "$pubkey_url" /publickey ${their_key:+-H "SSHSIG-Key: $their_key"}
 }
 
 # $pubkey_url, checked.
@@ -1041,9 +1041,10 @@ is_busy() {
 
 # --- Getting through --------------------------------------------------------------------------
 
-way=''    # knocked: our proxy was looked for through http_proxy; open: it was found there
-tried=''  # the URLs guessed, by none of which it was found
-sought='' # not empty: no further way is known
+way=''       # knocked: our proxy was looked for through http_proxy; open: it was found there
+tried=''     # the URLs guessed, by none of which it was found
+sought=''    # not empty: no further way is known
+their_key='' # not empty: the key that is asked about, by `setup`
 
 # $leads: where http_proxy $1 does, to loopback, as in agents' sandboxes, or to Docker's gateway.
 see_where_it_leads() {

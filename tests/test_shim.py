@@ -1013,6 +1013,7 @@ def test_no_argument_no_environment_and_no_file_for_others_ever_holds_the_token(
     env = {**dict.fromkeys(own, "x"), **server.env, **token_from(shim, source)}
     assert "answered 503: no" in said(ask(shim, way, env))
     assert sent(server.requests[0], "Authorization") == f"Bearer s3cr3t-{source}"
+    assert sent(server.requests[0], "SSHSIG-Key") is None
     # That which came with the environment is passed on with it.
     lines = trace.read_text().replace('"SSH_AGENT_PROXY_TOKEN=s3cr3t-variable"', "").splitlines()
     programs = [line for line in lines if " execve(" in line]
