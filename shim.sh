@@ -1162,9 +1162,9 @@ name_permission() {
     port=${refused_host##*[!0-9]}
     refused_host=${refused_host%:*[0-9]}
     case $leads:${CODEX_NETWORK_PROXY_ACTIVE:+codex}:${SANDBOX_RUNTIME:+claude} in
-    gateway:*) permission="run \`sbx policy allow network localhost:$port --method POST \
---path /sign\` and \`sbx policy allow network localhost:$port --method GET --path /publickey\` \
-on the host" ;;
+    gateway:*) permission="run \`sbx policy allow network localhost:${port:-80} --method POST \
+--path /sign\` and \`sbx policy allow network localhost:${port:-80} --method GET \
+--path /publickey\` on the host" ;;
     *:codex:*) permission="set \"$refused_host\" = \"allow\" in the network domains of its \
 permissions and allow_local_binding = true, in Codex's config.toml" ;;
     *:claude) permission="set {\"sandbox\":{\"network\":{\"allowedDomains\":\
