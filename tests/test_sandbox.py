@@ -159,9 +159,12 @@ def variables(words: str) -> Dict[str, str]:
 @pytest.fixture
 def ask_in(apart: Apart, guarded: Served, served: Served) -> Callable[..., Done[bytes]]:
     """Runs the shim where those are that THERE names: L, which leads to ours; D=page, another;
-    L=ours,502, ours at first; and docker or podman, where this is a container."""
+    L=ours,502, ours at first; docker or podman, where this is a container; and empty, where the
+    token file is."""
 
     def ask(shim: Shim, words: str, there: str, way: str = "file") -> Done[bytes]:
+        if "empty" in there:
+            t.home_token(shim, "")
         text = SHIM.read_text()
         for name, marker in (("docker", "/.dockerenv"), ("podman", "/run/.containerenv")):
             assert text.count(f" {marker} ") == 1
@@ -209,7 +212,8 @@ WITH_A_TOKEN = [
     ("https", "http_proxy=L https_proxy=L URL=https://127.0.0.1:1/sign", "L", "", "127.0.0.1:1/"),
     ("a name like loopback", "http_proxy=http://127.0.0.1.example:3128", "L", "", NOTHING),
     ("a user like loopback", "http_proxy=http://localhost@proxy.example:3128", "L C", "", NOTHING),
-    ("a path like loopback", "http_proxy=http://proxy.example:3128/@localhost", "L C", "", NOTHING),
+    *((f"loopback behind {mark}", f"http_proxy=http://proxy.example:3128{mark}@localhost", "L C",
+       "", NOTHING) for mark in "/?#"),
     ("a scheme in a path", "http_proxy=proxy.example:3128/x://localhost:3128", "L C", "", NOTHING),
     ("Claude's no", "http_proxy=L SANDBOX_RUNTIME=1", "L=blocked", "K", CLAUDE),
     ("Codex's no", "http_proxy=L CODEX_NETWORK_PROXY_ACTIVE=1", "L=blocked", "K", '.1" = "allow"'),
@@ -223,6 +227,7 @@ WITH_A_TOKEN = [
     ("our own no", "http_proxy=L", "L=ours,401", "K S", f"{HERE} answered 401: wants a"),
     ("silence", "http_proxy=L", "L=silence", "K", "closed the connection without an answer"),
     ("no way out", "http_proxy=L", "", "", f"{NOTHING} here, and what http_proxy names"),
+    ("two users", "http_proxy=http://u@x@localhost:3128", "", "", f"{NOTHING} here, and what"),
     # 2: another URL
     ("another URL", OTHER, "D", "D", ""),
     ("by a company's proxy", f"{OTHER} http_proxy=C", "C D", "C", ""),
@@ -230,11 +235,13 @@ WITH_A_TOKEN = [
        f"C:{host}/sign", f"allow the host {host} in it")
       for host in ("127.0.0.1.example", "localhost.example", "10.0.0.1", "host.internal")),
     ("by a sandbox's proxy", f"{OTHER} HTTP_PROXY=L", "L D", f"L:{NAME}/sign", ""),
+    ("no sandbox's proxy", f"{OTHER} HTTP_PROXY=L", "D", "", f"{NAME}/sign (connection refused)"),
     ("by Docker's gateway", f"{OTHER} HTTP_PROXY=G", "G D", "G", ""),
     ("a company's HTTP_PROXY", f"{OTHER} HTTP_PROXY=C", "C D", "D", ""),
     ("no_proxy", f"{OTHER} http_proxy=C no_proxy=.internal", "C D", "D", ""),
     ("a company's no", f"{OTHER} http_proxy=C", "C=blocked", "C", "allow the host host.docker"),
-    ("Docker's no", f"{OTHER} HTTP_PROXY=G", "G=sbx", "G", SBX),
+    ("Docker's no", f"{OTHER.replace(':7221', '')} HTTP_PROXY=G", "G=sbx",
+     CODES["G"].replace(":7221", ""), SBX.replace("7221", "80")),
     # 3: no URL, but a token
     ("no guess with a token", "", "D", "", NOTHING),
 ]  # fmt: skip
@@ -254,6 +261,8 @@ WITHOUT = [
     ("in small letters", "http_proxy=G", "G D docker", "G", ""),
     ("the gateway's no", "HTTP_PROXY=G", "G=sbx D P", "G", SBX),
     ("another there", "HTTP_PROXY=G", "G=page D P", "G", f"at {TRIED} is not"),
+    ("no gateway", f"HTTP_PROXY={PROXIES['G'][:-5]}", "D", "", f"was not found at {TRIED}:"),
+    ("an empty token file", "", "D docker empty", "", NOTHING),
 ]
 TAKEN = [(name, TOKEN + words, *more) for name, words, *more in WITH_A_TOKEN] + WITHOUT
 
@@ -303,11 +312,19 @@ def test_nothing_is_asked_twice_and_no_argument_holds_a_secret(
     assert not re.search("pa55|s3cr3t", str(programs))
 
 
+KEYS_URL = "PUBKEY_URL=http://127.0.0.1:1/publickey"
+
+
+def test_a_key_with_a_url_of_its_own_is_not_guessed(one_shim: Shim, ask_in: Any) -> None:
+    done = ask_in(one_shim, KEYS_URL, "D docker", "pubkey")
+    assert "nothing listens at http://127.0.0.1:1/publickey (connection" in said(done)
+
+
 def test_each_url_of_this_machine_is_tried_directly_first(
     one_shim: Shim, apart: Apart, ask_in: Any, well_asked: Any
 ) -> None:
     """Though that of the key was found through http_proxy."""
-    words = "PUBKEY_URL=http://127.0.0.1:1/publickey http_proxy=L"
+    words = f"{KEYS_URL} http_proxy=L"
     well_asked(one_shim, "fetched", ask_in(one_shim, words, "L H", "fetched"))
     assert apart.asked() == ["L:127.0.0.1:1/healthz", "L:127.0.0.1:1/publickey", "H:/sign"]
 

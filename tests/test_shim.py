@@ -447,6 +447,7 @@ def test_the_key_in_the_file_is_asked_for_without_its_comment(
     shim: Shim, liar: Any, content: str, expected: Optional[str]
 ) -> None:
     """The commit would be signed with another key than git names, or not at all."""
+    shim.key("key.pub", OTHER)
     for name in ("key", "more.pub"):
         server = liar(answer(armored(expected or OTHER)))
         shim.file()
@@ -622,15 +623,17 @@ def test_another_key_is_tried_once_and_no_refusal_is_asked_around(
     assert there.methods() == asked.encode().split()
     other = asked == "POST GET POST"
     assert (OTHER in key.read_text()) == other
-    # One that the user chose is never replaced. That of a literal key is git's, for this once.
-    for name in ("mine.pub", GITS_KEY):
+    # One that the user chose is never replaced. That of a literal key is git's, for this once. And
+    # what was streamed can't be sent again.
+    for name, origin in (("mine.pub", "#"), (GITS_KEY, "#"), ("k.pub", FETCHED)):
         there = liar(refusal)
-        key = shim.key(name, "# mine", LINE)
-        line = said(shim.sign("-f", f"./{name}", "m", env=there.env))
+        key = shim.key(name, origin, LINE)
+        env = {**there.env, "TMPDIR": shim.env["TMPDIR"] if origin == "#" else "/nowhere"}
+        line = said(shim.sign("-f", f"./{name}", input=COMMIT, env=env))
         if other:
-            assert ("(asked for the key in ./mine.pub)" in line) == (name != GITS_KEY)
+            assert (f"(asked for the key in ./{name})" in line) == (name != GITS_KEY)
         assert there.methods() == [b"POST"]
-        assert key.read_text() == f"# mine\n{LINE}\n"
+        assert key.read_text() == f"{origin}\n{LINE}\n"
 
 
 # ---------------------------------------------------------------- pubkey and key
@@ -1146,7 +1149,8 @@ CURL_ENDS = {
 @pytest.mark.parametrize("status", CURL_ENDS)
 def test_each_end_of_curl_is_told_in_words(one_shim: Shim, status: int) -> None:
     # Without a URL a container would ask elsewhere too.
-    env = {**fake_curl(one_shim, f"exit {status}"), URL: "http://127.0.0.1:7221/sign"}
+    script = f"echo took 600.1; exit {status}"
+    env = {**fake_curl(one_shim, script), URL: "http://127.0.0.1:7221/sign"}
     assert CURL_ENDS[status] in said(one_shim.sign("m", env=env))
     env = {**fake_curl(one_shim, "exit 48"), URL: "unix:/x"}
     assert "/fake curl lacks something that curl 7.68 has" in said(one_shim.sign("m", env=env))
@@ -1168,6 +1172,8 @@ LIES = [
     ("no server", answer(ARMOR, server=None), f"{NOT_OURS} (status 200, Server: none)"),
     ("another", answer(ARMOR, server="nginx"), f"{NOT_OURS} (status 200, Server: nginx)"),
     ("a server like ours", answer(ARMOR, server="ssh-agent-proxyish/1"), NOT_OURS),
+    ("ours before it", answer(b"", "102 X").partition(b"Content")[0] + b"\r\n"
+     + answer(ARMOR, server=None), NOT_OURS),
     ("a policy's page", answer(b"<html>usage: Blocked", "403 Forbidden", "x"), NOT_OURS),
     ("a server that says usage:", answer(ARMOR, server="usage: x"), "Server: usage  x)"),
     ("a redirect", answer(b"", "302 Found"), "answered 302: no reason given"),
@@ -1179,10 +1185,12 @@ LIES = [
     ("nothing in it", answer(b""), NO_SIGNATURE),
     ("no last line", answer(ARMOR[: -len(END)]), NO_SIGNATURE),
     ("nothing between", answer(BEGIN + END), NO_SIGNATURE),
-    ("an empty line", answer(BEGIN + b"\n" + END), NO_SIGNATURE),
+    ("an empty line", answer(ARMOR.replace(END, b"\n" + END)), NO_SIGNATURE),
     ("something after", answer(ARMOR + b"x\n"), NO_SIGNATURE),
     ("two of them", answer(ARMOR + ARMOR), NO_SIGNATURE),
     ("no base64", answer(ARMOR.replace(b"U1NI", b"U1N!")), NO_SIGNATURE),
+    ("base64 behind its end", answer(ARMOR.replace(END, b"=A\n" + END)), NO_SIGNATURE),
+    ("no SSHSIG", answer(ARMOR.replace(b"U1NIU0lH", b"U1NIU0lI")), NO_SIGNATURE),
     ("bytes beyond ASCII", answer(BEGIN + b"U1\xe4\xff\n" + TAIL), NO_SIGNATURE),
     ("too short", answer(ARMOR).replace(b"Length: ", b"Length: 9"), "broke off"),
     ("no HTTP", b"SSH-2.0-OpenSSH_9.2\r\n", "does not speak HTTP"),
@@ -1241,6 +1249,7 @@ FORGERIES = [
     ("a shorter key", LINE, LINE[:-4], "git"),
     ("nobody's", "", NOBODY, "git"),
     ("anybody's", "", ANYBODY, "git"),
+    ("the key behind another", LINE, OTHER + LINE.split()[1], "git"),
     ("another namespace", LINE, LINE, "file"),
     ("a namespace that begins so", LINE, LINE, "github"),
     ("a namespace that ends so", "", LINE, "digit"),
@@ -1319,7 +1328,7 @@ def test_an_answer_that_broke_after_a_while_is_not_asked_for_again(
 
 
 def busy(seconds: str, server: str = "ssh-agent-proxy/1") -> bytes:
-    return answer(b"busy\n", "503 Service Unavailable", server, **{"Retry-After": seconds})
+    return answer(b"busy\n", "503 Service Unavailable", server, **{"retry-AFTER": seconds})
 
 
 KEY_THERE = served_key(LINE)
