@@ -1537,6 +1537,15 @@ def test_where_descriptors_cannot_be_seen_nothing_is_left_in_the_folder_for_temp
     assert os.listdir(shim.env["TMPDIR"]) == []
 
 
+def test_standard_input_that_cannot_be_kept_whole_is_not_signed(shim: Shim, liar: Any) -> None:
+    """On a full disk, or beyond what a file may hold, the signature would be that of a part."""
+    server = liar(answer(ARMOR))
+    before = ["sh", "-c", 'trap "" XFSZ; ulimit -f 8; exec "$@"', "sh"]
+    done = shim.sign(input=COMMIT * 99, env=server.env, before=before)
+    assert said(done) == "standard input could not be kept: is the disk full?"
+    assert server.requests == []
+
+
 # ---------------------------------------------------------------- interruptions
 
 INTERRUPTED = [
