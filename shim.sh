@@ -752,11 +752,12 @@ show() {
 # One line, whatever stands in it. Git takes "usage:" for the word of an OpenSSH that is too old.
 say() {
     show "$1" 9999
-    said=$shown
-    while [ "${said#*usage:}." != "$said." ]; do
-        said=${said%%usage:*}usage\ ${said#*usage:}
+    said=''
+    while [ "${shown#*usage:}." != "$shown." ]; do
+        said="$said${shown%%usage:*}usage "
+        shown=${shown#*usage:}
     done
-    printf '%s: %s\n' "$PROGRAM" "$said" >&2 || :
+    printf '%s: %s\n' "$PROGRAM" "$said$shown" >&2 || :
 }
 
 # Does what git wants signed begin with $1? (Where it is not git that asks, there may be no line
