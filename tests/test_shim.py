@@ -1366,6 +1366,30 @@ def test_what_may_be_asked_again_is_and_nothing_else(
         assert slept.read_text().split() == waits
 
 
+@pytest.mark.parametrize("seconds, asked", [("50.1", 3), ("100.1", 1)])
+def test_what_a_busy_proxy_took_counts_for_its_two_minutes(
+    one_shim: Shim, seconds: str, asked: int
+) -> None:
+    busy_then = busy("1").decode().replace("\r", "\\r").replace("\n", "\\n")
+    script = f"echo x >>asked; printf '{busy_then}\\ntook {seconds}\\n'"
+    (one_shim.folder / "bin").mkdir()
+    one_shim.program("bin/sleep", "exit 0")
+    env = {**fake_curl(one_shim, script), "PATH": f"{one_shim.folder}/bin:{os.environ['PATH']}"}
+    assert "503: busy" in said(one_shim.sign("m", env=env))
+    assert (one_shim.folder / "asked").read_text() == "x\n" * asked
+
+
+def test_each_file_has_a_signature_of_its_own_whatever_the_one_before_took(
+    one_shim: Shim, liar: Any
+) -> None:
+    armors = [ARMOR, armored(OTHER), armored(CERTIFIED)]
+    server = liar(answer(armors[0]), b"", *map(answer, armors[1:]))
+    before = ["sh", "-c", 'mkfifo pipe; cat m >pipe & exec "$@"', "sh"]
+    one_shim.file("n")
+    fine(one_shim.sign("pipe", "m", "n", env=server.env, before=before))
+    assert [one_shim.signature(name) for name in ("pipe", "m", "n")] == armors
+
+
 def test_a_wait_for_a_busy_proxy_can_be_interrupted(shim: Shim, liar: Any) -> None:
     server = liar(busy("9"))
     process = shim.start("-Y", "sign", "m", env=server.env)
@@ -1428,7 +1452,7 @@ def test_a_file_a_folder_and_a_socket_may_have_any_name(
 
 
 NO_SIGNATURE_OF = {
-    "usage: a\x1b[2J\nb": f"cannot be signed: usage  a?[2J?b: {NO_SUCH}",
+    "usage:usage: a\x1b[2J\nb": f"cannot be signed: usage usage  a?[2J?b: {NO_SUCH}",
     "closed": "cannot be signed: closed cannot be read: permission denied",
     "n": "cannot write n.sig: is it a folder, or its own not writable, or the disk full?",
     "shut/m": "cannot write shut/m.sig: is it a folder, or its own not writable, or the disk full?",
