@@ -951,6 +951,7 @@ OTHER_PLACES = [
     ("another host", "http://localhost:{port}/sign", False),
     ("another scheme", "https://127.0.0.1:{port}/sign", False),
     ("a name that begins so", "http://127.0.0.1:{port}0/sign", False),
+    ("the beginning of its name", "http://127.0.0.1:{start}/sign", False),
     ("a socket", "unix:/nowhere", False),
     ("unset", "", False),
 ]
@@ -963,7 +964,7 @@ def test_the_token_goes_to_the_host_of_the_sign_url_alone(
     """Whoever serves the public key could sign as this container."""
     server = liar(answer(b"a token is needed\n", "401 Unauthorized"))
     env = {
-        URL: sign_url.format(port=server.port),
+        URL: sign_url.format(port=server.port, start=server.port // 10),
         PUBKEY_URL: f"http://127.0.0.1:{server.port}/publickey",
         "SSH_AGENT_PROXY_TOKEN": "s3cr3t",
     }
@@ -1364,6 +1365,23 @@ def test_what_may_be_asked_again_is_and_nothing_else(
     assert len(server.requests) == asked
     if shim.argv[0] != "ksh":  # to which sleep is no program
         assert slept.read_text().split() == waits
+
+
+BROKEN = [(52, "", 2), (55, "", 2), (56, "", 2), (56, "HTTP/1.1 200 OK", 1), (92, "", 1)]
+
+
+@pytest.mark.parametrize("status, begun, asked", BROKEN)
+def test_an_answer_that_had_not_begun_when_the_connection_broke_is_asked_for_again(
+    one_shim: Shim, served: Served, status: int, begun: str, asked: int
+) -> None:
+    """A second prompt for what was signed already; or a restart would fail the commit."""
+    script = f"""
+        echo x >>asked; [ "$(cat asked)" = x ] || exec curl "$@"
+        echo '{begun}'; exit {status}
+    """
+    done = one_shim.sign("m", env={**served, **fake_curl(one_shim, script)})
+    assert (one_shim.folder / "asked").read_text() == "x\n" * asked
+    assert (done.returncode == 0) == (asked == 2)
 
 
 @pytest.mark.parametrize("seconds, asked", [("50.1", 3), ("100.1", 1)])
