@@ -751,6 +751,7 @@ show() {
 
 # One line, whatever stands in it. Git takes "usage:" for the word of an OpenSSH that is too old.
 say() {
+    clean_up # first: the reader of standard error may be gone, and writing to it the end
     show "$1" 9999
     said=''
     while [ "${shown#*usage:}." != "$shown." ]; do
@@ -771,7 +772,6 @@ begins_with() {
 }
 
 die() {
-    clean_up # first: the reader of standard error may be gone, and writing to it the end
     # Git before 2.43.2 makes a tag whatever the signer says.
     ! begins_with 'object ' || set -- "$1; this tag is NOT signed: git tag -d it"
     say "$1"

@@ -1567,6 +1567,23 @@ def test_input_and_output_that_are_not_there_are_errors(
 
 
 @on_linux
+@pytest.mark.parametrize("where", ["2>/dev/full", "2>&-", "2>unread"])
+def test_a_failure_that_cannot_be_told_is_none_the_less_and_leaves_nothing_behind(
+    shim: Shim, where: str
+) -> None:
+    """A program that calls git may read its output alone."""
+    os.mkfifo(shim.folder / "unread")
+    shim.file(GITS_FILE)
+    before = ["sh", "-c", f'exec 3<>unread && exec "$@" {where} 3<&-', "sh"]
+    for argv in (["key"], ["pubkey"], ["-Y", "sign", GITS_FILE], ["-Y", "sign", "m"]):
+        done = shim(*argv, env=NOWHERE, before=before)
+        assert (done.returncode == 0) == (argv == ["key"] and done.stdout.startswith(b"ssh-"))
+        assert os.listdir(shim.env["TMPDIR"]) == []
+    assert where == "2>unread" or b"AIAAAA" in shim("key", env=NOWHERE, before=before).stdout
+    assert shim.files() == [GITS_FILE, "m"]
+
+
+@on_linux
 def test_where_descriptors_cannot_be_seen_nothing_is_left_in_the_folder_for_temporary_files(
     shim: Shim, guarded: Served, well_asked: Any
 ) -> None:
