@@ -218,6 +218,7 @@ WITH_A_TOKEN = [
     ("Claude's no", "http_proxy=L SANDBOX_RUNTIME=1", "L=blocked", "K", CLAUDE),
     ("Codex's no", "http_proxy=L CODEX_NETWORK_PROXY_ACTIVE=1", "L=blocked", "K", '.1" = "allow"'),
     ("another's no", "http_proxy=L", "L=blocked", "K", "allow the host 127.0.0.1 in it"),
+    ("no network", "CODEX_SANDBOX_NETWORK_DISABLED=1", "", "", f"{HERE} cannot be reached"),
     ("no password", "http_proxy=L", "L=407", "K", "wants a user and a password"),
     *((no, "http_proxy=L", f"L={no}", "K", f"{NOTHING} on the host's side") for no in ERRORS),
     ("broken off", "http_proxy=L", "L=ours,502", "K S", "through http_proxy broke off"),

@@ -405,7 +405,8 @@ REFUSED = [
     ("another text", ["-f", "./key"], "hello world\n", NO_KEY),
     ("a header in the blob", ["-f", "./key"], "ssh-rsa AAAA:x\n", NO_KEY),
     ("a device without end", ["-f", "/dev/zero"], "", "no public key in /dev/zero"),
-    ("a folder", ["-f", "./folder.pub"], "", "user.signingkey: ./folder.pub is a folder"),
+    ("no blob", ["-f", "./key"], "ssh-rsa hello\n", NO_KEY),
+    ("a folder", ["-f", "./folder"], "", "user.signingkey: ./folder.pub is a folder"),
     ("a key that anyone has", ["-f", "./key"], ANYBODY, "the key in ./key is 32 zero bytes, for"),
     ("a push by nobody", ["-f", "./key", "push"], NOBODY, "this push certificate names a key that"),
 ]
@@ -729,6 +730,18 @@ def test_a_url_that_cannot_be_asked_is_named(shim: Shim, name: str, url: str, to
     assert done.stderr.decode() == f"{OURS}: {line}\n"
     if name == URL and "/other" not in url:
         assert said(shim.sign("-f", LINE, env={name: url})) == line
+
+
+@pytest.mark.parametrize("kept, told", [("http://x\n", "http://x: it"), ("", "empty, or")])
+def test_a_kept_url_that_cannot_be_asked_is_named_by_its_file(
+    one_shim: Shim, kept: str, told: str
+) -> None:
+    note = home_token(one_shim, "").with_name("url")
+    if kept:
+        note.write_text(kept)
+    else:
+        note.mkdir()
+    assert said(one_shim.sign("m")).startswith(f"{note} is {told}")
 
 
 def test_the_public_key_is_asked_for_where_it_is_said_to_be(
@@ -1585,7 +1598,7 @@ def test_a_failure_that_cannot_be_told_is_none_the_less_and_leaves_nothing_behin
 
 @on_linux
 def test_where_descriptors_cannot_be_seen_nothing_is_left_in_the_folder_for_temporary_files(
-    shim: Shim, guarded: Served, well_asked: Any
+    shim: Shim, guarded: Served, well_asked: Any, liar: Any
 ) -> None:
     """Sandboxes without /proc have no /dev/fd either: it would be ten files a commit."""
     before = in_a_namespace('mount -t tmpfs none /proc && exec "$@"')
@@ -1594,6 +1607,9 @@ def test_where_descriptors_cannot_be_seen_nothing_is_left_in_the_folder_for_temp
         env = {**guarded, "SSH_AGENT_PROXY_TOKEN": TOKENS["variable"]}
         well_asked(shim, way, ask(shim, way, env))
     assert os.listdir(shim.env["TMPDIR"]) == []
+    # Nor need they be seen by what gets no token.
+    env.update({**NOWHERE, PUBKEY_URL: liar(served_key(LINE)).url, "TMPDIR": "/nowhere"})
+    fine(shim("pubkey", env=env), f"{LINE} me\n".encode())
 
 
 def test_standard_input_that_cannot_be_kept_whole_is_not_signed(shim: Shim, liar: Any) -> None:
