@@ -1626,10 +1626,10 @@ expect_settings() {
 tell_cure() {
     quote "${from#file:}"
     case $from in
-    file:\"*) cure="take it out of that file" ;; # the path is escaped
     file:/*) cure="git config --file $quoted --unset-all $name" ;;
-    file:*.worktree) cure="git config --worktree --unset-all $name" ;;
-    file:*) cure="git config --local --unset-all $name" ;;
+    file:.git/config | file:config) cure="git config --local --unset-all $name" ;;
+    file:.git/config.worktree) cure="git config --worktree --unset-all $name" ;;
+    file:*) cure="take it out of that file" ;; # the path is escaped, or an include's in the above
     *) cure="take it out of this shell's GIT_CONFIG_COUNT or GIT_CONFIG_PARAMETERS" ;;
     esac
     failed=yes

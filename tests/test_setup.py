@@ -298,6 +298,8 @@ WINS = [
     ("signer", f"{HERE}gpg.ssh.program ./x", "gpg.ssh.program is ./x (file:.git/config)"),
     ("signing", f"{HERE}commit.gpgsign off", "commit.gpgsign is false (file:.git/config)"),
     ("no boolean", f"{HERE}commit.gpgsign maybe", "commit.gpgsign is maybe (file:.git/config)"),
+    ("a worktree's own", f"{HERE}extensions.worktreeConfig 1; git config --worktree gpg.format x509",
+     "gpg.format is x509 (file:.git/config.worktree)"),
     ("a later line", rf"{SET_UP}printf '[gpg]\nformat = x509\n' >>.gitconfig",
      "gpg.format is x509 (file:HOME/.gitconfig)"),
     ("an include of theirs", SET_UP + "echo '[commit]gpgsign=0' >\"it's\"; "
@@ -320,6 +322,12 @@ def test_what_the_environment_sets_is_named(one: Place) -> None:
     cure = "(command line:): take it out of this shell's GIT_CONFIG_COUNT or GIT_CONFIG_PARAMETERS"
     settings = "'commit.gpgsign'='false'"
     one.refuses(f"FAIL commit.gpgsign is false {cure}", GIT_CONFIG_PARAMETERS=settings)
+
+
+def test_an_include_of_the_repositorys_has_no_command_that_mends_it(one: Place) -> None:
+    one.sh(f"{HERE}include.path ../x; echo '[commit]gpgsign=0' >x")
+    told = "FAIL commit.gpgsign is false (file:.git/../x): take it out of that file"
+    one.refuses(told, where=one.repository)
 
 
 def test_a_key_and_signers_of_the_folders_own_are_its_own_affair(one: Place) -> None:
