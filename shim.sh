@@ -1359,7 +1359,7 @@ setup() {
 
 read_setup_options() {
     undo='' remote_only='' to_prove='' to_trust='' ssh_keygen=''
-    written='' unwritable='' unverified='' failed='' overridden='' differing='' limit=''
+    written='' unwritable='' unverified='' failed='' overridden='' differing='' limit='' stands=''
     while [ $# -gt 0 ]; do
         case $1:${2-} in
         --undo:*) undo=yes ;;
@@ -1559,9 +1559,10 @@ write_settings() {
     esac
     [ -f "$config" ] || [ ! -e "$config" ] || fail "$config is no regular file" || return
     lines="$MARK${NEWLINE}[includeIf \"$condition\"]$NEWLINE$INCLUDED"
+    [ ! -e "$own/gitconfig" ] || stands=yes # and another file of settings may include it
     keep gitconfig "$(cat "$scratch/gitconfig")" &&
         { [ -n "$present" ] || append "$config" "$lines"; } && return
-    [ -n "$present" ] || remove_ours
+    [ -n "$stands" ] || remove_ours
     fail "$config or ~/.config/ssh-agent-proxy cannot be written"
 }
 
@@ -1583,7 +1584,7 @@ append() {
 }
 
 remove_ours() {
-    rm -f -- "$own/gitconfig" "$own/url" 2>/dev/null || :
+    rm -f -- "$own/gitconfig" ${undo:+"$own/url"} 2>/dev/null || : # that one may be a person's
     rmdir -- "$own" "${own%/*}" 2>/dev/null || :
 }
 
@@ -1650,8 +1651,7 @@ pubkey ~/.ssh/signing.pub && git config --global user.signingkey ~/.ssh/signing.
     [ "$signing_key" = "${their_key:-$signing_key}" ] ||
         halt "user.signingkey names another key than $pubkey_url does" "$UNTIL"
     address=${SSH_AGENT_PROXY_URL:-}
-    [ "${address:-$(cat -- "$own/url" 2>/dev/null)}" = "$(cat -- "$own/url" 2>/dev/null)" ] ||
-        to_prove=yes
+    [ -z "$address" ] || [ "$(cat -- "$own/url" 2>/dev/null)" = "$address" ] || to_prove=yes
 }
 
 # $fingerprint of key $1 as ssh-keygen tells it; the key itself where nothing can.

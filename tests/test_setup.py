@@ -174,6 +174,13 @@ def test_a_gitconfig_that_is_mounted_read_only_is_not_written_to(one: Place) -> 
     (one.home / "copy").write_text(CONFIG)
     one.refuses("docs/containers.md", before=before)
     assert not one.folder.exists()
+    one.sh(f"mkdir -p {OWN}; echo $SSH_AGENT_PROXY_URL >{OWN}/url")
+    one.refuses("docs/containers.md", before=before)
+    assert sorted(tree(one.home)) == [f"{OWN}/url", ".gitconfig", "copy"]
+    one.is_well()
+    one.refuses("docs/containers.md", before=before)
+    assert one.commit() == "G"
+    assert one("--undo").status == 0
     (one.home / "copy").write_text(CONFIG + LINES)
     one.refuses("cannot be taken away", "--undo", before=before)
     assert sorted(tree(one.home)) == [".gitconfig", "copy"]
