@@ -1441,7 +1441,8 @@ here() (
 read_error() {
     said=$(sed -n "/$PROGRAM: /{p;q;}" "$scratch/error")
     said=${said#*"$PROGRAM: "} # the first: the rest may be a server's
-    show "${said:-$(sed -e 's/^fatal: //' -e q "$scratch/error")}"
+    # (Not a trace, nor what the next line says with its file.)
+    show "${said:-$(sed -e '/^[0-9{]/d; /^error: missing /d; s/^fatal: //' -e q "$scratch/error")}"
 }
 
 # Makes the repository of ours. What git $lacks: keys of any type by a command, --remote-only, a
@@ -1597,10 +1598,8 @@ find_what_wins() {
     [ -z "$failed" ] || halt "the next commit will not be signed until that is mended"
     if ! here rev-parse --git-dir >/dev/null; then
         read_error
-        case $shown in
-        "not a git repository"*) ;;
-        *) failed=yes && tell "FAIL git refuses this: $(tr -s '\n\t' '  ' <"$scratch/error")" ;;
-        esac
+        [ "${shown#not a git repository}" != "$shown" ] || failed=yes
+        [ -z "$failed" ] || tell "FAIL git refuses this: $(tr -s '\n\t' '  ' <"$scratch/error")"
         return
     fi
     [ "$condition" = "$EVERYWHERE" ] ||
@@ -1754,7 +1753,7 @@ a token is kept in ~/.config/ssh-agent-proxy/token (mode 0600)"
     tell "todo register as a *signing* key, where your commits are shown: $whole_key"
     [ "$condition" = "$EVERYWHERE" ] || limit=' in a repository that has a remote'
     [ -z "$differing" ] || limit="$limit outside this repository"
-    [ -z "$unverified" ] || tell "ok   signs; not verified here: $unverified"
+    [ -z "$unverified" ] || tell "ok   signs$limit; not verified here: $unverified"
     [ -n "$unverified" ] || tell "ok   the next commit$limit will be signed, and verify"
 }
 

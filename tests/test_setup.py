@@ -305,7 +305,7 @@ WINS = [
     ("signer", f"{HERE}gpg.ssh.program ./x", "gpg.ssh.program is ./x (file:.git/config)"),
     ("signing", f"{HERE}commit.gpgsign off", "commit.gpgsign is false (file:.git/config)"),
     ("no boolean", f"{HERE}commit.gpgsign maybe", "commit.gpgsign is maybe (file:.git/config)"),
-    ("a worktree's own", f"{HERE}extensions.worktreeConfig 1; git config --worktree gpg.format x509",
+    ("a worktree's", f"{HERE}extensions.worktreeConfig 1; git config --worktree gpg.format x509",
      "gpg.format is x509 (file:.git/config.worktree)"),
     ("a later line", rf"{SET_UP}printf '[gpg]\nformat = x509\n' >>.gitconfig",
      "gpg.format is x509 (file:HOME/.gitconfig)"),
@@ -344,7 +344,7 @@ def test_a_key_and_signers_of_the_folders_own_are_its_own_affair(one: Place) -> 
     key = f"user.signingkey = '{one.home}/k.pub' (file:{one.home}/x)"
     told = f"warn this repository has its own {key}; gpg.ssh.allowedSignersFile = 'x' (file:.git/c"
     verdict = GOOD.replace(" will", " outside this repository will")
-    one.is_well(told, verdict=verdict, where=one.repository)
+    one.is_well(told, verdict=verdict, where=one.repository, GIT_CONFIG="/dev/null")
     one.is_well()
 
 
@@ -419,6 +419,7 @@ SETTLED = [
     ("a HOME that is missing", "", {"HOME": "/x/y", "EMAIL": "a@b"}, "HOME is '/x/y', which"),
     ("a device", "", {"GIT_CONFIG_GLOBAL": "/dev/null", "EMAIL": "a@b"}, "/dev/null is no regular"),
     ("a file for our folder", "mkdir .config; : >.config/ssh-agent-proxy", {}, "cannot be written"),
+    ("no value", "printf '[user]\\nname\\n' >>.gitconfig", {}, "'user.name' in file "),
     ("broken settings", "echo '[' >.gitconfig", {}, "git does not run: bad config line 1 in file"),
     ("no git", "", {"GIT": ""}, "its package is called git"),
     ("an old git", "", {"GIT": "2.33.9"}, "git version 2.33.9 is too old to sign with SSH keys"),
@@ -583,6 +584,8 @@ def test_without_ssh_keygen_it_signs_unverified(one: Place, keys: Keys, missing:
         f'me@example.com namespaces="git" {line}\n'
     )
     assert one().lines[-1] == report.lines[-1]
+    one("--undo")
+    assert one("--remote-only").lines[-1][:47] == "ok   signs in a repository that has a remote; n"
     assert one("--undo").status == 0
     assert tree(one.home) == PLAIN
 
@@ -595,7 +598,8 @@ def test_settings_of_the_environment_do_where_the_home_is_read_only(one: Place) 
     assert f"{one.config} or ~/.config/ssh-agent-proxy cannot be written" in report.lines[0]
     settings = {"gpg.format": "ssh", "gpg.ssh.program": "ssh-agent-proxy-sign",
                 "gpg.ssh.defaultKeyCommand": "ssh-agent-proxy-sign key", "commit.gpgsign": "1"}
-    env = {"GIT_CONFIG_COUNT": "4", "PATH": f"{one.shim.parent}:{one.env['PATH']}"}
+    path = f"{one.shim.parent}:{one.env['PATH']}"
+    env = {"GIT_CONFIG_COUNT": "4", "PATH": path, "GIT_TRACE": "1", "GIT_TRACE2": "1"}
     for number, (key, value) in enumerate(settings.items()):
         env.update({f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value})
     verdict = f"{UNVERIFIED}git has no file of allowed signers with this key in it"
