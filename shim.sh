@@ -1429,8 +1429,9 @@ outside() (
 # shellcheck disable=SC2086
 inside() (
     unset $LOCAL || :
-    cd "$scratch/proof" && exec git -P -c core.hooksPath=/dev/null -c core.fsmonitor=false \
-        -c gc.auto=0 -c maintenance.auto=false -c log.showSignature=false "$@" 2>"$scratch/error"
+    cd "$scratch/proof" && exec git -P -c core.hooksPath=/dev/null -c include.path="$scratch/off" \
+        -c core.fsmonitor=false -c maintenance.auto=false -c log.showSignature=false "$@" \
+        2>"$scratch/error"
 )
 here() (
     unset GIT_CONFIG || : # which counts for `git config` alone
@@ -1462,6 +1463,9 @@ find_git() {
     0:[1-9]*) lacks='' ;;
     *) halt "git does not run: $shown" ;;
     esac
+    # Settings name hooks as well, since git 2.54.
+    outside config --name-only --get-regexp '^hook\..*\.command$' | sed 's/["\\]/\\&/g
+        s/^hook\.\(.*\)\.command$/[hook "\1"]enabled = false/' >"$scratch/off"
     mkdir -- "$scratch/proof"
     inside init -q --template= && inside config remote.none.url https://none.invalid && return
     read_error
@@ -1695,10 +1699,7 @@ judge_key() {
 
 # Has git make and verify a commit; only then the key is trusted.
 prove() {
-    inside commit -q --allow-empty --no-verify -m "$PROGRAM setup" || {
-        read_error
-        halt "$shown" "$UNTIL"
-    }
+    inside commit -q --allow-empty -m "$PROGRAM setup" || { read_error && halt "$shown" "$UNTIL"; }
     if [ -z "$ssh_keygen" ]; then
         case $(inside cat-file commit HEAD) in
         *"$BEGIN"*) trust "$MARK: signed, and not verified$NEWLINE" ;;
@@ -1780,8 +1781,7 @@ undo_setup() {
 
 # What sed's $2 leaves of file $1, in one step where that is neither a link nor mounted.
 take_away() {
-    sed "$2" "$1" >"$scratch/left" 2>/dev/null || return 0
-    ! cmp -s "$scratch/left" "$1" || return 0
+    sed "$2" "$1" >"$scratch/left" 2>/dev/null && ! cmp -s "$scratch/left" "$1" || return 0
     fresh=$(make_temporary "$1.XXXXXX") || return 0
     if [ -L "$1" ] || ! {
         cp -p -- "$1" "$fresh" && cat "$scratch/left" >"$fresh" && mv -f -- "$fresh" "$1"

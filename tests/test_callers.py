@@ -53,6 +53,10 @@ p.verify_tag(".", b"v1")'
     "jj, a path": (JJ.replace("KEY", "/root/key.pub"), JJ_SAYS),
     "jj, a literal key": (JJ, JJ_SAYS),
     "jj, no such file": (JJ.replace("KEY", "~/new/key"), JJ_SAYS),
+    "setup, hooks of git's settings": ("""git config --global hook.x.command false
+        git config --global hook.x.event reference-transaction # from git 2.54 on
+        ssh-agent-proxy-sign setup | tail -n 1; git config --global --remove-section hook.x""",
+        "will be signed, and verify\nG\n"),
 }  # fmt: skip
 
 

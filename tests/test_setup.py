@@ -79,7 +79,7 @@ class Place:
 
     def commit(self) -> str:
         """What git says of the signature of a commit made now, or of why there is none."""
-        script = "git commit -q --allow-empty -m x && git log -1 --format=%G? 2>/dev/null"
+        script = "git commit -q --allow-empty -m x && git log -1 --format=%G? --no-show-signature"
         done = run(["sh", "-c", script], env=self.env, cwd=self.repository, check=False)
         return done.stdout.decode().strip() or done.stderr.decode()
 
@@ -214,7 +214,7 @@ def test_only_repositories_with_a_remote_are_signed(place: Place) -> None:
     place.is_well(verdict=verdict, where=place.repository)
     assert place("--undo").status == 0
     assert tree(place.home) == PLAIN
-    place.is_well()
+    place.is_well(SHELLOPTS="noclobber")  # which bash obeys
     place.refuses("setup --undo` first", "--remote-only")
 
 
@@ -249,6 +249,8 @@ UNUSABLE = [
     ("a relative key", f"cp $KEYS/other.pub k.pub; {KEY}k.pub", "user.signingkey = 'k.pub'"),
     ("a folder", f"mkdir k.pub; {KEY}'~/k.pub'", "user.signingkey = 'HOME/k.pub'"),
     ("nobody's key", f"{KEY}'key::{test_shim.NOBODY}'", "user.signingkey = 'key::ssh-ed25519 AAA"),
+    ("anybody's key", f"{KEY}'{test_shim.ANYBODY}'", "user.signingkey = 'ssh-ed25519 AAA"),
+    ("relative signers", f": >s; {SIGNERS}s", "gpg.ssh.allowedSignersFile = 's'"),
     ("no signing", f"{GLOBAL}commit.gpgsign false", "commit.gpgsign = 'false'"),
     ("a dead signers file", f"{SIGNERS}'~/gone'", "gpg.ssh.allowedSignersFile = 'HOME/gone'"),
 ]  # fmt: skip
@@ -258,6 +260,8 @@ USABLE = [
     ("a private key's name", f"{KEY}$KEYS/ed25519", ""),
     ("a key of the home's", f"mkdir k; cp $KEYS/ed25519.pub k; {KEY}'~/k/ed25519.pub'", ""),
     ("a key itself", f'{KEY}"key::{PUBLIC}"', ""),
+    ("the signatures in each log", f"{GLOBAL}log.showSignature true", ""),
+    ("the same signer", f"{PROGRAM}ssh-agent-proxy-sign", ""),
     ("signers", f'{SIGNERS}"~/s"; echo me@example.com {PUBLIC} >s', ""),
     ("signers for all", f"{SIGNERS}'~/s'; echo '* namespaces=\"git\"' {PUBLIC} me >s", ""),
 ]
@@ -381,6 +385,7 @@ def test_signers_of_the_users_own_are_not_touched(one: Place, keys: Keys) -> Non
     before = tree(one.home)
     key = " ".join(keys.line("ed25519").split()[:2])
     one.refuses(f'lacks this line: me@example.com namespaces="git" {key}')
+    assert "igners" not in (one.folder / "gitconfig").read_text()
     assert not (one.folder / "allowed_signers").exists()
     assert one("--undo").status == 0
     assert tree(one.home) == before
@@ -410,7 +415,7 @@ MAIL = "git config --global user.email YOU@EXAMPLE.COM"
 SETTLED = [
     ("no mail address", f"{GLOBAL}--unset user.email", {}, MAIL),
     ("a pattern", f"{GLOBAL}user.email '*@example.com'", {}, "(*@example.com): git"),
-    ("two", f"{GLOBAL}user.email 'a@b,c@d'", {}, MAIL),
+    ("two", f"{GLOBAL}user.email a@b@c", {}, MAIL),
     ("no @", f"{GLOBAL}user.email me", {}, MAIL),
     ("escapes", f"{GLOBAL}user.email \"$(printf 'a\\033[2J@b')\"", {}, "(a?[2J@b): git"),
     ("no name", f"{GLOBAL}--unset user.name", {}, "user.name 'YOUR NAME' && git config"),
@@ -636,6 +641,7 @@ def test_nothing_that_a_repository_names_is_run_written_or_trusted(place: Place)
         done
         cp -P {theirs}/hooks/* {git}/hooks
         {GLOBAL} core.hooksPath {theirs}/hooks # nor do the user's own take part
+        {GLOBAL} core.fsmonitor {theirs}/hooks/pre-commit; echo '[gpg]format=x509' >{theirs}/config
         cd {place.repository}
     """
     for name in EVIL.split():
