@@ -311,7 +311,7 @@ WINS = [
     ("no boolean", f"{HERE}commit.gpgsign maybe", "commit.gpgsign is maybe (file:.git/config)"),
     ("a worktree's", f"{HERE}extensions.worktreeConfig 1; git config --worktree gpg.format x509",
      "gpg.format is x509 (file:.git/config.worktree)"),
-    ("a later line", rf"{SET_UP}printf '[gpg]\nformat = x509\n' >>.gitconfig",
+    ("a later line", rf"{SET_UP}printf '[gpg]\nformat = y\nformat = x509' >>.gitconfig",
      "gpg.format is x509 (file:HOME/.gitconfig)"),
     ("an include of theirs", SET_UP + "echo '[commit]gpgsign=0' >\"it's\"; "
      r"""printf "[include]\npath = ~/it's" >>.gitconfig""",
@@ -323,7 +323,8 @@ WINS = [
 def test_what_wins_is_named_with_its_origin_and_cure(one: Place, script: str, told: str) -> None:
     one.sh(script)
     report = one.refuses(told := told.replace("HOME", str(one.home)), where=one.repository)
-    assert "is mended" in report.lines[-1]
+    mended = "in this repository will not" if script.startswith(HERE) else "commit will not"
+    assert f"{mended} be signed until that is mended" in report.lines[-1]
     cure = next(line.split("): ")[1] for line in report.lines if line.startswith(f"FAIL {told}: "))
     one.sh(cure, where=one.repository)
     one.is_well(where=one.repository)
@@ -344,9 +345,9 @@ def test_an_include_of_the_repositorys_has_no_command_that_mends_it(one: Place) 
 def test_a_key_and_signers_of_the_folders_own_are_its_own_affair(one: Place) -> None:
     one.sh("echo '[user]signingkey=~/k.pub' >x")
     one.sh(f"{GLOBAL}includeIf.gitdir:**/repository/.path '~/x'")
-    one.sh(f"{HERE}gpg.ssh.allowedSignersFile x")
-    key = f"user.signingkey = '{one.home}/k.pub' (file:{one.home}/x)"
-    told = f"warn this repository has its own {key}; gpg.ssh.allowedSignersFile = 'x' (file:.git/c"
+    one.sh(f"{HERE}gpg.ssh.allowedSignersFile x; git config gpg.ssh.defaultKeyCommand y")
+    told = f"warn this repository has its own user.signingkey = '{one.home}/k.pub' (file:{one.home}"
+    told += "/x); gpg.ssh.defaultKeyCommand = 'y' (file:.git/config); gpg.ssh.allowedSignersFile = "
     verdict = GOOD.replace(" will", " outside this repository will")
     one.is_well(told, verdict=verdict, where=one.repository, GIT_CONFIG="/dev/null")
     one.is_well()
@@ -420,7 +421,7 @@ SETTLED = [
     ("escapes", f"{GLOBAL}user.email \"$(printf 'a\\033[2J@b')\"", {}, "(a?[2J@b): git"),
     ("no name", f"{GLOBAL}--unset user.name", {}, "user.name 'YOUR NAME' && git config"),
     ("no HOME", "", {"HOME": "", "EMAIL": "a@b"}, "HOME is '', which is not the whole path"),
-    ("a relative HOME", "", {"HOME": "x", "EMAIL": "a@b"}, "HOME is 'x', which is not the whole"),
+    ("a relative HOME", "", {"HOME": ".", "EMAIL": "a@b"}, "HOME is '.', which is not the whole"),
     ("a HOME that is missing", "", {"HOME": "/x/y", "EMAIL": "a@b"}, "HOME is '/x/y', which"),
     ("a device", "", {"GIT_CONFIG_GLOBAL": "/dev/null", "EMAIL": "a@b"}, "/dev/null is no regular"),
     ("a file for our folder", "mkdir .config; : >.config/ssh-agent-proxy", {}, "cannot be written"),
@@ -614,6 +615,12 @@ def test_settings_of_the_environment_do_where_the_home_is_read_only(one: Place) 
     one.is_well(**env)
     one.config.write_text(CONFIG)
     one.is_well(before=before, verdict=verdict, **env)
+    for key, value in settings.items():
+        one.sh(f"{GLOBAL}{key} '{value}'")
+    env = {"PATH": path, "where": one.repository, "before": before}
+    one.is_well(verdict=verdict, **env)
+    one.sh(f"{HERE}gpg.format x509")
+    one.refuses("FAIL gpg.format is x509 (file:.git/config)", **env)
 
 
 # ---------------------------------------------------------------- a repository that means harm
