@@ -1679,11 +1679,11 @@ judge_key() {
     cat -- "$signers" >"$scratch/signers" 2>/dev/null || :
     while [ -n "$more" ]; do
         read -r who option word blob rest || more=''
-        case "$signers|$who $option $word $blob $rest" in
-        *"|$trust_line "*) trusted=yes ;;
-        *"|#"* | *" $signing_key "*) ;; # on other terms: git will say whether they hold
-        *"|$email $option AAAA"*) rival="$option $word" ;;
-        *"|$email "*) rival="$word $blob" ;;
+        case "$who $option $word $blob $rest" in
+        "$trust_line "*) trusted=yes ;;
+        "#"* | *" $signing_key "*) ;; # on other terms: git will say whether they hold
+        "$email $option AAAA"*) rival="$option $word" ;;
+        "$email "*) rival="$word $blob" ;;
         esac
     done <"$scratch/signers"
     find_fingerprint "$signing_key"
@@ -1766,8 +1766,8 @@ undo_setup() {
         take_away "$target" "/^$MARK\$/{N;N;\\|^$lines\$|d;}"
     done
     take_away "$signers" "/^$MARK: /d;/^[^ #]* namespaces=\"git\" [^ ]* [^ ]*\$/d"
-    [ -s "$signers" ] || rm -f -- "$signers"
-    ! read_key "$own/key.pub" || [ -z "$marked" ] || rm -f -- "$own/key.pub"
+    [ -s "$signers" ] || rm -f -- "$signers" 2>/dev/null || :
+    ! read_key "$own/key.pub" || [ -z "$marked" ] || rm -f -- "$own/key.pub" 2>/dev/null || :
     remove_ours
     find_files
     { [ -z "$present" ] && [ ! -e "$own/gitconfig" ]; } ||

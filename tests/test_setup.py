@@ -621,6 +621,9 @@ def test_settings_of_the_environment_do_where_the_home_is_read_only(one: Place) 
     one.is_well(verdict=verdict, **env)
     one.sh(f"{HERE}gpg.format x509")
     one.refuses("FAIL gpg.format is x509 (file:.git/config)", **env)
+    one.sh(f"{KEY}gone")
+    one.is_well()
+    one.refuses("cannot be taken away", "--undo", before=before)
 
 
 # ---------------------------------------------------------------- a repository that means harm
