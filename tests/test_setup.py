@@ -560,6 +560,7 @@ def test_what_was_relied_on_is_kept_or_named(one: Place, agent: Agent, keys: Key
     assert (one.folder / "url").read_text() == f"{one.env[URL]}\n"
     with serve(agent, tokens="s3cr3t-s3cr3t-s3cr3t one\n") as env:
         report = one(SSH_AGENT_PROXY_TOKEN="s3cr3t-s3cr3t-s3cr3t", **env)
+        assert len(env.proxy.lines("outcome=signed")) == 1  # whoever answers there now
         assert "relies on SSH_AGENT_PROXY_TOKEN of this shell" in report.text
         assert "~/.config/ssh-agent-proxy/token (mode 0600)" in report.text
         assert "s3cr3t" not in report.text
@@ -603,16 +604,17 @@ def test_settings_of_the_environment_do_where_the_home_is_read_only(one: Place) 
     report = one.refuses("docs/containers.md#where-gitconfig-cant-be-written", before=before)
     assert f"{one.config} or ~/.config/ssh-agent-proxy cannot be written" in report.lines[0]
     settings = {"gpg.format": "ssh", "gpg.ssh.program": "ssh-agent-proxy-sign",
-                "gpg.ssh.defaultKeyCommand": "ssh-agent-proxy-sign key", "commit.gpgsign": "1"}
+                "gpg.ssh.defaultKeyCommand": "ssh-agent-proxy-sign key", "commit.gpgsign": "1",
+                "tag.forceSignAnnotated": "0"}  # fmt: skip
     path = f"{one.shim.parent}:{one.env['PATH']}"
-    env = {"GIT_CONFIG_COUNT": "4", "PATH": path, "GIT_TRACE": "1", "GIT_TRACE2": "1"}
+    env = {"GIT_CONFIG_COUNT": "5", "PATH": path, "GIT_TRACE": "1", "GIT_TRACE2": "1"}
     for number, (key, value) in enumerate(settings.items()):
         env.update({f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value})
     verdict = f"{UNVERIFIED}git has no file of allowed signers with this key in it"
     one.is_well(before=before, verdict=verdict, **env)
     assert tree(one.home) == PLAIN
     one.refuses("nothing listens", before=before, **{**env, **NOWHERE})
-    one.is_well(**env)
+    assert "overridden" not in one.is_well(**env).text
     one.config.write_text(CONFIG)
     one.is_well(before=before, verdict=verdict, **env)
     for key, value in settings.items():
