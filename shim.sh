@@ -1681,7 +1681,7 @@ judge_key() {
         read -r who option word blob rest || more=''
         case "$who $option $word $blob $rest" in
         "$trust_line "*) trusted=yes ;;
-        "#"* | *" $signing_key "*) ;; # on other terms: git will say whether they hold
+        *" $signing_key "*) ;; # on other terms: git will say whether they hold
         "$email $option AAAA"*) rival="$option $word" ;;
         "$email "*) rival="$word $blob" ;;
         esac

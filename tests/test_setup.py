@@ -147,6 +147,7 @@ def test_it_signs_and_a_second_run_changes_nothing_and_undo_leaves_it_as_it_was(
     assert tree(place.home) == own
     assert len(served.proxy.lines("outcome=signed")) == signatures
     assert place("--sign").status == 0
+    assert tree(place.home) == own
     assert len(served.proxy.lines("outcome=signed")) == signatures + 1
     del place.env[URL]
     assert place.commit() == "G"
@@ -201,6 +202,14 @@ def test_an_include_of_the_users_own_stays(one: Place) -> None:
     assert one.commit() == "G"
     assert one("--undo").status == 0
     one.sh(f"{GLOBAL}include.path | grep -x '~/x'")
+
+
+def test_the_lines_are_taken_out_of_both_files_that_git_reads(one: Place) -> None:
+    one.sh("mkdir -p .config/git; mv .gitconfig .config/git/config")
+    one.is_well()
+    one.sh("cp .config/git/config .gitconfig")
+    assert one("--undo").status == 0
+    assert tree(one.home) == {**PLAIN, ".config/git/config": CONFIG.encode()}
 
 
 def test_only_repositories_with_a_remote_are_signed(place: Place) -> None:
@@ -403,7 +412,9 @@ def test_lines_of_others_stay_in_our_signers(one: Place, keys: Keys) -> None:
     signers.parent.mkdir(parents=True)
     lines = ["# mine", "", f"you@example.com {keys.line('other')}", "me@example.org *"]
     signers.write_text("\n".join(lines))
+    signers.chmod(0o666)
     one.is_well()
+    assert signers.stat().st_mode & 0o777 == 0o644
     assert one.commit() == "G"
     assert one("--undo").status == 0
     assert signers.read_text().splitlines() == lines
@@ -571,7 +582,9 @@ def test_what_was_relied_on_is_kept_or_named(one: Place, agent: Agent, keys: Key
     before = (one.folder / "url").read_text()
     one.refuses("nothing listens", **NOWHERE)
     assert (one.folder / "url").read_text() == before
-    assert one("--undo").status == 0
+    one.sh(f"{GLOBAL}commit.gpgsign true")
+    told = f"ok   undone: git signs commits as file:{one.config} says"
+    assert one("--undo").lines == [told]
     assert [name for name in tree(one.home) if OWN in name] == [f"{OWN}/token"]
 
 
