@@ -1335,6 +1335,7 @@ UNTIL="git commits nothing until that is mended; then run \`$PROGRAM setup\` aga
 setup() {
     read_setup_options ${1+"$@"}
     set_out
+    trap 'end_early 141' PIPE # the report's reader may be gone
     set +C # which bash takes from the environment
     scratch=$(make_temporary -d "${TMPDIR:-/tmp}/$PROGRAM.XXXXXX") ||
         halt "no folder can be made in ${TMPDIR:-/tmp}: set TMPDIR to one that can be written to"
@@ -1378,7 +1379,7 @@ read_setup_options() {
 # One line of the report, whatever stands in it.
 tell() {
     show "$1" 9999
-    printf '%s\n' "$shown" || finish 1 # nobody reads it
+    { printf '%s\n' "$shown"; } 2>/dev/null || finish 1 # nobody reads it
 }
 
 # (`stop` would be a command of ksh.)
