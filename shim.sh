@@ -1394,11 +1394,9 @@ halt() {
 # folder; $present: the condition of our lines, where they stand there.
 find_files() {
     own=${HOME-}/.config/ssh-agent-proxy signers=$own/allowed_signers
-    config=${GIT_CONFIG_GLOBAL-${HOME-}/.gitconfig} beside=$config
-    if [ -z "${GIT_CONFIG_GLOBAL+set}" ]; then
-        beside=${XDG_CONFIG_HOME:-${HOME-}/.config}/git/config
-        [ -e "$config" ] || [ ! -e "$beside" ] || config=$beside
-    fi
+    config=${GIT_CONFIG_GLOBAL-${HOME-}/.gitconfig}
+    beside=${GIT_CONFIG_GLOBAL-${XDG_CONFIG_HOME:-${HOME-}/.config}/git/config}
+    [ -e "$config" ] || [ ! -e "$beside" ] || config=$beside
     present=$(sed -n "/^\\[includeIf /{N;s|^\\[includeIf \"\\(.*\\)\"\\]\\n$INCLUDED\$|\\1|p;}" \
         "$config" "$beside" 2>/dev/null | tail -n 1)
 }
@@ -1586,7 +1584,11 @@ keep() {
 # append FILE TEXT: as lines of its own.
 append() {
     [ -z "$(tail -c 1 -- "$1" 2>/dev/null)" ] || set -- "$1" "$NEWLINE$2"
-    { printf '%s\n' "$2" >>"$1"; } 2>/dev/null && written=yes
+    size=$({ true >>"$1" && wc -c <"$1"; } 2>/dev/null) || :
+    { printf '%s\n' "$2" >>"$1"; } 2>/dev/null && written=yes && return
+    # Half a line there, as a full disk leaves it, would be the end of every git command.
+    [ -z "$size" ] || dd bs=1 count=0 seek="$((size))" of="$1" 2>/dev/null
+    return 1
 }
 
 remove_ours() {
