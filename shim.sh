@@ -529,7 +529,7 @@ end_early() {
     trap '' HUP INT TERM
     clean_up
     [ "$1" != 1 ] ||
-        printf '%s: ended too early: is this file cut short? Fetch it again\n' "$PROGRAM" >&2 || :
+        printf '%s: ended too early: is this file cut short, or a disk full?\n' "$PROGRAM" >&2 || :
     exit "$1"
 }
 
@@ -1468,7 +1468,7 @@ find_git() {
     mkdir -- "$scratch/proof"
     inside init -q --template= && inside config remote.none.url https://none.invalid && return
     read_error
-    halt "git cannot make a repository in ${TMPDIR:-/tmp}: $shown"
+    halt "git cannot make a repository in ${TMPDIR:-/tmp}: ${shown:-is the disk full?}"
 }
 
 # $email, as git would use it outside a repository; an identity that git makes up is none.
@@ -1702,7 +1702,10 @@ judge_key() {
 
 # Has git make and verify a commit; only then the key is trusted.
 prove() {
-    inside commit -q --allow-empty -m "$PROGRAM setup" || { read_error && halt "$shown" "$UNTIL"; }
+    inside commit -q --allow-empty -m "$PROGRAM setup" || {
+        read_error
+        halt "${shown:-git did not say why: is ${TMPDIR:-/tmp} full?}" "$UNTIL"
+    }
     if [ -z "$ssh_keygen" ]; then
         case $(inside cat-file commit HEAD) in
         *"$BEGIN"*) trust "$MARK: signed, and not verified$NEWLINE" ;;
@@ -1774,7 +1777,7 @@ undo_setup() {
     remove_ours
     find_files
     { [ -z "$present" ] && [ ! -e "$own/gitconfig" ]; } ||
-        halt "$own/gitconfig, or its lines in $config, cannot be taken away: read-only?"
+        halt "$own/gitconfig, or its lines in $config, cannot be taken away: read-only, or full?"
     get outside commit.gpgsign
     now="signs no commit by itself"
     [ "$value" != true ] || now="signs commits as $from says"
