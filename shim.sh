@@ -1787,14 +1787,16 @@ undo_setup() {
 
 # What sed's $2 leaves of file $1, in one step where that is neither a link nor mounted.
 take_away() {
-    sed "$2" "$1" >"$scratch/left" 2>/dev/null && ! cmp -s "$scratch/left" "$1" || return 0
+    # One reading counts, for another --undo may be writing it now, and it is empty in between.
+    { cat "$1" >"$scratch/was" && sed "$2" "$scratch/was"; } >"$scratch/new" 2>/dev/null || return 0
+    ! cmp -s "$scratch/new" "$scratch/was" || return 0
     fresh=$(make_temporary "$1.XXXXXX") || return 0
     if [ -L "$1" ] || ! {
-        cp -p -- "$1" "$fresh" && cat "$scratch/left" >"$fresh" && mv -f -- "$fresh" "$1"
+        cp -p -- "$1" "$fresh" && cat "$scratch/new" >"$fresh" && mv -f -- "$fresh" "$1"
     } 2>/dev/null; then
-        cp -- "$1" "$fresh"
+        { cat "$scratch/was" >"$fresh"; } 2>/dev/null || halt "there is no room to rewrite $1"
         copy=$fresh fresh='' # which stays, should the writing end in the middle
-        { cat "$scratch/left" >"$1"; } 2>/dev/null || cmp -s "$copy" "$1" ||
+        { cat "$scratch/new" >"$1"; } 2>/dev/null || cmp -s "$copy" "$1" ||
             halt "$1 could not be written whole: what it was is in $copy"
         rm -f -- "$copy"
     fi

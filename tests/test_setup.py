@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
@@ -194,6 +195,35 @@ def test_two_runs_at_once_do_no_harm(one: Place) -> None:
     assert one.commit() == "G"
     assert one("--undo").status == 0
     assert tree(one.home) == PLAIN
+
+
+def test_what_another_undo_is_writing_is_not_taken_for_all_of_it(one: Place) -> None:
+    one.is_well()
+    before = one.config.read_text()
+    for program in ("cat", "sed"):  # to these it is empty, as it is to a reader just then
+        wrapper = one.shim.parent / program
+        empty = '[ "${2:-$1}" != "$HOME/.gitconfig" ] || set -- ${2+"$1"} /dev/null'
+        wrapper.write_text(f'#!/bin/sh\n{empty}\nexec {need(program, "coreutils")} "$@"\n')
+        wrapper.chmod(0o755)
+    one("--undo", PATH=f"{wrapper.parent}:{one.env['PATH']}")
+    assert one.config.read_text() == before
+
+
+@on_linux
+def test_a_full_disk_leaves_no_half_of_a_line(one: Place) -> None:
+    page = os.sysconf("SC_PAGE_SIZE")
+    config = CONFIG + "# as long as there is room\n".rjust(page - len(CONFIG) - 50, "#")
+    (one.home.parent / "before").write_text(config)
+    before = in_a_namespace(f'mount -t tmpfs -o size={2 * page} none "$HOME" && cd "$HOME" && '
+                            'cp ../before .gitconfig && { "$@"; } && exit; '
+                            'cp .gitconfig ../after; exit 1')  # fmt: skip
+    one.refuses(".gitconfig or ~/.config/ssh-agent-proxy cannot be written", before=before)
+    assert (one.home.parent / "after").read_text() == config
+
+
+def test_a_report_that_nobody_reads_leaves_nothing_behind(place: Place) -> None:
+    done = place.sh(f'{shlex.join(place.argv)} setup | true; ls -A "$TMPDIR"')
+    assert (done.stdout, done.stderr) == (b"", b"")
 
 
 def test_an_include_of_the_users_own_stays(one: Place) -> None:
