@@ -369,7 +369,10 @@ def test_what_wins_is_named_with_its_origin_and_cure(one: Place, script: str, to
     one.is_well(where=one.repository)
 
 
-def test_what_the_environment_sets_is_named(one: Place) -> None:
+def test_what_no_command_takes_out_is_named(one: Place) -> None:
+    one.sh(f"{HERE}include.path x; echo '[commit]gpgsign=0' >.git/x")
+    cure = "(file:.git/x): take it out of that file"
+    one.refuses(f"FAIL commit.gpgsign is false {cure}", where=one.repository)
     cure = "(command line:): take it out of this shell's GIT_CONFIG_COUNT or GIT_CONFIG_PARAMETERS"
     settings = "'commit.gpgsign'='false'"
     one.refuses(f"FAIL commit.gpgsign is false {cure}", GIT_CONFIG_PARAMETERS=settings)
