@@ -646,7 +646,7 @@ sign_input() {
 # Prints $1: nothing is left to be left behind then, and this may block.
 put_out() {
     clean_up
-    trap - HUP INT TERM
+    trap - EXIT HUP INT TERM
     { printf '%s' "$1" >&1; } 2>/dev/null && return # (by >&1, or zsh would miss that it is shut)
     exec >/dev/null                                 # ksh would write what it has beside a message
     return 1

@@ -98,11 +98,12 @@ class Shim:
         return self("-Y", "sign", "-n", "git", *args, **more)
 
     def start(
-        self, *args: str, env: Dict[str, str], stdin: int = subprocess.DEVNULL
-    ) -> subprocess.Popen[bytes]:
+        self, *args: str, env: Dict[str, str], stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.PIPE
+    ) -> subprocess.Popen[bytes]:  # fmt: skip
         return subprocess.Popen(
             [*self.argv, *args], env={**self.env, **env}, cwd=self.folder,
-            stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdin=stdin, stdout=stdout, stderr=subprocess.PIPE,
             # Where the tests run in the background these are ignored.
             preexec_fn=lambda: [signal.signal(one, signal.SIG_DFL) for one in SIGNALS],
         )  # fmt: skip
@@ -1677,6 +1678,24 @@ def test_an_interrupted_wait_leaves_nothing_behind(
     wait_for(lambda: server.left, message="the end of curl")
     assert each_shim.files() == [GITS_FILE, "m"]
     assert os.listdir(each_shim.env["TMPDIR"]) == []
+
+
+@on_linux
+def test_an_output_that_nobody_takes_is_no_fault_of_the_file(shim: Shim, liar: Any) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writing, b"full"):
+            pass
+    os.set_blocking(writing, True)
+    server = liar(answer(ARMOR))
+    process = shim.start("-Y", "sign", env=server.env, stdout=writing)
+    wait_for(lambda: server.requests and not shim.temporary(), message="the signature")
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    os.close(reading)
+    assert process.communicate(timeout=10)[1] == b""
+    os.close(writing)
 
 
 @on_linux
