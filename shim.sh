@@ -955,7 +955,7 @@ write_key() {
     folder=${target%/*}/
     [ -d "$folder" ] || (umask 077 && mkdir -p -- "$folder") 2>/dev/null || return 1
     fresh=$(make_temporary "$folder.$PROGRAM.XXXXXX") || return 1
-    { printf '%s\n' "$2" >"$fresh"; } 2>/dev/null && chmod 0644 -- "$fresh" 2>/dev/null &&
+    { printf '%s\n' "$2" >"$fresh"; } 2>/dev/null && chmod -- 0644 "$fresh" 2>/dev/null &&
         mv -f -- "$fresh" "$target" 2>/dev/null || return 1
     fresh=''
 }
@@ -1734,7 +1734,7 @@ is_good() {
 # Adds the key to the file of signers, after $1, where that is ours.
 trust() {
     [ "$trusted$unwritable$signers" = "$own/allowed_signers" ] || return 0
-    { append "$signers" "$1$trust_line" && chmod go-w -- "$signers"; } ||
+    { append "$signers" "$1$trust_line" && chmod -- go-w "$signers"; } ||
         halt "$signers cannot be written: $SEE"
 }
 
@@ -1769,7 +1769,7 @@ undo_setup() {
     has_home || halt "$problem"
     lines="$MARK\\n\\[includeIf \"[^\"]*\"\\]\\n$INCLUDED"
     for target in "$config" "$beside" "${HOME-}/.gitconfig"; do
-        take_away "$target" "/^$MARK\$/{N;N;\\|^$lines\$|d;}"
+        take_away "$target" "/^$MARK\$/{\$!N;/\\n\\[/!{P;D;};\$!N;\\|^$lines\$|d;}"
     done
     take_away "$signers" "/^$MARK: /d;/^[^ #]* namespaces=\"git\" [^ ]* [^ ]*\$/d"
     [ -s "$signers" ] || rm -f -- "$signers" 2>/dev/null || :

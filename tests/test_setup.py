@@ -268,6 +268,7 @@ FILES = [
     ("GIT_CONFIG_GLOBAL's", r"mv .gitconfig $(printf 'given\033')", "by HOME/given?"),
     ("carriage returns", r"printf '[user]\r\n\tname = Me\r\n' >.gitconfig", ""),
     ("another's lines", f"echo '{LINES}' | sed 's/gitconfig/x/' >>.gitconfig", ""),
+    ("a mark alone", f"echo '{LINES.splitlines()[0]}' >>.gitconfig", ""),
     ("empty lines at its end", r"printf '\n\n' >>.gitconfig", ""),
     ("a line end in a value", r"printf '[x]\ny = \"a\\nb\" \\\n c\n' >>.gitconfig", ""),
 ]
@@ -304,12 +305,14 @@ USABLE = [
     ("signers", f'{SIGNERS}"~/s"; echo me@example.com {PUBLIC} >s', ""),
     ("signers for all", f"{SIGNERS}'~/s'; echo '* namespaces=\"git\"' {PUBLIC} me >s", ""),
 ]
-SOON = ["a link", "GIT_CONFIG_GLOBAL's", "a path beyond ASCII", "nobody's key", "a key itself"]
+SOON = ["a link", "a mark alone", "GIT_CONFIG_GLOBAL's",
+        "a path beyond ASCII", "nobody's key", "a key itself"]
 
 
 @pytest.mark.parametrize("script, told", some([*FILES, *UNUSABLE, *USABLE], *SOON))
 def test_what_is_there_is_used_or_named_and_comes_back(one: Place, script: str, told: str) -> None:
     one.env.update(EMAIL="me@example.com", GIT_COMMITTER_NAME="C", GIT_AUTHOR_NAME="A")
+    one.env["POSIXLY_CORRECT"] = "1"  # GNU's programs take options first then, and N forgets
     if "x/git" in script:
         one.env["XDG_CONFIG_HOME"] = f"{one.home}/x"
     if "given" in script:
