@@ -1382,8 +1382,7 @@ tell() {
     { printf '%s\n' "$shown"; } 2>/dev/null || finish 1 # nobody reads it
 }
 
-# (`stop` would be a command of ksh.)
-halt() {
+halt() { # (`stop` would be a command of ksh)
     for fault; do
         tell "FAIL $fault"
     done
@@ -1557,8 +1556,7 @@ write_settings() {
     h*)
         get outside commit.gpgsign
         [ "$value" != true ] || tell_cure "commit.gpgsign is true, without a remote too"
-        [ -z "$failed" ] ||
-            halt "nothing was written: do that, then run \`$PROGRAM setup --remote-only\` again"
+        [ -z "$failed" ] || halt "nothing was written: do that, then the same setup again"
         ;;
     esac
     [ -f "$config" ] || [ ! -e "$config" ] || fail "$config is no regular file" || return
@@ -1586,8 +1584,7 @@ append() {
     [ -z "$(tail -c 1 -- "$1" 2>/dev/null)" ] || set -- "$1" "$NEWLINE$2"
     size=$({ true >>"$1" && wc -c <"$1"; } 2>/dev/null) || :
     { printf '%s\n' "$2" >>"$1"; } 2>/dev/null && written=yes && return
-    # Half a line there, as a full disk leaves it, would be the end of every git command.
-    [ -z "$size" ] || dd bs=1 count=0 seek="$((size))" of="$1" 2>/dev/null
+    [ -z "$size" ] || dd bs=1 count=0 seek="$((size))" of="$1" 2>/dev/null # half a line ends git
     return 1
 }
 
@@ -1647,6 +1644,9 @@ tell_cure() {
 obtain_key() {
     ! find_ssh_keygen || ssh_keygen=$found
     [ -n "$ssh_keygen" ] || unverified="ssh-keygen is missing: it comes in $PACKAGES"
+    case $("${ssh_keygen:-:}" -lf /dev/null 2>&1) in # as in containers of a number alone
+    "No user exists"*) ssh_keygen='' unverified="ssh-keygen takes a user that /etc/passwd knows" ;;
+    esac
     prepare_to_ask || halt "$problem${their_key:+ (of the key in user.signingkey)}" "$UNTIL"
     signing_key=$found whole_key=$fetched
     case $their_key$key_file:$lacks:$signing_key in

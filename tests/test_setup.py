@@ -646,6 +646,14 @@ def test_without_ssh_keygen_it_signs_unverified(one: Place, keys: Keys, missing:
     assert tree(one.home) == PLAIN
 
 
+def test_a_user_of_a_number_alone_signs_unverified(one: Place) -> None:
+    keygen = one.shim.parent / "ssh-keygen"
+    keygen.write_text("#!/bin/sh\necho No user exists for uid 1234 >&2\nexit 255\n")
+    keygen.chmod(0o755)
+    verdict = f"{UNVERIFIED}ssh-keygen takes a user that /etc/passwd knows"
+    one.is_well(verdict=verdict, PATH=f"{keygen.parent}:{one.env['PATH']}")
+
+
 @on_linux
 def test_settings_of_the_environment_do_where_the_home_is_read_only(one: Place) -> None:
     before = in_a_namespace('mount --bind "$HOME" "$HOME" && mount -o remount,ro,bind "$HOME" && '
