@@ -60,7 +60,7 @@ nobody=''    # not empty: git names the key that nobody holds
 once=''      # not empty: the data can be read only once
 past='*'     # for which hosts on loopback no http_proxy is used
 token_from=- # from where curl is told the token,
-data_from=4  # and what is its standard input then: that, or the data
+input=4      # and what is its standard input then: that, or the data
 
 # --- -Y sign ----------------------------------------------------------------------------------
 
@@ -373,7 +373,7 @@ run_curl() {
     # By a here-document, for everyone sees arguments (printf too is a program in mksh and posh).
     # Some shells make a temporary file of it, ksh by the umask; the group is for its failure.
     umask 077
-    { exec "${SSH_AGENT_PROXY_CURL:-curl}" "$@" -K "$token_from" <&"$data_from"; } 4<<END || exit 120
+    { exec "${SSH_AGENT_PROXY_CURL:-curl}" "$@" -K "$token_from" <&"$input"; } 4<<END || exit 120
 header = "Authorization: Bearer $token"
 END
 }
@@ -703,16 +703,15 @@ mend() {
     request) check_request "$@" ;;
     url | token | proxy) prepare_anyway || die "$problem" ;;
     file)
-        can_be_read "$file" || die "cannot be signed: $problem"
-        refuse_folder
+        ! can_be_read "$file" || refuse_folder
+        die "cannot be signed: $problem"
         ;;
     beside) hold "${subject%/*}/.$PROGRAM.$$" || refuse_folder ;;
     folder) refuse_folder ;;
     home)
-        case ${HOME:-} in
-        /*) key=$HOME/${key#??} ;;
-        *) die "user.signingkey begins with ~/, and HOME is not the whole path of a folder" ;;
-        esac
+        key=${HOME:-.}/${key#??}
+        [ "${key#/}" != "$key" ] ||
+            die "user.signingkey begins with ~/, and HOME is not the whole path of a folder"
         ;;
     no_key) look_for_key ;;
     nobodys_key) accept_key ;;
@@ -829,13 +828,10 @@ token NAME\` prints one on the host" || return
 # URL $2, which stands in $1, is none; a password in it is not repeated.
 explain_url() {
     show "$2"
-    case $2 in
-    '' | *@*) shown='empty, or with a user name' ;;
-    esac
+    { [ -n "$2" ] && [ "${2#*@}" = "$2" ]; } || shown='empty, or with a user name'
     fail "$1 is $shown: it must be http://HOST:PORT/sign, https://HOST/sign or unix:/PATH"
 }
 
-# Why there is no token in $holder.
 explain_holder() {
     can_be_read "$holder" && fail "$holder holds none"
 }
@@ -934,7 +930,6 @@ ask_for_key() {
     ask "$pubkey_url" /publickey ${their_key:+-H "SSHSIG-Key: $their_key"}
 }
 
-# $pubkey_url, checked.
 find_pubkey_url() {
     pubkey_url=${SSH_AGENT_PROXY_PUBKEY_URL:-}
     case $pubkey_url:$sign_url in
@@ -1219,14 +1214,13 @@ that it is ssh-agent-proxy's own, whose log tells more, and not an agent's" ;;
     esac
 }
 
-# Why nobody answers at the socket $1.
 explain_socket() {
     if [ ! -e "$1" ]; then
         can_be_read "$1" || fail "$problem (its folder, with ssh-agent-proxy running on the host)"
     elif [ ! -S "$1" ]; then
         fail "$1 is not a socket (engines make a folder where there was nothing to mount)"
     elif [ ! -w "$1" ]; then
-        fail "$1: permission denied: the socket is not open to this user (?mode=0660 opens it)"
+        fail "$1: permission denied: the socket is not open to this user (?mode=0666 opens it)"
     else
         fail "nobody listens on $1: is ssh-agent-proxy running on the host? (It makes the \
 socket anew at each start: mount the folder, not the socket alone)"
@@ -1235,9 +1229,8 @@ socket anew at each start: mount the folder, not the socket alone)"
 
 # --- Where there is no file for standard input and the answer ----------------------------------
 
-# One request, with the data as it comes.
 stream() {
-    ended=0 token_from=/dev/fd/4 data_from=0
+    ended=0 token_from=/dev/fd/4 input=0
     {
         answer=$(
             [ -z "${token:+set}" ] || [ -n "$elsewhere" ] || [ -e /dev/fd/0 ] || exit 120
@@ -1280,7 +1273,6 @@ is_shim() {
 
 # --- Commands for people ----------------------------------------------------------------------
 
-# Sets out to ask for the public key.
 prepare_to_ask() {
     set_out
     exec 3</dev/null
