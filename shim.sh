@@ -1472,6 +1472,7 @@ find_identity() {
     *@*@* | *[!][A-Za-z0-9._%+=/"'"@-]*) ;;
     ?*@?*) return ;;
     esac
+    [ -n "$email" ] || has_home || halt "$problem; without it EMAIL must tell git your address"
     read_error
     show "${email:-$shown}"
     halt "git must know your name, and a mail address such as you@example.com ($shown): \

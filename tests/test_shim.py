@@ -1691,7 +1691,7 @@ def test_an_output_that_nobody_takes_is_no_fault_of_the_file(shim: Shim, liar: A
     server = liar(answer(ARMOR))
     process = shim.start("-Y", "sign", env=server.env, stdout=writing)
     wait_for(lambda: server.requests and not shim.temporary(), message="the signature")
-    time.sleep(0.1)
+    time.sleep(0.1)  # it is about to write; sooner its trap would end it as well
     process.send_signal(signal.SIGTERM)
     os.close(reading)
     assert process.communicate(timeout=10)[1] == b""
