@@ -1594,8 +1594,7 @@ find_what_wins() {
     expect_settings inside
     [ -z "$failed" ] || halt "the next commit will not be signed until that is mended"
     if ! here rev-parse --git-dir >/dev/null; then
-        read_error
-        [ "${shown#not a git repository}" != "$shown" ] || failed=yes
+        [ -n "$(sed -n '/^fatal: not a git repository/p' "$scratch/error")" ] || failed=yes
         [ -z "$failed" ] || tell "FAIL git refuses this: $(tr -s '\n\t' '  ' <"$scratch/error")"
         return
     fi
