@@ -254,8 +254,10 @@ def need_ipv6() -> None:
 def short_folder() -> Iterator[Path]:
     """A private directory with a short name: the path of a Unix socket holds 107 bytes."""
     path = Path(tempfile.mkdtemp(prefix="sap.", dir="/tmp"))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture

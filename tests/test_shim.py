@@ -195,8 +195,10 @@ def serve(agent: Agent, *options: str, tokens: str = "") -> Iterator[Served]:
         proxy = Proxy(argv, clean_env(home))
         env = Served({URL: f"{proxy.url}/sign"})
         env.agent, env.proxy, env.socket = agent, proxy, home / "socket"
-        yield env
-        proxy.stop()
+        try:
+            yield env
+        finally:
+            proxy.stop()
 
 
 @pytest.fixture(scope="module")
