@@ -2676,15 +2676,15 @@ def serve(config: Config) -> int:
     return 0
 
 
-def who_listens(address: Union[Address, UnixAddress]) -> str:
-    """The Server field of what answers there, or ""."""
+def who_listens(address: Union[Address, UnixAddress], patience: float) -> str:
+    """The Server field of what answers there within PATIENCE seconds, or ""."""
     with contextlib.suppress(OSError, UnicodeError):
         if isinstance(address, UnixAddress):
             sock = socket.socket(socket.AF_UNIX)
-            sock.settimeout(2)
+            sock.settimeout(patience)
             sock.connect(address.path)
         else:
-            sock = socket.create_connection(address, 2)
+            sock = socket.create_connection(address, patience)
         with sock:
             sock.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
             found = re.search(rb"\r\nServer: ([^\r\n]*)\r\n", sock.recv(4096))
@@ -2692,70 +2692,58 @@ def who_listens(address: Union[Address, UnixAddress]) -> str:
     return ""
 
 
-def listens_everywhere(address: Address) -> Optional[bool]:
-    """Does whoever has this port listen at every address of this machine? None where the system
-    does not tell: an address that is nobody's can be listened on in Linux alone."""
-    v6 = ":" in address.host
-    family, nobodys = (socket.AF_INET6, "2001:db8::1") if v6 else (socket.AF_INET, "192.0.2.1")
+def listens_elsewhere(address: Address) -> str:
+    """What is to be said where the proxy that answers at ADDRESS listens at more or less than that.
+    Linux alone shows it: nobody's address can be listened on there, until all are taken."""
+    if sys.platform != "linux":
+        return ""
+    family, *_, (host, *_) = socket.getaddrinfo(*address)[0]
+    wanted = ipaddress.ip_address(host).is_unspecified
+    nobodys = "2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1"
     try:
         listen_tcp(family, (nobodys, address.port)).close()
-        return False
-    except OSError as e:
-        return True if e.errno == errno.EADDRINUSE else None
+        return ", but not at every address of this machine" if wanted else ""
+    except OSError:
+        return "" if wanted else ", and at every other address of this machine"
 
 
-def busy_finding(address: Union[Address, UnixAddress], why: str) -> Finding:
-    """Who has ADDRESS, where we could not listen, and WHY."""
-    server = who_listens(address)
-    if not server.startswith(f"{PROGRAM}/"):
-        with contextlib.suppress(ProxyError):
-            for listener in listen(address):
-                listener.close()
-            why = f"cannot listen on {address}: another address of SSH_AGENT_PROXY_ADDR takes it"
-        return logging.ERROR, why
-    ours = f"{server} answers at {address} already"
-    if isinstance(address, UnixAddress):
-        return logging.INFO, ours
-    everywhere = listens_everywhere(address)
-    wanted = False
-    with contextlib.suppress(ValueError):  # a name
-        wanted = ipaddress.ip_address(address.host).is_unspecified
-    if everywhere and not wanted:
-        return logging.WARNING, f"{ours}, and at every other address of this machine"
-    if wanted and everywhere is False:
-        return logging.WARNING, f"{ours}, but not at every address of this machine"
-    return logging.INFO, ours
+def is_here(listener: Listener) -> bool:
+    """Is its address one of this machine's now? On Linux it need not be (IP_FREEBIND)."""
+    host, _, *scope = listener.socket.getsockname()
+    with contextlib.suppress(OSError), socket.socket(listener.socket.family) as probe:
+        probe.bind((host, 0, *scope))
+        return True
+    return False
 
 
 def address_findings(config: Config) -> Iterator[Finding]:
     """Whether the proxy could listen there now, or does already."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    findings: list[list[Finding]] = []
-    busy: list[tuple[list[Finding], Union[Address, UnixAddress], str]] = []
-    with contextlib.ExitStack() as opened:
-        for address in config.addr:
-            found: list[Finding] = []
-            findings.append(found)
-            try:
-                for listener in listen(address):
-                    opened.callback(listener.close)
-                    if isinstance(address, Address):
-                        host, _, *scope = listener.socket.getsockname()
-                        with socket.socket(listener.socket.family) as probe:
-                            probe.bind((host, 0, *scope))  # without IP_FREEBIND
-                    found.append((logging.INFO, f"{listener.name} is free to listen on"))
-            except OSError:
-                found.append((logging.WARNING, f"{address} is no address of this machine (yet)"))
-            except ProxyError as e:
-                busy.append((found, address, str(e)))
-    # None of them is held by us any more; each may take its time to answer.
-    with ThreadPoolExecutor(len(busy) + 1) as pool:
-        answers = [pool.submit(busy_finding, address, why) for _, address, why in busy]
-    for (found, *_), answer in zip(busy, answers):
-        found.append(answer.result())
-    for found in findings:
-        yield from found
+    end = time.monotonic() + 2  # for all who don't answer
+    free = []
+    for address in config.addr:
+        try:
+            listeners = listen(address)
+        except ProxyError as e:
+            server = who_listens(address, max(0.5, end - time.monotonic()))
+            if not server.startswith(f"{PROGRAM}/"):
+                yield logging.ERROR, str(e)
+                continue
+            elsewhere = listens_elsewhere(address) if isinstance(address, Address) else ""
+            level = logging.WARNING if elsewhere else logging.INFO
+            yield level, f"{server} answers at {address} already{elsewhere}"
+            continue
+        free.append(address)
+        for listener in listeners:
+            if listener.file or is_here(listener):
+                yield logging.INFO, f"{listener.name} is free to listen on"
+            else:
+                yield logging.WARNING, f"{address} is no address of this machine (yet)"
+            listener.close()
+    try:
+        for listener in listen_on(free):
+            listener.close()
+    except ProxyError as e:
+        yield logging.ERROR, f"each alone is free, not all at once: {e}"
 
 
 def service_findings() -> Iterator[Finding]:
@@ -2765,16 +2753,15 @@ def service_findings() -> Iterator[Finding]:
     argv = ("systemctl", "--user", "show", "--property=MainPID", "--value", PROGRAM)
     try:
         done = subprocess.run(argv, capture_output=True, timeout=5, check=False)
-        pid = done.stdout.decode("ascii", "replace").strip()
-        facts = process_facts(pid) if re.fullmatch("[1-9][0-9]*", pid) else {}
-    except (OSError, subprocess.SubprocessError):
+        pid = int(done.stdout)
+        facts = process_facts(str(pid))
+    except (OSError, ValueError, subprocess.SubprocessError):
         return
     names = ("NoNewPrivs", "VmLck", "Max core file size", "Max locked memory")
-    if facts:
-        state = ", ".join(f"{name} {facts.get(name, 'unknown')}" for name in names)
-        weak = facts.get("NoNewPrivs") != "1" or facts.get("VmLck") == "0 kB"
-        level = logging.WARNING if weak else logging.INFO
-        yield level, f"the user service runs as PID {pid}: {state}"
+    state = ", ".join(f"{name} {facts.get(name, 'unknown')}" for name in names)
+    weak = facts.get("NoNewPrivs") != "1" or facts.get("VmLck") == "0 kB"
+    level = logging.WARNING if weak else logging.INFO
+    yield level, f"the user service runs as PID {pid}: {state}"
 
 
 def sign_findings(config: Config, agents: Agents) -> Iterator[Finding]:
