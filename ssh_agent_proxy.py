@@ -2386,6 +2386,9 @@ def is_journal(stream: str) -> bool:
 class OneLine(logging.Formatter):
     """Each record is one line, whatever is in it: a traceback's line breaks become escapes."""
 
+    def __init__(self, layout: str = "%(asctime)s %(levelname)s %(message)s") -> None:
+        super().__init__(layout, "%Y-%m-%dT%H:%M:%S%z")
+
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
         return line if line.isprintable() else printable(line, StderrHandler.MAX_LINE)
@@ -2404,8 +2407,7 @@ class StderrHandler(logging.Handler):
     def __init__(self, journal_stream: str) -> None:
         super().__init__()
         self.journal = is_journal(journal_stream)
-        layout = "%(message)s" if self.journal else "%(asctime)s %(levelname)s %(message)s"
-        self.setFormatter(OneLine(layout, "%Y-%m-%dT%H:%M:%S%z"))
+        self.setFormatter(OneLine("%(message)s") if self.journal else OneLine())
         self.lost = 0
         self.cut = b""  # what ends the last line, where a terminal took only part of it
         self.stalled = False  # nobody reads: even a signature's line was waited for in vain
@@ -2449,13 +2451,14 @@ def log_uncaught(kind: Any, error: Any, traceback: Any) -> None:
     LOG.error("internal error", exc_info=(kind, error, traceback))
 
 
-def start_log(level: int, journal_stream: str) -> None:
+def start_log(level: int, handler: logging.Handler) -> None:
+    """From now on what LEVEL lets through is HANDLER's, each record a line (OneLine)."""
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # never shown
     logging.addLevelName(AUDIT, "AUDIT")
     logging._srcfile = None  # nor where a line comes from
     LOG.propagate = False
     LOG.setLevel(level)
-    LOG.handlers[:] = [StderrHandler(journal_stream)]
+    LOG.handlers[:] = [handler]
     sys.excepthook = log_uncaught
     threading.excepthook = lambda fault: log_uncaught(*fault[:3])
 
@@ -2624,12 +2627,17 @@ def listen_on(addresses: Sequence[Union[Address, UnixAddress]]) -> list[Listener
     return listeners
 
 
-def serve(config: Config) -> int:
-    """Runs until SIGTERM or SIGINT, then finishes what is in flight, within DRAIN_SECONDS."""
+def serve(config: Config, signals: Optional[socket.socket] = None,
+          ready: Callable[[Sequence[str]], object] = tuple, drain: Optional[float] = None,
+          ) -> int:  # fmt: skip
+    """Runs until a byte comes from SIGNALS (catch_signals() where it is not given), then finishes
+    what is in flight, within DRAIN seconds (DRAIN_SECONDS); a second byte ends it at once. READY is
+    called with what the listeners are called, once they listen. The exit status; ProxyError and
+    OSError where it can't start. With SIGNALS it runs in any thread."""
     steps = harden(sys.platform)
     config.tokens()  # a file that can't be used is a setting that is wrong
     raise_file_limit()
-    signals = catch_signals()
+    caught = catch_signals() if signals is None else signals
     manager = ServiceManager(config.notify_socket)
     listeners = listen_on(config.addr)
     where = f"STATUS=listening on {', '.join(listener.name for listener in listeners)}"
@@ -2652,6 +2660,7 @@ def serve(config: Config) -> int:
     names = ", ".join(f'"{name}"' for name in config.namespace)
     for listener in listeners:
         LOG.info("listening on %s (namespace %s)", listener.name, names)
+    ready([listener.name for listener in listeners])
 
     def report() -> None:
         manager.tell("READY=1", READY_SECONDS)
@@ -2661,18 +2670,19 @@ def serve(config: Config) -> int:
     # A manager or an agent that hangs must hold up neither requests nor a signal.
     threading.Thread(target=report, daemon=True).start()
 
-    signals.recv(1)
+    caught.recv(1)
     LOG.info("stopping")
     manager.tell("STOPPING=1")
     server.stop()
-    end = time.monotonic() + DRAIN_SECONDS
+    end = time.monotonic() + (DRAIN_SECONDS if drain is None else drain)
     while (server.places or server.lingering) and time.monotonic() < end:
-        if select.select([signals], [], [], 0.02)[0]:
+        if select.select([caught], [], [], 0.02)[0]:
             break  # a second signal: at once
     server.give_up()
     agents.groups.end()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # Python would be killed by one on its way out
+    if signals is None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # Python would be killed by one on its way out
     return 0
 
 
@@ -2896,7 +2906,7 @@ def run(env: Env, argv: Sequence[str]) -> int:
     except SystemExit as e:  # --help, --version
         output(b"")
         return int(e.code or 0)
-    start_log(config.level, config.journal_stream)
+    start_log(config.level, StderrHandler(config.journal_stream))
     words = config.command
     if config.sign and words != ("check",):
         raise ConfigError("--sign: check alone makes a test signature")
