@@ -1229,8 +1229,7 @@ def process_facts(pid: str) -> dict[str, str]:
 
 
 def _no_core() -> Step:
-    import resource
-
+    resource: Any = __import__("resource")  # (checked for Windows too, which has none)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limits = resource.getrlimit(resource.RLIMIT_CORE)
@@ -1240,8 +1239,8 @@ def _no_core() -> Step:
 def _lock_memory(libc: Any, flags: int) -> Step:
     """Only without a limit: with a finite one mlockall succeeds, and later threads can't start."""
     import ctypes
-    import resource
 
+    resource: Any = __import__("resource")
     name, unlimited = "memory kept out of swap", resource.RLIM_INFINITY
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (unlimited, unlimited))
@@ -1302,8 +1301,58 @@ def _harden_macos() -> list[Step]:
     ]
 
 
+def _harden_windows(kernel32: Any) -> list[Step]:
+    """With the names of errhandlingapi.h, processthreadsapi.h and winnt.h."""
+    import ctypes
+    from ctypes.wintypes import BOOL, DWORD, HANDLE, UINT
+
+    SEM_FAILCRITICALERRORS, SEM_NOGPFAULTERRORBOX = 0x0001, 0x0002
+    # Of enum PROCESS_MITIGATION_POLICY. The structure of each is one DWORD, Flags, with these bits.
+    ProcessStrictHandleCheckPolicy = 3
+    RaiseExceptionOnInvalidHandleReference, HandleExceptionsPermanentlyEnabled = 1, 2
+    ProcessExtensionPointDisablePolicy = 6
+    DisableExtensionPoints = 1
+    ProcessImageLoadPolicy = 10
+    NoRemoteImages, NoLowMandatoryLabelImages = 1, 2
+    PROCESS_MITIGATION_POLICY, PVOID, SIZE_T = ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
+    set_policy = kernel32.SetProcessMitigationPolicy
+    get_policy = kernel32.GetProcessMitigationPolicy
+    for function, restype, *argtypes in (
+        (kernel32.SetErrorMode, UINT, UINT),
+        (kernel32.GetErrorMode, UINT),
+        (kernel32.GetCurrentProcess, HANDLE),
+        (set_policy, BOOL, PROCESS_MITIGATION_POLICY, PVOID, SIZE_T),
+        (get_policy, BOOL, HANDLE, PROCESS_MITIGATION_POLICY, PVOID, SIZE_T),
+    ):
+        function.restype, function.argtypes = restype, argtypes
+
+    def mitigate(name: str, policy: int, flags: int) -> Step:
+        wanted, found = DWORD(flags), DWORD()
+        set_policy(policy, ctypes.byref(wanted), ctypes.sizeof(wanted))
+        process = kernel32.GetCurrentProcess()
+        get_policy(process, policy, ctypes.byref(found), ctypes.sizeof(found))
+        return Step(name, found.value & flags == flags, f"policy {policy} has {found.value:#x}")
+
+    # A fault is reported to nobody, with no dump of the memory.
+    kernel32.SetErrorMode(SEM_FAILCRITICALERRORS | SEM_NOGPFAULTERRORBOX)
+    mode = kernel32.GetErrorMode()
+    return [
+        Step("no crash dumps", bool(mode & SEM_NOGPFAULTERRORBOX), f"GetErrorMode {mode:#x}"),
+        mitigate("no extension points", ProcessExtensionPointDisablePolicy, DisableExtensionPoints),
+        mitigate("no remote or low-integrity images", ProcessImageLoadPolicy,
+                 NoRemoteImages | NoLowMandatoryLabelImages),
+        # Last: from here on a handle that is none ends the process.
+        mitigate("strict handle checks", ProcessStrictHandleCheckPolicy,
+                 RaiseExceptionOnInvalidHandleReference | HandleExceptionsPermanentlyEnabled),
+    ]  # fmt: skip
+
+
 def harden(platform: str) -> list[Step]:
     """Takes from this process what it doesn't need. To be called before any secret is read."""
+    if sys.platform == "win32":
+        from ctypes import WinDLL
+
+        return _harden_windows(WinDLL("kernel32"))
     systems = {"linux": _harden_linux, "darwin": _harden_macos}
     return systems[platform]() if platform in systems else []
 
