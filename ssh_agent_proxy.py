@@ -1448,10 +1448,15 @@ def parse_hold(value: str, env: Env) -> float:
 
 
 def expand(path: str, env: Env) -> str:
-    """PATH with a leading ~ or %h/ and with $VAR expanded: a systemd env file expands nothing."""
+    """PATH with a leading ~ or %h/ and with $VAR expanded: a systemd env file expands nothing. On
+    Windows %VAR% too, in whatever case, as everywhere there."""
     home = env.get("HOME") or env.get("USERPROFILE") or os.path.expanduser("~")
-    path = re.sub(r"^(~|%h)/", "$HOME/", path)
+    slash = r"[/\\]" if sys.platform == "win32" else "/"
+    path = re.sub(f"^(~|%h){slash}", "$HOME/", path)
     try:
+        if sys.platform == "win32":
+            values = {name.upper(): value.replace("$", "$$") for name, value in env.items()}
+            path = re.sub("%([^%]+)%", lambda found: values[found[1].upper()], path)
         return Template(os.path.expanduser(path)).substitute({**env, "HOME": home})
     except (KeyError, ValueError) as e:
         raise ConfigError(f"{printable(path)!r}: a variable is not set (a mere $ is $$)") from e
