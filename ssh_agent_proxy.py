@@ -1483,7 +1483,9 @@ def parse_address(value: str, env: Env) -> Union[Address, UnixAddress]:
     unix = re.fullmatch(r"unix:([^?]*)(?:\?mode=(0?[0-7]{3}))?", value)
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]+)):([0-9]{1,5})", value)
     path = expand(unix[1], env) if unix else ""
-    if unix and path.startswith("/") and hasattr(socket, "AF_UNIX"):
+    if unix and not hasattr(socket, "AF_UNIX"):
+        raise ConfigError(f"{printable(value)!r}: no Unix sockets here (Windows): use HOST:PORT")
+    if unix and path.startswith("/"):
         return UnixAddress(path, int(unix[2] or "600", 8))
     if match and int(match[3]) <= 65535:
         return Address(match[1] or match[2], int(match[3]))
@@ -1750,6 +1752,9 @@ class Config(NamedTuple):
 # ----------------------------------------------------------------------------------- Listening
 
 
+AF_UNIX: Any = getattr(socket, "AF_UNIX", None)  # Python has none on Windows
+
+
 class Listener(NamedTuple):
     """A socket that listens, and what the log calls it."""
 
@@ -1775,12 +1780,12 @@ def listen_unix(address: UnixAddress) -> Listener:
     if os.path.lexists(address.path):
         if not stat.S_ISSOCK(os.lstat(address.path).st_mode):
             raise OSError(errno.EEXIST, "it is there, and no socket")
-        with socket.socket(socket.AF_UNIX) as probe:
+        with socket.socket(AF_UNIX) as probe:
             probe.setblocking(False)
             if probe.connect_ex(address.path) != errno.ECONNREFUSED:  # whoever it is, it lives
                 raise OSError(errno.EEXIST, "another program listens there")
         os.unlink(address.path)
-    sock = socket.socket(socket.AF_UNIX)
+    sock = socket.socket(AF_UNIX)
     umask = os.umask(0o777 & ~address.mode)
     try:
         sock.bind(address.path)
@@ -1793,7 +1798,9 @@ def listen_unix(address: UnixAddress) -> Listener:
 def listen_tcp(family: int, where: Any) -> Listener:
     """A socket at an address of getaddrinfo's; OSError."""
     sock = socket.socket(family, socket.SOCK_STREAM)
-    if os.name == "posix":  # on Windows it would let two programs have the same port
+    if sys.platform == "win32":  # or any program could take the port as well, and the requests
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+    else:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -1819,6 +1826,10 @@ def listen(address: Union[Address, UnixAddress]) -> list[Listener]:
             except OSError as e:
                 if e.errno == errno.EADDRINUSE:
                     raise OSError(e.errno, f"port {address.port} is in use") from e
+                if e.errno == errno.EACCES and sys.platform == "win32":
+                    show = "netsh interface ipv4 show excludedportrange protocol=tcp"
+                    text = f"Windows, or a program, keeps port {address.port} (`{show}` tells)"
+                    raise OSError(e.errno, text) from e
                 error = e  # it may be a name's other address, which this system has no use for
         if not listeners:
             raise error
@@ -2028,7 +2039,7 @@ class Client(io.RawIOBase):
 
 def peer_fields(sock: socket.socket, address: Any) -> dict[str, str]:
     """Who is at the other end, as the kernel shows it: an address, or a Unix socket's process."""
-    if sock.family != getattr(socket, "AF_UNIX", None):
+    if sys.platform == "win32" or sock.family != AF_UNIX:
         return {"peer": str(Address(*address[:2]))}
     if sys.platform == "darwin":
         SOL_LOCAL, LOCAL_PEERCRED, LOCAL_PEERPID = 0, 1, 2
@@ -2523,9 +2534,9 @@ class ServiceManager:
     def __init__(self, path: str) -> None:
         self.told = ""  # what it knows
         self.socket: Optional[socket.socket] = None
-        if not path:
+        if not path or sys.platform == "win32":
             return
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sock = socket.socket(AF_UNIX, socket.SOCK_DGRAM)
         sock.setblocking(False)
         try:
             # Now: under Landlock no abstract one can be connected to any more.
@@ -2724,11 +2735,14 @@ def serve(config: Config, signals: Optional[socket.socket] = None,
     # A manager or an agent that hangs must hold up neither requests nor a signal.
     threading.Thread(target=report, daemon=True).start()
 
-    caught.recv(1)
+    number = caught.recv(1)[0]
     LOG.info("stopping")
     manager.tell("STOPPING=1")
     server.stop()
-    end = time.monotonic() + (DRAIN_SECONDS if drain is None else drain)
+    if drain is None:
+        closed = sys.platform == "win32" and number == signal.SIGTERM  # see console_event
+        drain = CLOSE_SECONDS if closed else DRAIN_SECONDS
+    end = time.monotonic() + drain
     while (server.places or server.lingering) and time.monotonic() < end:
         if select.select([caught], [], [], 0.02)[0]:
             break  # a second signal: at once
