@@ -2588,9 +2588,11 @@ COMMANDS = {
 
 def raise_file_limit() -> None:
     """Room for every place's connection and agent: macOS starts with 256 file descriptors."""
-    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
-        import resource
+    if sys.platform == "win32":  # it has no such limit
+        return
+    import resource
 
+    with contextlib.suppress(OSError, ValueError):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = 8 * PLACES if hard == resource.RLIM_INFINITY else min(8 * PLACES, hard)
         if soft != resource.RLIM_INFINITY and soft < wanted:
