@@ -2477,7 +2477,9 @@ class StderrHandler(logging.Handler):
         self.cut = b""  # what ends the last line, where a terminal took only part of it
         self.stalled = False  # nobody reads: even a signature's line was waited for in vain
         self.fd = 2
-        with contextlib.suppress(OSError, AttributeError):
+        if sys.platform == "win32":
+            return
+        with contextlib.suppress(OSError):
             # A terminal that nobody reads takes part of a line and then waits; opened for us alone
             # it can be told not to.
             self.fd = os.open(os.ttyname(2), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
@@ -2504,11 +2506,44 @@ class StderrHandler(logging.Handler):
     def write(self, data: bytes, patience: float) -> int:
         """How many bytes were taken within PATIENCE seconds."""
         try:
-            if os.name == "posix" and not select.select([], [self.fd], [], patience)[1]:
+            if not select.select([], [self.fd], [], patience)[1]:
                 return 0
             return os.write(self.fd, data)
         except OSError:  # closed: there is nobody to tell
             return 0
+
+
+class WindowsHandler(StderrHandler):
+    """The same by a thread: Windows can't say whether a write would have to wait, as it does for a
+    console as long as text is selected there."""
+
+    def __init__(self, journal_stream: str) -> None:
+        import queue  # for Windows alone
+
+        super().__init__(journal_stream)
+        self.lines: Any = queue.Queue(64)
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+
+    def work(self) -> None:
+        while line := self.lines.get():
+            # (Opened, for that is how a console takes UTF-8.)
+            with contextlib.suppress(OSError), open(self.fd, "wb", 0, closefd=False) as stderr:
+                stderr.write(line)
+
+    def write(self, data: bytes, patience: float) -> int:
+        import queue
+
+        with contextlib.suppress(queue.Full):
+            self.lines.put(data, patience > 0, patience)
+            return len(data)
+        return 0
+
+    def close(self) -> None:
+        """At the program's end: what is on its way has half a second more."""
+        self.write(b"", 0.5)
+        self.thread.join(0.5)
+        super().close()
 
 
 def log_uncaught(kind: Any, error: Any, traceback: Any) -> None:
@@ -2854,10 +2889,11 @@ def sign_findings(config: Config, agents: Agents) -> Iterator[Finding]:
     try:
         with agents.exchange() as exchange:
             key, block = request_signature(exchange, config.pinned(), namespace, HASHES[0], digest)
-        with tempfile.NamedTemporaryFile(suffix=".sig") as f:
-            f.write(block)
-            f.flush()
-            argv = ("ssh-keygen", "-Y", "check-novalidate", "-n", namespace, "-s", f.name)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "sig")
+            with open(path, "wb") as f:
+                f.write(block)
+            argv = ("ssh-keygen", "-Y", "check-novalidate", "-n", namespace, "-s", path)
             done = subprocess.run(argv, input=payload, capture_output=True, timeout=10, check=False)
         said = printable((done.stdout or done.stderr).strip())
         level = logging.ERROR if done.returncode else logging.INFO
@@ -2976,7 +3012,8 @@ def run(env: Env, argv: Sequence[str]) -> int:
     except SystemExit as e:  # --help, --version
         output(b"")
         return int(e.code or 0)
-    start_log(config.level, StderrHandler(config.journal_stream))
+    on_stderr = WindowsHandler if sys.platform == "win32" else StderrHandler
+    start_log(config.level, on_stderr(config.journal_stream))
     words = config.command
     if config.sign and words != ("check",):
         raise ConfigError("--sign: check alone makes a test signature")
