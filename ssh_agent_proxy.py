@@ -2436,6 +2436,7 @@ class Server:
 # ------------------------------------------------------------------------------------- Service
 
 DRAIN_SECONDS = 10
+CLOSE_SECONDS = 4  # of the 5 that Windows gives to a closed console
 READY_SECONDS = 5  # that a service manager is waited for which is too busy to hear of READY=1
 
 # sd-daemon(3): what the journal takes as a line's priority.
@@ -2601,6 +2602,18 @@ class ServiceManager:
                 return
 
 
+def console_event(event: int) -> bool:
+    """What happens to our console (HandlerRoutine, consoleapi.h), in a thread of Windows' own. As
+    soon as this returns from any but the first two the process is ended, and after 5 s anyway."""
+    CTRL_C_EVENT, CTRL_BREAK_EVENT = 0, 1
+    if event in (CTRL_C_EVENT, CTRL_BREAK_EVENT):
+        signal.raise_signal(signal.SIGINT)
+    else:  # CTRL_CLOSE_EVENT, CTRL_LOGOFF_EVENT, CTRL_SHUTDOWN_EVENT
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(5)  # the program ends meanwhile
+    return True
+
+
 def catch_signals() -> socket.socket:
     """SIGTERM and SIGINT, wherever the system delivers them, as bytes to wait for."""
     receiver, sender = socket.socketpair()
@@ -2608,6 +2621,16 @@ def catch_signals() -> socket.socket:
     signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: None)
+    if sys.platform == "win32":
+        import ctypes
+
+        kernel32 = ctypes.WinDLL("kernel32")
+        HandlerRoutine = ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_ulong)  # BOOL, DWORD
+        kernel32.SetConsoleCtrlHandler.argtypes = [HandlerRoutine, ctypes.c_int]
+        kernel32.SetConsoleCtrlHandler.restype = ctypes.c_int
+        routine = HandlerRoutine(console_event)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(routine))  # as long as the process lives
+        kernel32.SetConsoleCtrlHandler(routine, True)
     return receiver
 
 
@@ -2795,7 +2818,7 @@ def who_listens(address: Union[Address, UnixAddress], patience: float) -> str:
     """The Server field of what answers there within PATIENCE seconds, or ""."""
     with contextlib.suppress(OSError, UnicodeError):
         if isinstance(address, UnixAddress):
-            sock = socket.socket(socket.AF_UNIX)
+            sock = socket.socket(AF_UNIX)
             sock.settimeout(patience)
             sock.connect(address.path)
         else:
@@ -3049,8 +3072,8 @@ def main(argv: Sequence[str]) -> int:
     # For a person; a service's setting that is wrong is told before there is a log.
     in_journal = is_journal(os.environ.get("JOURNAL_STREAM", ""))
     priority = f"<{PRIORITIES[logging.ERROR]}>" if in_journal else ""
-    with contextlib.suppress(OSError):  # nobody can be told
-        os.write(2, f"{priority}{PROGRAM}: {why}\n".encode("utf-8", "backslashreplace"))
+    with contextlib.suppress(OSError), open(2, "wb", 0, closefd=False) as stderr:
+        stderr.write(f"{priority}{PROGRAM}: {why}\n".encode("utf-8", "backslashreplace"))
     return status
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import logging
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from ctypes import wintypes
 from pathlib import Path
-from typing import Callable, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
-from conftest import ROOT, clean_env, connect, parse_answer, post, read_all, wait_for
+from conftest import ROOT, clean_env, connect, parse_answer, post, read_all, rows, wait_for
 from test_http import Scripted, gate
+
+import ssh_agent_proxy as p
 
 __all__ = ["gate"]  # fixtures
 
@@ -136,3 +145,204 @@ def test_in_another_log_each_record_is_one_line_with_time_and_level(
     for line in lines:
         assert line.isprintable()
         assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} [A-Z]+ \S", line)
+
+
+# ---------------------------------------------------------------- what the process gives up
+
+ERROR_MODE = 0x0003
+POLICIES = {6: 0x1, 10: 0x3, 3: 0x3}  # in the order in which they are asked for
+STEPS = ["no crash dumps", "no extension points", "no remote or low-integrity images",
+         "strict handle checks"]  # fmt: skip
+
+
+class Kernel32:
+    """What kernel32.dll does, where it grants of each policy the bits of GRANTED."""
+
+    def __init__(self, granted: int) -> None:
+        self.mode = 0
+        self.policies: Dict[int, int] = {}
+
+        def GetErrorMode() -> int:
+            return self.mode & granted
+
+        def SetErrorMode(mode: int) -> int:
+            self.mode = mode
+            return 0
+
+        def GetCurrentProcess() -> int:
+            return -1
+
+        def SetProcessMitigationPolicy(policy: int, buffer: Any, size: int) -> int:
+            self.policies[policy] = self.value(buffer, size).value & granted
+            return 1
+
+        def GetProcessMitigationPolicy(process: int, policy: int, buffer: Any, size: int) -> int:
+            assert process == -1
+            self.value(buffer, size).value = self.policies[policy]
+            return 1
+
+        self.__dict__.update({f.__name__: f for f in (
+            GetErrorMode, SetErrorMode, GetCurrentProcess, SetProcessMitigationPolicy,
+            GetProcessMitigationPolicy,
+        )})  # fmt: skip
+
+    @staticmethod
+    def value(buffer: Any, size: int) -> Any:
+        assert size == ctypes.sizeof(wintypes.DWORD)
+        return ctypes.cast(buffer, ctypes.POINTER(wintypes.DWORD)).contents
+
+
+def test_on_windows_each_step_is_asked_for_and_read_back_and_strict_handles_come_last() -> None:
+    kernel32 = Kernel32(-1)
+    steps = p._harden_windows(kernel32)
+    assert (kernel32.mode, list(kernel32.policies.items())) == (ERROR_MODE, [*POLICIES.items()])
+    assert [step.name for step in steps] == STEPS
+    assert all(step.in_force for step in steps)
+
+
+@pytest.mark.parametrize("granted", [0, 1])
+def test_what_windows_does_not_grant_whole_is_not_in_force(granted: int) -> None:
+    """Its word that a policy is set is not taken for it."""
+    steps = p._harden_windows(Kernel32(granted))
+    whole = [bits & granted == bits for bits in (0x2, *POLICIES.values())]
+    assert [step.in_force for step in steps] == whole
+
+
+def test_each_function_of_windows_is_declared() -> None:
+    kernel32 = Kernel32(-1)
+    p._harden_windows(kernel32)
+    declared = {
+        name: [function.restype, *function.argtypes]
+        for name, function in vars(kernel32).items() if callable(function)
+    }  # fmt: skip
+    policy, structure = ctypes.c_int, [ctypes.c_void_p, ctypes.c_size_t]
+    assert declared == {
+        "GetErrorMode": [wintypes.UINT],
+        "SetErrorMode": [wintypes.UINT, wintypes.UINT],
+        "GetCurrentProcess": [wintypes.HANDLE],
+        "SetProcessMitigationPolicy": [wintypes.BOOL, policy, *structure],
+        "GetProcessMitigationPolicy": [wintypes.BOOL, wintypes.HANDLE, policy, *structure],
+    }
+
+
+# ---------------------------------------------------------------- the console
+
+CTRL_C_EVENT, CTRL_BREAK_EVENT, CTRL_CLOSE_EVENT = 0, 1, 2
+CTRL_LOGOFF_EVENT, CTRL_SHUTDOWN_EVENT = 5, 6
+
+
+@pytest.mark.parametrize(("event", "number", "waits"), [
+    (CTRL_C_EVENT, signal.SIGINT, False),
+    (CTRL_BREAK_EVENT, signal.SIGINT, False),
+    (CTRL_CLOSE_EVENT, signal.SIGTERM, True),
+    (CTRL_LOGOFF_EVENT, signal.SIGTERM, True),
+    (CTRL_SHUTDOWN_EVENT, signal.SIGTERM, True),
+])  # fmt: skip
+def test_an_event_of_the_console_is_a_signal_and_where_windows_would_end_us_it_waits(
+    event: int, number: int, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: List[Any] = []
+    monkeypatch.setattr(p.signal, "raise_signal", done.append)
+    monkeypatch.setattr(p.time, "sleep", lambda seconds: done.append(float(seconds)))
+    assert p.console_event(event)
+    assert done == [number, *([5.0] if waits else [])]
+    assert p.CLOSE_SECONDS < 5
+
+
+# ---------------------------------------------------------------- its log
+
+Stalled = Tuple[p.WindowsHandler, int]
+
+
+def say(handler: p.StderrHandler, text: str) -> float:
+    """And how long that took."""
+    start = time.monotonic()
+    handler.emit(logging.LogRecord("x", p.AUDIT, "", 0, text, None, None))
+    return time.monotonic() - start
+
+
+@pytest.fixture
+def stalled() -> Iterator[Stalled]:
+    """A log into a pipe that nobody reads (a console in which text is selected), and that pipe."""
+    reader, writer = os.pipe()
+    handler = p.WindowsHandler("")
+    handler.fd = writer
+    for _ in range(1000):
+        say(handler, "outcome=refused " + "x" * 1000)
+    assert handler.lost
+    yield handler, reader
+    os.close(reader)
+    handler.close()
+    os.close(writer)
+
+
+def test_on_windows_a_stalled_log_holds_up_one_signature_for_half_a_second(
+    stalled: Stalled
+) -> None:
+    waits = [say(stalled[0], f"outcome={what}") for what in ("signed 1", "signed 2", "refused 3")]
+    assert 0.5 <= waits[0] < 2
+    assert max(waits[1:]) < 0.25
+
+
+def test_on_windows_too_no_line_is_cut_and_what_was_lost_is_counted(stalled: Stalled) -> None:
+    handler, reader = stalled
+    text = b""
+
+    def read() -> None:
+        nonlocal text
+        while b"outcome=signed" not in text:
+            text += os.read(reader, 65536)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    say(handler, "outcome=signed status=200")  # somebody reads again: it waits for room
+    thread.join(10)
+    *lines, last = text.decode().splitlines()
+    assert all(line.endswith(" outcome=refused " + "x" * 1000) for line in lines)
+    assert last.endswith(" outcome=signed status=200")
+    lost = re.findall(r"\((\d+) lines before this one could not be written\)", text.decode())
+    assert sum(map(int, lost)) == 1000 - len(lines)
+
+
+# ---------------------------------------------------------------- settings and addresses
+
+HOME = r"C:\Users\Jörg"
+PATHS = rows([
+    ("in any case", r"%UserProfile%\tokens", HOME + r"\tokens"),
+    ("with brackets", r"%ProgramFiles(x86)%\t", r"C:\Program Files (x86)\t"),
+    ("a dollar in it", r"%D%\t", r"C:\$Recycle\t"),
+    ("as elsewhere", r"$HOME/t", HOME + "/t"),
+    ("the home", r"~\t", HOME + "/t"),
+    ("the home, as elsewhere", "~/t", HOME + "/t"),
+    ("one percent sign", r"C:\100%\t", r"C:\100%\t"),
+])  # fmt: skip
+WINDOWS = {
+    "USERPROFILE": HOME, "PROGRAMFILES(X86)": r"C:\Program Files (x86)", "D": r"C:\$Recycle",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "expanded"), PATHS)
+def test_on_windows_a_paths_variables_are_expanded_as_everywhere_there(
+    path: str, expanded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert p.expand(path, {**WINDOWS, "HOME": HOME}) == expanded
+
+
+def test_a_variable_of_windows_that_is_not_set_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert p.expand("/a/%B%/c", {}) == "/a/%B%/c"
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(p.ConfigError, match="'%B%/c': a variable is not set"):
+        p.expand("%B%/c", {})
+
+
+def test_a_port_that_windows_keeps_for_itself_is_told_with_what_shows_them(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*args: Any) -> None:
+        raise PermissionError(errno.EACCES, "an attempt was made")
+
+    monkeypatch.setattr(p, "listen_tcp", forbidden)
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(p.ProxyError, match=r"keeps port 7221 .*excludedportrange.*_ADDR"):
+        p.listen(p.Address("127.0.0.1", 7221))
