@@ -3063,6 +3063,8 @@ def main(argv: Sequence[str]) -> int:
             os.fstat(fd)
         except OSError:  # closed: a socket would get that number, and the log
             os.open(os.devnull, os.O_RDWR)
+    if sys.platform == "win32":  # an ssh-keygen.exe in the current folder is not ours to run
+        os.environ["NoDefaultCurrentDirectoryInExePath"] = "1"  # noqa: SIM112
     try:
         return run(os.environ, argv)
     except KeyboardInterrupt:

@@ -346,3 +346,14 @@ def test_a_port_that_windows_keeps_for_itself_is_told_with_what_shows_them(
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(p.ProxyError, match=r"keeps port 7221 .*excludedportrange.*_ADDR"):
         p.listen(p.Address("127.0.0.1", 7221))
+
+
+def test_on_windows_no_program_of_the_current_folder_is_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Windows looks for one there first, and a repository may hold an ssh-keygen.exe."""
+    name = "NoDefaultCurrentDirectoryInExePath"
+    monkeypatch.setenv(name, "")  # to be as it was after the test
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert p.main(["--version"]) == 0
+    assert os.environ[name] == "1"
