@@ -11,8 +11,8 @@ PROXY_URL        ?= http://127.0.0.1:7221
 TESTS   ?= tests
 ARGS    ?=
 
-.PHONY: help demo run test test-all lint check bench build build-shiv build-darwin build-all \
-    devcontainer-feature install uninstall install-systemd uninstall-systemd status logs pubkey \
+.PHONY: help demo run test test-all test-windows lint check bench build build-shiv \
+    build-darwin build-all devcontainer-feature install uninstall install-systemd uninstall-systemd status logs pubkey \
     install-launchd uninstall-launchd clean \
     tools venv venv-test venv-npm venv-lint venv-shiv absolute-bindir systemd-ready have-launchd
 # venv-test, venv-npm, venv-lint and venv-shiv install into the same venv.
@@ -68,8 +68,21 @@ SHELL_FILES = shim.sh contrib/demo.sh contrib/need.sh contrib/systemd.sh \
 test: tools venv-test  ## the tests that a person waits for, in a venv that it makes
 	$(PYTEST) -m 'not alone and not long' $(ARGS) $(TESTS)
 
-test-all: tools venv-test venv-npm  ## all tests: browsers, systemd, a screen and the long tables too
+test-all: tools venv-test venv-npm  ## all tests: browsers, systemd, Wine and the long tables too
 	$(PYTEST) $(ARGS) $(TESTS)
+	$(on-windows)
+
+test-windows: tools venv-test  ## the tests on Windows: a real Windows Python, under Wine
+	$(on-windows)
+
+# A machine without Wine runs none of them, and says so.
+define on-windows
+@set -e; if sh contrib/need.sh wine x86_64-w64-mingw32-gcc; then \
+    "$(VENV)/bin/python" contrib/windows/wine.py "$(VENV)/windows"; \
+    (set -x; $(PYTEST) --windows="$(VENV)/windows" $(ARGS) $(TESTS)); \
+elif [ -n "$$CI" ]; then exit 1; \
+else printf 'The tests on Windows were not run.\n'; fi
+endef
 
 lint: venv-lint  ## the linters and the type checker, in that venv
 	"$(VENV)/bin/ruff" check --cache-dir "$(VENV)/.ruff_cache" $(RUFF) .

@@ -56,19 +56,29 @@ KEY_KINDS = {
 MARKS = {
     "alone": "needs the machine for itself: nothing else runs meanwhile; in `make test-all` only",
     "long": "a table that nobody need wait for; in `make test-all` only",
+    "windows": "of the program on Windows: see windows.py; in `make test-windows` only",
 }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in another order")
+    parser.addoption("--windows", type=Path, metavar="FOLDER", help="those on Windows: windows.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     for name, meaning in MARKS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
+    if config.getoption("windows"):
+        import windows
+
+        config.pluginmanager.register(windows)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
+    if not config.getoption("windows"):
+        items[:] = [item for item in items if not item.get_closest_marker("windows")]
+    if sys.platform == "win32":  # there are neither ssh-keygen nor sockets
+        items[:] = [item for item in items if not {"keys", "short"} & set(item.fixturenames)]
     seed = config.getoption("shuffle")
     if seed is not None:
         # Those of a file stay together: what they share is made once.
