@@ -532,10 +532,12 @@ def parse_payload(data: bytes, size: Optional[int] = None, nul: bool = False) ->
 EXEC_GRACE = 0.5  # seconds between SIGTERM and SIGKILL for a command's process group
 HINT_SECONDS = 1.0  # for a look at the other agents, all together
 MAX_STDERR_LINES = 20  # of a command, per exchange, in the log
+POLLIN = getattr(select, "POLLIN", 0)  # Windows lacks it
 
 
 class Upstream(NamedTuple):
-    """Where an agent is: a Unix socket's path, or a command that speaks the agent protocol."""
+    """Where an agent is: a Unix socket's path, a Windows pipe's, or a command that speaks the agent
+    protocol."""
 
     path: str = ""
     command: tuple[str, ...] = ()
@@ -570,8 +572,9 @@ def well_known_sockets(platform: str, home: str, runtime: str) -> tuple[str, ...
 
 def _kill_group(leader: int, number: int) -> None:
     """LEADER has not been waited for: its number is nobody else's yet."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, number)
+    if sys.platform != "win32":
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(leader, number)
 
 
 def _why(path: str, e: OSError) -> str:
@@ -596,33 +599,38 @@ class Watch:
         self.what = what
         self.deadline = deadline
         self.client = client
-        self.poll = select.poll()
-        if client:
+        poll: Any = getattr(select, "poll", object)  # Windows has none, nor use for it
+        self.poll = poll()
+        if client and POLLIN:
             # Linux shows a close even behind bytes that nobody reads; elsewhere it has to be read.
-            self.poll.register(client, getattr(select, "POLLRDHUP", select.POLLIN))
+            self.poll.register(client, getattr(select, "POLLRDHUP", POLLIN))
 
-    def wait(self, seconds: Optional[float] = None) -> list[int]:
-        """The file descriptors in POLL that are ready, [] after SECONDS."""
+    def milliseconds(self, seconds: Optional[float] = None) -> float:
+        """Until the deadline, or SECONDS if that is less; AgentTimeout."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise AgentTimeout(f"{self.what} did not answer in time")
         seconds = left if seconds is None else min(left, seconds)
-        milliseconds = 1000 * seconds + 1  # not before the deadline, or the last turns would spin
-        ready = [descriptor for descriptor, _ in self.poll.poll(milliseconds)]
-        if self.client and self.client.fileno() in ready:
-            self._look_at(self.client)
+        return 1000 * seconds + 1  # not before the deadline, or the last turns would spin
+
+    def wait(self, seconds: Optional[float] = None) -> list[int]:
+        """The file descriptors in POLL that are ready, [] after SECONDS."""
+        ready = [descriptor for descriptor, _ in self.poll.poll(self.milliseconds(seconds))]
+        client = self.client
+        if client and client.fileno() in ready:
+            self.look_at(client)
+            self.poll.unregister(client)
         return ready
 
-    def _look_at(self, client: socket.socket) -> None:
+    def look_at(self, client: socket.socket) -> None:
         """ClientGone, unless it is bytes that made it ready."""
         sent = b""
         if not hasattr(select, "POLLRDHUP"):
             with contextlib.suppress(ConnectionError):
                 sent = client.recv(1, socket.MSG_PEEK)
-        if sent:  # nobody will read it, and it hides a close, which shows when the answer is sent
-            self.poll.unregister(client)
-            return
-        raise ClientGone("the client went away before it was answered")
+        if not sent:
+            raise ClientGone("the client went away before it was answered")
+        self.client = None  # nobody reads them, and they hide a close: sending the answer shows it
 
 
 class ProcessGroups(set[int]):
@@ -635,6 +643,8 @@ class ProcessGroups(set[int]):
 
     def end(self) -> None:
         """At the end of the program: no command outlives it."""
+        if sys.platform == "win32":
+            return  # none is run there
         with self.lock:  # one that is being started is among them, or never will be
             self.ended = True
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -663,13 +673,13 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
             raise AgentError(f"no answer from {self.what}: {_why(upstream.path, e)}") from e
 
     def _open(self) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket = socket.socket(getattr(socket, "AF_UNIX"))  # noqa: B009 (not on Windows)
         try:
             if self.upstream.command:
                 self._spawn()
             else:
                 self._connect()
-            self.poll.register(self.socket, select.POLLIN)
+            self.poll.register(self.socket, POLLIN)
         except BaseException:
             self.end()
             raise
@@ -695,7 +705,7 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
                 stderr=subprocess.PIPE, start_new_session=True, env=self.upstream.env,
             )  # fmt: skip
             self.groups.add(self.process.pid)
-        self.poll.register(self.process.stderr, select.POLLIN)
+        self.poll.register(self.process.stderr, POLLIN)
 
     def wait(self, seconds: Optional[float] = None) -> list[int]:
         ready = super().wait(seconds)
@@ -751,7 +761,8 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
 
     def _end_and_explain(self, when: str) -> str:
         """How it hung up; a command that is about to end is given the time to."""
-        self.socket.close()
+        if self.process:
+            self.socket.close()
         if not self.process or not self._log_until_silent():
             return f"{self.what} hung up {when}"
         self.end()
@@ -767,7 +778,7 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         """Logs a command's stderr to its end, when everybody in its group has gone; False where
         that is not within EXEC_GRACE."""
         words = Watch("", time.monotonic() + EXEC_GRACE, None)
-        words.poll.register(self.process.stderr, select.POLLIN)
+        words.poll.register(self.process.stderr, POLLIN)
         with contextlib.suppress(AgentTimeout):
             while words.wait():
                 if not self._log_stderr():
@@ -795,7 +806,7 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
     def end(self) -> None:
         """Closes the connection, and ends a command that still runs, with its whole group."""
         self.socket.close()
-        if self.process and self.process.returncode is None:
+        if self.process and self.process.returncode is None and sys.platform != "win32":
             _kill_group(self.process.pid, signal.SIGTERM)
             self._log_until_silent()
             _kill_group(self.process.pid, signal.SIGKILL)
@@ -869,8 +880,97 @@ def request_signature(exchange: Exchange, wanted: Wanted, namespace: str, hash_a
     return key, armor(sshsig(key.blob, namespace, hash_algorithm, signature))
 
 
-def _tell_nobody(state: str) -> None:
-    """In place of the service manager."""
+# ---- a Windows pipe: elsewhere, read on at reach()
+
+PIPES = "//./pipe/"  # \\.\pipe\ as it survives a shell, an env file and a message
+WINDOWS_AGENT = PIPES + "openssh-ssh-agent"
+CLIENT_LOOK = 0.25  # seconds between two looks whether the client is still there
+
+# Why a pipe can't be had, by the Windows error.
+_NO_PIPE = {
+    2: "no such pipe (Windows' own agent is started by an administrator's Set-Service ssh-agent "
+    "-StartupType Automatic; Start-Service ssh-agent, 1Password's in its settings for developers)",
+    5: "access denied (is that agent another user's, or started as administrator?)",
+}
+
+if sys.platform == "win32":
+    import _winapi  # what subprocess and multiprocessing stand on
+
+    # CreateFileW's dwFlagsAndAttributes: the pipe's server may see who we are, and not act as us
+    # (ImpersonateNamedPipeClient). Whoever is first can make a pipe of any name.
+    SECURITY_SQOS_PRESENT = 0x00100000
+    SECURITY_IDENTIFICATION = 0x00010000
+
+    class PipeExchange(Exchange):
+        """One connection to an agent's named pipe, by overlapped I/O: every wait can end."""
+
+        handle = 0
+
+        def _open(self) -> None:
+            try:
+                while not self.handle:
+                    self._try_to_open(self.upstream.path.replace("/", "\\"))
+            except AgentTimeout as e:
+                raise AgentTimeout(f"{e}: its pipe was busy") from e
+
+        def _try_to_open(self, name: str) -> None:
+            access = _winapi.GENERIC_READ | _winapi.GENERIC_WRITE
+            flags = _winapi.FILE_FLAG_OVERLAPPED | SECURITY_SQOS_PRESENT | SECURITY_IDENTIFICATION
+            how = (access, 0, _winapi.NULL, _winapi.OPEN_EXISTING, flags, _winapi.NULL)
+            try:
+                self.handle = _winapi.CreateFile(name, *how)
+            except OSError as e:
+                if e.winerror != _winapi.ERROR_PIPE_BUSY:
+                    why = _NO_PIPE.get(e.winerror, e.strerror)
+                    raise AgentError(f"no answer from {self.what}: {why}") from e
+                with contextlib.suppress(OSError):  # ERROR_SEM_TIMEOUT
+                    _winapi.WaitNamedPipe(name, self._slice())  # (0 would be the server's choice)
+
+        def _slice(self) -> int:
+            """Milliseconds for the next wait; ClientGone, AgentTimeout."""
+            if self.client and select.select([self.client], [], [], 0)[0]:
+                self.look_at(self.client)
+            return int(self.milliseconds(CLIENT_LOOK))
+
+        def _finish(self, begun: "_winapi.Overlapped") -> None:
+            """Waits until what was BEGUN has ended; OSError where it failed."""
+            ended = _winapi.WAIT_TIMEOUT
+            try:
+                while ended == _winapi.WAIT_TIMEOUT:
+                    ended = _winapi.WaitForMultipleObjects([begun.event], False, self._slice())
+            except BaseException:
+                with contextlib.suppress(OSError):  # it may have ended meanwhile, or failed
+                    begun.cancel()
+                    begun.GetOverlappedResult(True)  # waits until nothing writes to its buffer
+                raise
+            begun.GetOverlappedResult(True)
+
+        def _send(self, data: bytes) -> None:
+            self._finish(_winapi.WriteFile(self.handle, data, overlapped=True)[0])
+
+        def _receive(self) -> bytes:
+            try:
+                begun, _ = _winapi.ReadFile(self.handle, 65536, overlapped=True)
+                self._finish(begun)
+            except OSError:  # ERROR_BROKEN_PIPE: it has hung up
+                return b""
+            return begun.getbuffer() or b""
+
+        def end(self) -> None:
+            if self.handle:
+                _winapi.CloseHandle(self.handle)
+                self.handle = 0
+
+
+def reach(upstream: Upstream, deadline: float, client: Optional[socket.socket],
+          groups: ProcessGroups) -> Exchange:  # fmt: skip
+    """An exchange with the agent at UPSTREAM."""
+    if sys.platform == "win32":
+        if upstream.path.startswith(PIPES):
+            return PipeExchange(upstream, deadline, client, groups)
+        raise AgentError(f"SSH_AUTH_SOCK is '{printable(upstream.path)}', which no Windows program "
+                         f"can reach: SSH_AGENT_PROXY_UPSTREAM={WINDOWS_AGENT} is Windows' own")
+    return Exchange(upstream, deadline, client, groups)
 
 
 class Agents:
@@ -878,7 +978,7 @@ class Agents:
     kept; TIMEOUT, in seconds, bounds the whole exchange of a request."""
 
     def __init__(self, upstream: Optional[Upstream], places: Sequence[str], timeout: float,
-                 tell: Callable[[str], None] = _tell_nobody) -> None:  # fmt: skip
+                 tell: Callable[[str], None] = lambda state: None) -> None:  # fmt: skip
         self.upstream = upstream
         self.places = places  # the well-known sockets
         self.timeout = timeout
@@ -905,10 +1005,8 @@ class Agents:
 
     def _connect(self, client: Optional[socket.socket]) -> Exchange:
         deadline = time.monotonic() + self.timeout
-        if not hasattr(socket, "AF_UNIX") or not hasattr(select, "poll"):
-            raise AgentError("this Python has no Unix sockets to reach an agent by")
         if self.upstream:
-            return Exchange(self.upstream, deadline, client, self.groups)
+            return reach(self.upstream, deadline, client, self.groups)
         for path in self.places:
             with contextlib.suppress(AgentError):
                 return Exchange(Upstream(path), deadline, client)
@@ -918,7 +1016,7 @@ class Agents:
     def hint(self) -> str:
         """Names another well-known agent that has keys, where the one in use is of no help."""
         in_use = self.upstream or self.last or Upstream()
-        used = os.path.realpath(in_use.path)
+        used = os.path.realpath(in_use.path) if self.places else ""  # (it would open a pipe)
         deadline = time.monotonic() + HINT_SECONDS
         for path in self.places:
             if os.path.realpath(path) == used:
@@ -1492,8 +1590,22 @@ def parse_address(value: str, env: Env) -> Union[Address, UnixAddress]:
     raise ConfigError(f"{printable(value)!r} is none of HOST:PORT, [V6]:PORT, unix:/path?mode=0660")
 
 
+# In either spelling; and another machine's, which would pass for a Unix path.
+_PIPE = re.compile(r"(?:\\\\\.\\(?i:pipe)\\|//\./(?i:pipe)/)([ !#-&(-.0-\[\]-~]{1,247})", re.ASCII)
+_FOREIGN_PIPE = re.compile("//[^/]+/pipe(/|$)", re.IGNORECASE)
+
+
 def parse_upstream(value: str, env: Env) -> Upstream:
-    """A socket's path, or a command."""
+    """A socket's path, a pipe, or a command."""
+    pipe = _PIPE.fullmatch(value)
+    if pipe and sys.platform == "win32":
+        return Upstream(PIPES + pipe[1])
+    shown = f"'{printable(value)}'"  # without a second backslash for each
+    if pipe:
+        raise ConfigError(f"{shown} is a pipe of Windows': it works there alone")
+    if sys.platform == "win32":
+        raise ConfigError(f"{shown} does not work on Windows: write {PIPES}NAME, the name of a "
+                          f"pipe of this machine, as in {WINDOWS_AGENT}")  # fmt: skip
     if value.startswith("exec:"):
         try:
             command = shlex.split(value[len("exec:") :])
@@ -1503,8 +1615,8 @@ def parse_upstream(value: str, env: Env) -> Upstream:
             raise ConfigError(f"{printable(value)!r} is exec: without a command")
         return Upstream(command=(expand(command[0], env), *command[1:]))
     path = expand(value.removeprefix("unix:"), env)
-    if not path.startswith("/"):
-        raise ConfigError(f"{printable(value)!r} is neither an absolute path nor exec:COMMAND")
+    if not path.startswith("/") or _FOREIGN_PIPE.match(path):
+        raise ConfigError(f"{shown} is none of an absolute path, {PIPES}NAME, exec:COMMAND")
     return Upstream(path)
 
 
@@ -1521,6 +1633,8 @@ def parse_pin(value: str, env: Optional[Env] = None) -> Listed:
 
 def parse_confirm(value: str, env: Env) -> Upstream:
     """The askpass program, with the environment that tells it to ask for a yes."""
+    if sys.platform == "win32":
+        raise ConfigError(f"'{printable(value)}': no askpass program works on Windows")
     import shutil  # for this alone: it would cost every start
 
     program = shutil.which(expand(value, env), path=env.get("PATH", os.defpath))
@@ -1598,8 +1712,8 @@ OPTIONS = (
            "separated by commas; port 0 picks one", parse_address, several=True),
     Option("NAMESPACE", "git", "NAMES", "SSHSIG namespaces that may be signed, separated by "
            "commas; the first is the default", parse_namespace, several=True),
-    Option("UPSTREAM", "", "AGENT", "the agent: its socket's /path, or exec:COMMAND; unset: "
-           "$SSH_AUTH_SOCK, else the first well-known socket", parse_upstream),
+    Option("UPSTREAM", "", "AGENT", "the agent: its socket's /path, //./pipe/NAME, exec:COMMAND; "
+           "unset: $SSH_AUTH_SOCK, else the first well-known one", parse_upstream),
     Option("PUBKEY", "", "LINE", "an authorized_keys line: sign with this key only", parse_pin),
     Option("PUBKEY_FILE", "", "FILE", "a file with that line, read at each request", expand),
     Option("TOKEN_FILE", "", "FILE", "bearer tokens, one of which every request needs", expand),
@@ -1664,10 +1778,13 @@ def read_settings(env: Env, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def agent_of_session(env: Env) -> Optional[Upstream]:
-    """The agent of SSH_AUTH_SOCK."""
+    """The agent of SSH_AUTH_SOCK; on Windows its own where that is unset."""
     sock = env.get("SSH_AUTH_SOCK", "")
     with contextlib.suppress(ConfigError):  # in an env file it is nobody's but ours to expand
         sock = expand(sock, env)
+    if sys.platform == "win32":
+        with contextlib.suppress(ConfigError):  # whatever is no pipe is told once it is wanted
+            return parse_upstream(sock or WINDOWS_AGENT, env)
     return Upstream(sock) if sock else None
 
 
