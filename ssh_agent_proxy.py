@@ -537,7 +537,7 @@ POLLIN = getattr(select, "POLLIN", 0)  # Windows lacks it
 
 class Upstream(NamedTuple):
     """Where an agent is: a Unix socket's path, a Windows pipe's, or a command that speaks the agent
-    protocol."""
+    protocol; with both, the command is the way to that pipe."""
 
     path: str = ""
     command: tuple[str, ...] = ()
@@ -546,7 +546,7 @@ class Upstream(NamedTuple):
 
     def __str__(self) -> str:
         if self.command:
-            return f"{self.role} {printable(self.command[0])!r}"
+            return f"{self.role} {printable(self.path or self.command[0])!r}"
         return f"agent at {printable(self.path)!r}"
 
 
@@ -880,13 +880,13 @@ def request_signature(exchange: Exchange, wanted: Wanted, namespace: str, hash_a
     return key, armor(sshsig(key.blob, namespace, hash_algorithm, signature))
 
 
-# ---- a Windows pipe: elsewhere, read on at reach()
+# ---- a Windows pipe, and WSL's way to it: elsewhere, read on at reach()
 
 PIPES = "//./pipe/"  # \\.\pipe\ as it survives a shell, an env file and a message
 WINDOWS_AGENT = PIPES + "openssh-ssh-agent"
 CLIENT_LOOK = 0.25  # seconds between two looks whether the client is still there
 
-# Why a pipe can't be had, by the Windows error.
+# Why a pipe can't be had, by the Windows error; it is also the script's exit status.
 _NO_PIPE = {
     2: "no such pipe (Windows' own agent is started by an administrator's Set-Service ssh-agent "
     "-StartupType Automatic; Start-Service ssh-agent, 1Password's in its settings for developers)",
@@ -962,6 +962,130 @@ if sys.platform == "win32":
                 self.handle = 0
 
 
+POWERSHELL = "Windows/System32/WindowsPowerShell/v1.0/powershell.exe"
+DRIVE = "/mnt/c"
+MOUNTS = "/proc/mounts"
+
+# For Windows PowerShell 5.1 and PowerShell 7: bytes from stdin to the pipe and from the pipe to
+# stdout, and not a value left over, which would be written there too. No cmdlet, for loading its
+# module is reported. Connect says ERROR_SEM_TIMEOUT, 0x80070079, where the pipe is busy, which is
+# worth a wait (of ten minutes at most), and TimeoutException where there is none.
+_RELAY = """
+$ProgressPreference = 'SilentlyContinue'
+try {
+    $pipe = [System.IO.Pipes.NamedPipeClientStream]::new(
+        '.', 'NAME', 'InOut', 'Asynchronous', 'Identification')
+    for ($left = 1200; -not $pipe.IsConnected; $left--) {
+        try {
+            $pipe.Connect(500)
+        } catch {
+            $code = $_.Exception.GetBaseException().HResult
+            if ($code -ne -2147024775 -or $left -lt 1) { throw }
+        }
+    }
+    $up = [Console]::OpenStandardInput().CopyToAsync($pipe)
+    $down = $pipe.CopyToAsync([Console]::OpenStandardOutput())
+    $both = [System.Threading.Tasks.Task[]]@($up, $down)
+    $both[[System.Threading.Tasks.Task]::WaitAny($both)].Wait()
+    exit 0
+} catch {
+    $why = $_.Exception.GetBaseException()
+    $status = 1
+    if ($why -is [System.TimeoutException]) { $status = 2 }
+    if ($why -is [System.UnauthorizedAccessException]) { $status = 5 }
+    [Console]::Error.WriteLine($why.Message)
+    exit $status
+}
+"""
+
+
+def on_wsl(env: Mapping[str, str]) -> bool:
+    if sys.platform != "linux":
+        return False
+    return "microsoft" in os.uname().release.lower() or bool(env.get("WSL_DISTRO_NAME"))
+
+
+def windows_drives(mounts: str) -> list[str]:
+    """Where the drive with Windows on it may be mounted, by the text of /proc/mounts."""
+    drives = [DRIVE]
+    for line in mounts.split("\n"):  # (splitlines would let a folder's name make a line)
+        fields = line.split(" ")
+        if len(fields) > 2 and fields[2] in ("9p", "drvfs", "virtiofs"):
+            unescaped = re.sub(r"\\([01][0-7]{2})", lambda code: chr(int(code[1], 8)), fields[1])
+            drives.append(unescaped)
+    return drives
+
+
+def by_powershell(upstream: Upstream) -> Upstream:
+    """With the command that relays to UPSTREAM's pipe, as things are now."""
+    with open(MOUNTS, encoding="utf-8", errors="surrogateescape", newline="\n") as f:
+        drives = windows_drives(f.read(1 << 20))
+    programs = [f"{drive}/{POWERSHELL}" for drive in drives]
+    program = next(filter(os.path.isfile, programs), "")
+    if not program:
+        tried = ", ".join(map(printable, programs))
+        raise AgentError(f"no Windows drive with PowerShell is mounted (tried: {tried})")
+    env = dict(upstream.env or {})
+    with socket.socket(getattr(socket, "AF_UNIX")) as s:  # noqa: B009 (not on Windows)
+        s.setblocking(False)
+        try:
+            s.connect(env.get("WSL_INTEROP", ""))
+        except OSError:
+            env.pop("WSL_INTEROP", None)  # of a session that has ended; without, WSL finds another
+    script = _RELAY.replace("NAME", upstream.path[len(PIPES) :])  # which has no quote in it
+    encoded = base64.b64encode(script.encode("utf-16-le")).decode()
+    options = ("-NoProfile", "-NonInteractive", "-InputFormat", "None", "-EncodedCommand", encoded)
+    return upstream._replace(command=(program, *options), env=env)
+
+
+def plain_words(said: bytes) -> str:
+    """What PowerShell complained of, as one line; an error that no script has caught comes as
+    CLIXML ([MS-PSRP] 2.2.5)."""
+    text, mark, xml = said.decode("utf-8", "backslashreplace").partition("#< CLIXML")
+    if mark:
+        import html  # for this alone: it would cost every start
+
+        errors = html.unescape("".join(re.findall('<S S="Error">([^<]*)', xml)))
+        text += re.sub("_x([0-9A-F]{4})_", lambda code: chr(int(code[1], 16)), errors)
+    return " ".join(text.split())
+
+
+class WslExchange(Exchange):
+    """One run of Windows PowerShell, which relays to a pipe."""
+
+    said = b""
+
+    def _spawn(self) -> None:
+        self.upstream = by_powershell(self.upstream)
+        try:
+            super()._spawn()
+        except OSError as e:
+            if e.errno != errno.ENOEXEC:
+                raise
+            raise AgentError(
+                "WSL starts no Windows programs (interop is off): unless /etc/wsl.conf wants that, "
+                "`echo :WSLInterop:M::MZ::/init:PF | sudo tee /etc/binfmt.d/WSLInterop.conf; "
+                "sudo systemctl restart systemd-binfmt` mends it"
+            ) from e
+
+    def _log_stderr(self) -> bool:
+        data = os.read(self.process.stderr.fileno(), 4096)
+        self.said = (self.said + data)[: 16 * 1024]
+        return bool(data)
+
+    def end(self) -> None:
+        super().end()
+        words, self.said = plain_words(self.said), b""
+        if words:
+            self.stderr_lines += 1
+            LOG.warning("%s: %s", self.upstream, printable(words, 1000))
+
+    def _end_and_explain(self, when: str) -> str:
+        told = super()._end_and_explain(when)
+        why = _NO_PIPE.get(self.process.returncode)
+        return f"no answer from the agent at {self.upstream.path!r}: {why}" if why else told
+
+
 def reach(upstream: Upstream, deadline: float, client: Optional[socket.socket],
           groups: ProcessGroups) -> Exchange:  # fmt: skip
     """An exchange with the agent at UPSTREAM."""
@@ -970,6 +1094,8 @@ def reach(upstream: Upstream, deadline: float, client: Optional[socket.socket],
             return PipeExchange(upstream, deadline, client, groups)
         raise AgentError(f"SSH_AUTH_SOCK is '{printable(upstream.path)}', which no Windows program "
                          f"can reach: SSH_AGENT_PROXY_UPSTREAM={WINDOWS_AGENT} is Windows' own")
+    if upstream.path and upstream.command:
+        return WslExchange(upstream, deadline, client, groups)
     return Exchange(upstream, deadline, client, groups)
 
 
@@ -1600,9 +1726,11 @@ def parse_upstream(value: str, env: Env) -> Upstream:
     pipe = _PIPE.fullmatch(value)
     if pipe and sys.platform == "win32":
         return Upstream(PIPES + pipe[1])
+    if pipe and on_wsl(env):
+        return Upstream(PIPES + pipe[1], (POWERSHELL,), "Windows PowerShell for", env)
     shown = f"'{printable(value)}'"  # without a second backslash for each
     if pipe:
-        raise ConfigError(f"{shown} is a pipe of Windows': it works there alone")
+        raise ConfigError(f"{shown} is a pipe of Windows': it works there and on WSL2 alone")
     if sys.platform == "win32":
         raise ConfigError(f"{shown} does not work on Windows: write {PIPES}NAME, the name of a "
                           f"pipe of this machine, as in {WINDOWS_AGENT}")  # fmt: skip
