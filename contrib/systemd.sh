@@ -150,7 +150,7 @@ need_manager() {
 }
 
 on_wsl() {
-    case $(uname -r) in *[Mm]icrosoft*) ;; *) return 1 ;; esac
+    case ${WSL_DISTRO_NAME:+Microsoft}$(uname -r) in *[Mm]icrosoft*) ;; *) return 1 ;; esac
 }
 
 # ---- install

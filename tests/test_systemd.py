@@ -873,6 +873,21 @@ def test_a_package_gets_files_and_no_manager_is_asked(
     assert not (package / UNIT_DIR / UNIT.name).exists()
 
 
+@pytest.mark.parametrize("release, name, vsock", rows([
+    ("WSL2", "5.15.167.4-microsoft-standard-WSL2", "", " AF_VSOCK"),
+    ("WSL with a kernel of its own", "6.6.1", "Debian", " AF_VSOCK"),
+    ("not WSL", "6.1.0-18-amd64", "", ""),
+]))  # fmt: skip
+def test_under_wsl_the_unit_lets_a_program_of_windows_be_reached(
+    home: Path, release: str, name: str, vsock: str
+) -> None:
+    path = stand_in(home / "bin", "uname", f"echo {release}")
+    folders = {"BINDIR": "/b", "CONFIG_DIR": "/c", "SYSTEMD_USER_DIR": "/u", "DESTDIR": ""}
+    env = clean_env(home, PATH=path, WSL_DISTRO_NAME=name, **folders)
+    unit = run(["sh", ROOT / "contrib/systemd.sh", "render"], env=env).stdout.decode()
+    assert f"\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6{vsock}\n" in unit
+
+
 # ---------------------------------------------------------------- the template of the settings
 
 
