@@ -30,7 +30,6 @@ from conftest import (
     clean_env,
     connect,
     get,
-    http,
     lines,
     lines_until_now,
     log_fields,
@@ -150,16 +149,9 @@ def shared(keys: Keys) -> Iterator[Shared]:
 
 @pytest.fixture(scope="module")
 def quick(keys: Keys) -> Iterator[Shared]:
-    """A proxy that soon loses its patience with a head, and with gaps in a body."""
-    patience = {"HEAD_SECONDS": 0.4, "GAP_SECONDS": 0.4}
-    with shared_proxy(keys, **patience, LINGER_SECONDS=0.4, LINGER_GAP=0.4) as shared:
-        yield shared
-
-
-@pytest.fixture(scope="module")
-def hurried(keys: Keys) -> Iterator[Shared]:
-    """A proxy that gives a whole request little time."""
-    with shared_proxy(keys, REQUEST_SECONDS=0.6, LINGER_SECONDS=0.4, LINGER_GAP=0.4) as shared:
+    """A proxy that soon loses its patience with a head, with gaps in a body, and with a request."""
+    patience = dict.fromkeys(["HEAD_SECONDS", "GAP_SECONDS", "LINGER_SECONDS", "LINGER_GAP"], 0.4)
+    with shared_proxy(keys, **patience, REQUEST_SECONDS=1.5) as shared:
         yield shared
 
 
@@ -192,19 +184,19 @@ def peak_memory(pid: int) -> int:
     return 1024 * int(match.group(1))
 
 
-def unread(port: int) -> int:
-    """How many bytes and connections wait in the system for the server at PORT."""
-    ESTABLISHED, CLOSE_WAIT, LISTEN = "01", "08", "0A"
-    total = 0
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        _, local, _, state, queues, *_ = line.split()
-        if state in (ESTABLISHED, CLOSE_WAIT, LISTEN) and int(local.split(":")[1], 16) == port:
-            total += int(queues.split(":")[1], 16)
-    return total
-
-
 def all_read(port: int) -> None:
-    wait_for(lambda: not unread(port), message="the proxy takes what was sent")
+    """No bytes and no connections wait in the system for the server at PORT any more."""
+    ESTABLISHED, CLOSE_WAIT, LISTEN = "01", "08", "0A"
+
+    def waiting() -> int:
+        total = 0
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            _, local, _, state, queues, *_ = line.split()
+            if state in (ESTABLISHED, CLOSE_WAIT, LISTEN) and int(local.split(":")[1], 16) == port:
+                total += int(queues.split(":")[1], 16)
+        return total
+
+    wait_for(lambda: not waiting(), message="the proxy takes what was sent")
 
 
 def readable(sockets: Sequence[socket.socket]) -> Set[socket.socket]:
@@ -446,20 +438,17 @@ BAD_CHUNKS = [
 BAD_CHUNKED: List[Tuple[bytes, int]] = [
     *((chunk + b"\r\n0\r\n\r\n", 400) for chunk in BAD_CHUNKS),
     *((b"5\r\nhello" + end + b"0\r\n\r\n", 400) for end in (b"\n", b"\r", b"ab", b"")),
-    *(
-        (b"5\r\nhello\r\n0" + end, status)
-        for end, status in (
-            (b"\r\n\n", 400), (b"\n\r\n", 400), (b"\r\nA: b\r\n c\r\n\r\n", 400),
-            (b"\r\nA: \x00\r\n\r\n", 400), (b"\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
-        )
-    ),
+    *((b"5\r\nhello\r\n0" + end, 400)
+      for end in (b"\r\n\n", b"\n\r\n", b"\r\nA: b\r\n c\r\n\r\n", b"\r\nA: \x00\r\n\r\n")),
+    *((b"5\r\nhello\r\n0\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
+      (b"5;" + b"a" * 20000, 431), (b"5\r\nhello\r\n0\r\nA: " + b"a" * 20000, 431)),
     (b"40000001\r\n", 413),  # one byte over 1 GiB
     (b"5\r\nhello\r\n3ffffffc\r\n", 413),
     (b"ffffffffffffffff\r\n", 413),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("data", "status"), BAD_CHUNKED, ids=ascii)
+@pytest.mark.parametrize(("data", "status"), BAD_CHUNKED, ids=lambda value: ascii(value)[:60])
 def test_a_malformed_chunked_body_is_refused_in_whatever_pieces_it_comes(
     data: bytes, status: int
 ) -> None:
@@ -468,21 +457,11 @@ def test_a_malformed_chunked_body_is_refused_in_whatever_pieces_it_comes(
             body_of(data, size)
         assert e.value.status == status
         assert str(e.value).isprintable()
-
-
 def test_a_chunked_body_of_1_gib_in_all_is_not_too_large() -> None:
     stream = io.BytesIO(b"5\r\nhello\r\n3ffffffb\r\n")
     sizes = p.chunk_sizes(stream)
-    assert next(sizes) == 5
-    assert stream.read(5) == b"hello"
+    assert stream.read(next(sizes)) == b"hello"
     assert next(sizes) == (1 << 30) - 5
-
-
-@pytest.mark.parametrize("start", [b"5;", b"5\r\nhello\r\n0\r\nA: "], ids=["size", "trailer"])
-def test_a_line_of_a_chunked_body_that_does_not_end_is_refused(start: bytes) -> None:
-    with pytest.raises(p.RequestError) as e:
-        body_of(start + b"a" * 20000)
-    assert e.value.status == 431
 
 
 # ================================================================ requests that are refused
@@ -490,7 +469,6 @@ def test_a_line_of_a_chunked_body_that_does_not_end_is_refused(start: bytes) -> 
 # By more than their head, or by what it means.
 REFUSED: List[Tuple[str, bytes, int]] = [
     ("no length", SIGN + b"\r\n", 411),
-    ("no length in HTTP/1.0", b"POST /sign HTTP/1.0\r\n\r\nhello", 411),
     ("a length of 5000 digits", SIGN + b"Content-Length: " + 5000 * b"9" + b"\r\n\r\n", 413),
     ("1 GiB and a byte", post(b"", length=(1 << 30) + 1), 413),
     ("a length of 0", post(b""), 400),
@@ -506,7 +484,7 @@ REFUSED: List[Tuple[str, bytes, int]] = [
         (f"path {path}", get(path), 404)
         for path in (
             "/", "/healthz/", "/healthz?", "/HEALTHZ", "//healthz", "/./healthz", "/%68ealthz",
-            "/sign?namespace=git", "/%0d%0a%1b[31m%e2%80%ae", "/'=a",
+            "/%0d%0a%1b[31m%e2%80%ae", "/'=a",
         )
     ),
     ("a query behind /sign", b"POST /sign?a" + post(b"hello")[10:], 404),
@@ -547,8 +525,7 @@ def test_a_refusal_is_one_answer_and_one_harmless_line_and_the_agent_is_not_aske
 
 
 def test_tls_is_told_what_would_be_right(shared: Shared) -> None:
-    hello = b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03" + bytes(160)
-    assert "use http://" in refused(ask(shared.port, hello), 400).text
+    assert "use http://" in refused(ask(shared.port, b"\x16\x03\x01" + bytes(165)), 400).text
 
 
 PARTS = [
@@ -573,9 +550,8 @@ def test_a_request_that_ends_early_is_malformed(data: bytes, shared: Shared) -> 
 
 def test_allow_names_the_methods(shared: Shared) -> None:
     for path in ("/healthz", "/publickey", "/shim"):
-        answer = refused(http(shared.port, "PUT", path, b"x"), 405)
-        assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
-    assert refused(http(shared.port, "GET", "/sign"), 405).headers["allow"] == "POST"
+        assert ask(shared.port, b"PUT" + get(path)[3:]).headers["allow"] == "GET, HEAD"
+    assert ask(shared.port, get("/sign")).headers["allow"] == "POST"
 
 
 EVIL = "Host: evil.example"
@@ -673,15 +649,13 @@ def test_head_is_get_without_the_body(path: str, shared: Shared) -> None:
     assert head.body == b""
     assert head.status == 200
     assert {**head.headers, "date": ""} == {**whole.headers, "date": ""}
+    for field in (EVIL, "A : b"):
+        assert parse_answer(raw(shared.port, b"HEAD" + get(path, field)[3:])).body == b""
 
 
-def test_an_error_answer_to_head_has_no_body(shared: Shared) -> None:
-    for first, field in (("HEAD /nope", "A: b"), ("HEAD /healthz", EVIL), ("HEAD /nope", "A : b")):
-        assert parse_answer(raw(shared.port, request(first, [field]))).body == b""
 
 
 FIRST: List[Tuple[str, bytes, int, int]] = [
-    ("keep-alive in HTTP/1.0", b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", 200, 0),
     ("an upgrade", get("/healthz", "Connection: Upgrade, HTTP2-Settings"), 200, 0),
     ("no chunk", get("/healthz", "Transfer-Encoding: chunked") + b"0\r\n\r\n", 200, 0),
     ("a body that nobody needs", get("/healthz", "Content-Length: 5") + b"hello", 200, 0),
@@ -712,19 +686,18 @@ def test_a_peer_over_ipv6_is_shown_like_an_address(start_proxy: Callable[..., Pr
     assert log_fields(request_lines(proxy.log())[0])["peer"] == peer
 
 
-@pytest.mark.parametrize(("head", "body"), rows([
-    ("length", post(b"", "Expect: 100-continue", length=5), b"hello"),
-    ("chunked", post_chunked(b"", "Expect: 100-continue"), chunks(b"hello", [2])),
-]))  # fmt: skip
 def test_a_client_that_waits_is_told_to_go_on(
-    head: bytes, body: bytes, proxy: Proxy, ssh_keygen: Callable[..., bytes]
+    proxy: Proxy, ssh_keygen: Callable[..., bytes]
 ) -> None:
-    with connect(proxy.port) as s:
-        s.sendall(head)
-        assert s.recv(len(CONTINUE), socket.MSG_WAITALL) == CONTINUE
-        assert not readable([s])
-        s.sendall(body)
-        assert the_one_answer(read_all(s)).body == ssh_keygen(b"hello")
+    expect = "Expect: 100-continue"
+    for head, body in [(post(b"", expect, length=5), b"hello"),
+                       (post_chunked(b"", expect), chunks(b"hello", [2]))]:  # fmt: skip
+        with connect(proxy.port) as s:
+            s.sendall(head)
+            assert s.recv(len(CONTINUE), socket.MSG_WAITALL) == CONTINUE
+            assert not readable([s])
+            s.sendall(body)
+            assert the_one_answer(read_all(s)).body == ssh_keygen(b"hello")
 
 
 def payload_of(size: int) -> bytes:
@@ -752,19 +725,13 @@ def test_curl_is_served_in_all_its_ways(
     proxy: Proxy, short: Path, ssh_keygen: Callable[..., bytes]
 ) -> None:
     payload = payload_of(3 * MIB)
-    file = short / "file"
-    file.write_bytes(payload)
+    (short / "file").write_bytes(payload)
     expected = ssh_keygen(payload)
     argv = [need("curl", "curl"), "-qsS", "--noproxy", "*", "--max-time", "30", f"{proxy.url}/sign"]
-    binary = ["--data-binary", f"@{file}"]
-    chunked = ["-H", "Transfer-Encoding: chunked"]
-    expect = ["-H", "Expect: 100-continue"]
     for way in (
-        [*chunked, *binary],
-        ["-X", "POST", "-T", file],
-        ["-X", "POST", "-T", "-"],  # chunked
-        [*expect, *chunked, *binary],
-        ["--http1.0", *binary],
+        ["-X", "POST", "-T", short / "file"],
+        ["-H", "Expect: 100-continue", "-X", "POST", "-T", "-"],  # in chunks
+        ["--http1.0", "--data-binary", "@-"],
     ):
         assert run([*argv, *way], input=payload).stdout == expected, way
 
@@ -783,16 +750,10 @@ def test_memory_stays_flat_under_a_large_body(shared: Shared) -> None:
     assert peak_memory(shared.proxy.pid) - before < 4 * MIB
 
 
-# Each is sent 32 MiB, more than any buffer of the system's takes.
-UNWELCOME: List[Tuple[str, bytes, int]] = [
-    ("from a page", post(b"", PAGE, length=32 * MIB), 403),
-    ("too large", post(b"", length=1 << 40), 413),
-    ("nonsense", b"nonsense\r\n\r\n", 400),
-    ("a body that nobody needs", get("/healthz", "Content-Length: 33554432"), 200),
-]
 
 
 def send_all_before_reading(where: Union[int, Path], head: bytes) -> Answer:
+    """The answer to HEAD and 32 MiB, more than any buffer of the system's takes."""
     with connect(where) as s:
         s.sendall(head)
         for _ in range(8):
@@ -800,34 +761,28 @@ def send_all_before_reading(where: Union[int, Path], head: bytes) -> Answer:
         return the_one_answer(read_all(s))
 
 
-@pytest.mark.parametrize(("head", "status"), rows(UNWELCOME))
+@pytest.mark.parametrize(("head", "status"), rows([
+    ("from a page", post(b"", PAGE, length=32 * MIB), 403),
+    ("nonsense", b"nonsense\r\n\r\n", 400),
+    ("a body that nobody needs", get("/healthz", "Content-Length: 33554432"), 200),
+]))  # fmt: skip
 def test_an_answer_reaches_a_client_that_sends_all_before_it_reads(
     head: bytes, status: int, shared: Shared
 ) -> None:
     assert send_all_before_reading(shared.port, head).status == status
 
 
-def test_a_client_that_never_stops_sending_is_left(quick: Shared) -> None:
+@pytest.mark.parametrize("size", [1, 65536])
+def test_a_client_that_never_closes_nor_stops_sending_is_left(size: int, quick: Shared) -> None:
     with connect(quick.port) as s:
         s.sendall(get("/nope"))
+        if size == 1:
+            refused(the_one_answer(read_all(s)), 404)
+        # Once it has closed both ways a byte sent to it is answered by a reset.
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
-            while True:
-                s.sendall(bytes(65536))
-
-
-def test_a_client_that_never_closes_is_left(quick: Shared) -> None:
-    def hung_up(s: socket.socket) -> bool:
-        """Has the other side closed both ways? A byte sent to it is answered by a reset then."""
-        try:
-            s.send(b"x")
-        except OSError:
-            return True
-        return False
-
-    with connect(quick.port) as s:
-        s.sendall(b"nonsense\r\n\r\n")
-        refused(the_one_answer(read_all(s)), 400)
-        wait_for(lambda: hung_up(s), message="the proxy closes its side for good")
+            end = time.monotonic() + 10
+            while time.monotonic() < end:
+                s.sendall(bytes(size))
 
 
 # ================================================================ clients that are slow
@@ -837,17 +792,14 @@ def test_a_connection_that_sends_nothing_is_closed_in_silence(quick: Shared) -> 
     assert quick.ask(b"") == (b"", [])
 
 
-@pytest.mark.parametrize("how", ["close", "reset", "half-close"])
+@pytest.mark.parametrize("reset", [False, True])
 def test_a_connection_that_goes_without_a_word_is_no_line_in_the_log(
-    how: str, shared: Shared
+    reset: bool, shared: Shared
 ) -> None:
     before = len(lines_until_now(shared.proxy, shared.port))
     with connect(shared.port) as s:
-        if how == "reset":
+        if reset:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        if how == "half-close":
-            s.shutdown(socket.SHUT_WR)
-            assert read_all(s) == b""
     assert len(lines_until_now(shared.proxy, shared.port)) == before + 1
 
 
@@ -860,34 +812,26 @@ def test_a_request_that_stalls_is_too_slow(data: bytes, quick: Shared) -> None:
     assert [log_fields(line)["status"] for line in log] == ["408"]
 
 
-def drip(port: int, start: bytes, drop: bytes, pause: float) -> Answer:
-    """The answer to START and then DROP over and over, one at each PAUSE, for at most 10 s."""
-    with connect(port) as s:
+@pytest.mark.parametrize(("start", "drop", "pause"), rows([
+    ("head", START + b"A: ", b"a", 0.05),
+    # A byte is always there when the proxy looks.
+    ("head, hardly a pause", START + b"A: ", b"a", 0.0001),
+    ("length, hardly a pause", post(b"", length=1 << 30), b"a", 0.0001),
+    ("chunked", post_chunked(b""), b"1\r\na\r\n", 0.05),
+    # Chunks of a byte, faster than anybody reads them.
+    ("chunked, no pause", post_chunked(b""), 100000 * b"1\r\na\r\n", 0),
+]))  # fmt: skip
+def test_what_drips_is_too_slow_as_a_whole(
+    start: bytes, drop: bytes, pause: float, quick: Shared
+) -> None:
+    with connect(quick.port) as s:
         s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         s.sendall(start)
         end = time.monotonic() + 10
         while not select.select([s], [], [], pause)[0]:
             assert time.monotonic() < end, "it is still being read"
             s.sendall(drop)
-        return the_one_answer(read_all(s))
-
-
-# The second hardly pauses: a byte is always there when the proxy looks.
-@pytest.mark.parametrize("pause", [0.05, 0.0001])
-def test_a_head_that_drips_is_too_slow(pause: float, quick: Shared) -> None:
-    refused(drip(quick.port, START + b"A: ", b"a", pause), 408)
-
-
-@pytest.mark.parametrize(("start", "drop", "pause"), rows([
-    ("length, hardly a pause", post(b"", length=1 << 30), b"a", 0.0001),
-    ("chunked", post_chunked(b""), b"1\r\na\r\n", 0.05),
-    # Chunks of a byte, faster than anybody reads them.
-    ("chunked, no pause", post_chunked(b""), 100000 * b"1\r\na\r\n", 0),
-]))  # fmt: skip
-def test_a_body_that_drips_is_too_slow_as_a_whole(
-    start: bytes, drop: bytes, pause: float, hurried: Shared
-) -> None:
-    refused(drip(hurried.port, start, drop, pause), 408)
+        refused(the_one_answer(read_all(s)), 408)
 
 
 def test_a_body_with_short_gaps_is_in_time(quick: Shared) -> None:
@@ -932,13 +876,10 @@ def clients() -> Iterator[Clients]:
         s.close()
 
 
-def busy(answer: Answer) -> None:
+def busy(of: Union[Answer, socket.socket]) -> None:
+    answer = of if isinstance(of, Answer) else the_one_answer(read_all(of))
     assert "busy" in refused(answer, 503).text
     assert int(answer.headers["retry-after"]) > 0
-
-
-def is_busy(s: socket.socket) -> None:
-    busy(the_one_answer(read_all(s)))
 
 
 def all_signed(sockets: Sequence[socket.socket]) -> None:
@@ -971,7 +912,7 @@ def test_the_129th_takes_the_place_of_the_one_that_has_been_waited_for_longest(
     wait_for(lambda: readable(sockets))
     assert readable(sockets) == {sockets[1]}
     if start:
-        is_busy(sockets[1])
+        busy(sockets[1])
     else:
         assert read_all(sockets[1]) == b""
     for s in (sockets[0], sockets[-1]):
@@ -987,17 +928,22 @@ def test_a_connection_that_is_put_off_can_still_be_sending(proxy: Proxy, clients
     sockets = clients.open(proxy.port, post(b"hell", length=8 * MIB), 128)
     assert served(proxy.port)
     sockets[0].sendall(bytes(8 * MIB))
-    is_busy(sockets[0])
+    busy(sockets[0])
 
 
 @linux
 def test_where_128_wait_for_the_agent_the_129th_is_busy_at_once(
     gate: Scripted, gated: Proxy, clients: Clients
 ) -> None:
-    sockets = clients.open(gated.port, post(b"x"), 128)
+    sockets = clients.open(gated.port, post(b"x"), 127)
+    wait_for(lambda: gate.signing == 127)
+    # What waits for the agent keeps its place: the last one takes that of who came last.
+    (sending,) = clients.open(gated.port, post(b"hell", length=5))
+    sockets += clients.open(gated.port, post(b"x"))
+    busy(sending)
     wait_for(lambda: gate.signing == 128, message="all wait for the agent")
     (silent,) = clients.open(gated.port, b"")
-    is_busy(silent)  # before it has sent a byte
+    busy(silent)  # before it has sent a byte
     busy(ask(gated.port, get("/healthz")))
     # One that sends much before it reads is told so too.
     busy(ask(gated.port, post(bytes(8 * MIB))))
@@ -1006,28 +952,15 @@ def test_where_128_wait_for_the_agent_the_129th_is_busy_at_once(
     wait_for(lambda: len(readable(waiting)) == 200)
     assert len(os.listdir(f"/proc/{gated.pid}/task")) < 170
     for s in waiting:
-        is_busy(s)
+        busy(s)
     assert gate.signing == 128
     assert readable(sockets) == set()
     gate.gate.set()
     all_signed(sockets)
     lines = [log_fields(line) for line in lines_until_now(gated, gated.port)]
-    assert sum(line["status"] == "503" for line in lines) == 2  # the silent ones have none
+    assert sum(line["status"] == "503" for line in lines) == 3  # the silent ones have none
 
 
-@linux
-def test_a_request_that_waits_for_the_agent_keeps_its_place(
-    gate: Scripted, gated: Proxy, clients: Clients
-) -> None:
-    sockets = clients.open(gated.port, post(b"x"), 127)
-    wait_for(lambda: gate.signing == 127)
-    (last,) = clients.open(gated.port, post(b"hell", length=5))
-    (newcomer,) = clients.open(gated.port, START)
-    is_busy(last)
-    newcomer.sendall(b"\r\n")
-    assert the_one_answer(read_all(newcomer)).status == 200
-    gate.gate.set()
-    all_signed(sockets)
 
 
 @linux
@@ -1088,25 +1021,6 @@ def test_a_client_that_has_sent_its_request_is_never_turned_away_in_silence(
 
 
 # ================================================================ the agent, and the end
-
-
-@pytest.mark.parametrize(("reply", "status", "why"), rows([
-    ("lies", b"\x63lie", 502, "message type 99"),
-    ("lists no keys", p.byte(p.SSH_AGENT_FAILURE), 503, "the agent lists no keys"),
-    ("hangs", b"", 504, "did not answer"),
-]))  # fmt: skip
-def test_what_the_agent_does_becomes_a_status_and_why(
-    reply: bytes, status: int, why: str, scripted_agent: Callable[..., Path],
-    start_proxy: Callable[..., Proxy],
-) -> None:  # fmt: skip
-    def does(connection: socket.socket) -> None:
-        while read_message(connection):
-            connection.sendall(message(reply) if reply else b"")
-
-    timeout = "1" if status == 504 else "20"
-    proxy = start_proxy("--timeout", timeout, upstream=scripted_agent(does))
-    for data in (post(b"x"), get("/publickey")):
-        assert why in refused(ask(proxy.port, data), status).text
 
 
 @linux
