@@ -90,13 +90,13 @@ LONG = 16 * "a"
 
 
 @pytest.mark.parametrize("token", [
-    LONG, "Az09-._~+/Az09-._~+/", LONG + "=", LONG + "===", "-" + LONG, "key" + LONG + "=",
-    "f" * 4096,
+    LONG, "Az09-._~+/Az09-._~+/", LONG + "===", "-" + LONG, "key" + LONG + "=", "f" * 4096,
 ])  # fmt: skip
-def test_every_b64token_is_a_token(token: str) -> None:
+def test_every_b64token_is_a_token_and_is_not_kept_in_memory(token: str) -> None:
     for rest in ("", " box", " payloads=tag"):
         tokens = p.parse_tokens(token + rest)
         assert p.check_token(f"Bearer {token}", tokens) is tokens[0]
+        assert token not in repr(tokens)
 
 
 @pytest.mark.parametrize("odd", [
@@ -155,27 +155,7 @@ def test_a_file_has_comments_and_empty_lines_and_is_read_to_its_end(end: str) ->
         assert p.check_token(f"Bearer {SECOND}", tokens) is tokens[1]
 
 
-def test_a_token_is_not_kept_in_memory() -> None:
-    for token in p.parse_tokens(f"{TOKEN} box\n{SECOND}\n"):
-        assert SECRET not in repr(token)
-
-
 # ================================================================ pure: the Authorization field
-
-NOT_TAKEN: List[Tuple[str, Optional[str]]] = [
-    ("none", None),
-    ("only the scheme", "Bearer"),
-    ("another scheme", f"Basic {TOKEN}"),
-    ("a tab", f"Bearer\t{TOKEN}"),
-    ("no blank", f"Bearer{TOKEN}"),
-    ("a list of tokens", f"Bearer {TOKEN},{TOKEN}"),
-    ("shorter", f"Bearer {TOKEN[:-1]}"),
-    ("longer", f"Bearer {TOKEN}x"),
-    ("padded", f"Bearer {TOKEN}="),
-    ("in another case", f"Bearer {TOKEN.swapcase()}"),
-    ("with a byte beyond ASCII", f"Bearer {TOKEN}\xa0"),
-]
-
 
 # RFC 9110 section 11.4: one blank or more.
 @pytest.mark.parametrize("form", ["Bearer {}", "bEARER {}", "BEARER    {}"])
@@ -184,7 +164,11 @@ def test_the_field_holds_the_token(form: str) -> None:
     assert p.check_token(form.format(TOKEN), tokens) is tokens[1]
 
 
-@pytest.mark.parametrize("value", rows(NOT_TAKEN))
+@pytest.mark.parametrize("value", [
+    None, "Bearer", f"Basic {TOKEN}", f"Bearer\t{TOKEN}", f"Bearer{TOKEN}",
+    f"Bearer {TOKEN},{TOKEN}", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x", f"Bearer {TOKEN}=",
+    f"Bearer {TOKEN.swapcase()}", f"Bearer {TOKEN}\xa0",
+], ids=ascii)  # fmt: skip
 def test_anything_else_than_a_token_of_the_file_is_401(value: Optional[str]) -> None:
     with pytest.raises(p.RequestError) as e:
         p.check_token(value, p.parse_tokens(f"{SECOND}\n{TOKEN} box\n"))
@@ -325,30 +309,22 @@ def test_without_a_token_file_a_token_is_not_looked_at(proxy: Proxy) -> None:
     assert SECRET not in proxy.log()
 
 
-CHECKS: List[Tuple[str, bytes, int]] = [
+@pytest.mark.parametrize(("data", "status"), rows([
     ("host", b"GET /publickey HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421),
-    ("a query", get("/publickey?"), 404),
     ("method", get("/sign"), 405),
     # From here on the token is what is missed first.
     ("a namespace that is not allowed", post(COMMIT, "SSHSIG-Namespace: file"), 401),
     ("a key that is malformed", get("/publickey", "SSHSIG-Key: nonsense"), 401),
     ("no length", b"POST /sign HTTP/1.1\r\n" + HOST + b"\r\n", 401),
-    ("an empty body", post(b""), 401),
     # Nothing of a body is waited for, and nobody is told to go on.
     ("a body that waits", post(b"", "Expect: 100-continue", length=1 << 30), 401),
-]
-
-
-@pytest.mark.parametrize(("data", "status"), rows(CHECKS))
+]))  # fmt: skip
 def test_the_token_is_checked_behind_the_method_and_before_the_headers(
     data: bytes, status: int, door: Door
 ) -> None:
     answer, _ = door.ask(data)
-    if status == 401:
-        unauthorized(answer)
-    else:
-        refused(answer, status)
-        assert "www-authenticate" not in answer.headers
+    refused(answer, status)
+    assert ("www-authenticate" in answer.headers) == (status == 401)
 
 
 def test_the_agent_is_not_asked_for_those_who_have_no_token(keys: Keys, short: Path) -> None:
@@ -368,66 +344,31 @@ def fingerprint(keys: Keys, name: str) -> str:
     return p.parse_key_line(keys.line(name)).key.fingerprint
 
 
-def leashed(door: Door, keys: Keys, name: str) -> None:
-    door.write(f"{TOKEN} box key={fingerprint(keys, name)}\n{SECOND} jar\n")
-
-
-def naming(keys: Keys, name: str) -> List[List[str]]:
-    """No field at all, and each way to name that key."""
-    line = keys.line(name)
-    return [[], [f"SSHSIG-Key: {line}"], [f"SSHSIG-Key: {fingerprint(keys, name)}"]]
-
-
 @pytest.mark.parametrize("pin", ["", "ed25519", "other"])
-@pytest.mark.parametrize("key", ["ed25519", "other"])
-def test_a_tokens_key_signs_whatever_is_pinned_for_all(
-    key: str, pin: str, open_door: Callable[..., Door], keys: Keys,
-    ssh_keygen: Callable[..., bytes],
-) -> None:  # fmt: skip
-    door = open_door(*(["--pubkey", keys.line(pin)] if pin else []))
-    leashed(door, keys, key)
-    for named in naming(keys, key):
-        answer, fields = door.ask(post(COMMIT, bearer(), *named))
-        assert (answer.status, answer.body) == (200, ssh_keygen(COMMIT, key=key))
-        assert fields["key"] == fingerprint(keys, key)
-        answer, _ = door.ask(get("/publickey", bearer(), *named))
-        assert answer.text.split()[:2] == keys.line(key).split()[:2]
-
-
-@pytest.mark.parametrize("pin", ["", "ed25519", "other"])
-@pytest.mark.parametrize(("key", "named"), [
-    ("ed25519", "other"), ("other", "ed25519"), ("ed25519", "rsa2048"),
-])  # fmt: skip
-def test_another_key_than_the_tokens_is_refused(
-    key: str, named: str, pin: str, open_door: Callable[..., Door], keys: Keys
+@pytest.mark.parametrize("key", ["ed25519", "other", "rsa2048"])
+def test_a_tokens_key_alone_signs_whatever_is_pinned_for_all(
+    key: str, pin: str, open_door: Callable[..., Door], keys: Keys, ssh_keygen: Any
 ) -> None:
+    """The agent lacks rsa2048; a token without a key is under the general pin."""
     door = open_door(*(["--pubkey", keys.line(pin)] if pin else []))
-    leashed(door, keys, key)
-    for fields in naming(keys, named)[1:]:
-        for data in (post(COMMIT, bearer(), *fields), get("/publickey", bearer(), *fields)):
-            answer = refused(door.ask(data)[0], 403)
-            assert fingerprint(keys, key) in answer.text
-            if key != pin:  # else both say so
-                assert "key=" in answer.text
-
-
-def test_a_tokens_key_that_the_agent_lacks_is_no_usable_key(door: Door, keys: Keys) -> None:
-    leashed(door, keys, "rsa2048")
-    for fields in naming(keys, "rsa2048"):
-        for data in (post(COMMIT, bearer(), *fields), get("/publickey", bearer(), *fields)):
-            answer = refused(door.ask(data)[0], 503)
-            assert fingerprint(keys, "rsa2048") in answer.text
-    assert door.status(SECOND) == 200
-
-
-def test_a_token_without_key_is_under_the_general_pin(
-    open_door: Callable[..., Door], keys: Keys
-) -> None:
-    door = open_door("--pubkey", keys.line("other"))
-    leashed(door, keys, "ed25519")
-    answer, fields = door.ask(post(COMMIT, bearer(SECOND)))
-    assert answer.status == 200
-    assert fields["key"] == fingerprint(keys, "other")
+    door.write(f"{TOKEN} box key={fingerprint(keys, key)}\n{SECOND}\n")
+    _, noted = door.ask(post(COMMIT, bearer(SECOND)))
+    assert (noted["status"], noted["token"]) == ("200", "line 2")
+    assert noted["key"] == fingerprint(keys, pin or "ed25519")
+    for named in ("ed25519", "other", "rsa2048"):
+        status = 403 if named != key else 503 if key == "rsa2048" else 200
+        ways = [keys.line(named), fingerprint(keys, named)]
+        for field in [f"SSHSIG-Key: {way}" for way in ways] + ["A: b"] * (named == key):
+            answer, noted = door.ask(post(COMMIT, bearer(), field))
+            shown, _ = door.ask(get("/publickey", bearer(), field))
+            if status == 200:
+                assert (answer.status, answer.body) == (200, ssh_keygen(COMMIT, key=key))
+                assert (noted["token"], noted["key"]) == ("box", fingerprint(keys, key))
+                assert shown.text.split()[:2] == keys.line(key).split()[:2]
+                continue
+            for text in (refused(answer, status).text, refused(shown, status).text):
+                assert fingerprint(keys, key) in text
+                assert "key=" in text or key == pin or status == 503
 
 
 @pytest.mark.parametrize(("general", "leash", "allowed"), rows([
@@ -504,11 +445,9 @@ def test_a_last_line_without_an_end_counts_all_the_same(door: Door) -> None:
     assert door.status(TOKEN) == 200
 
 
-@pytest.mark.parametrize("line", rows([
-    ("with a control character", bearer(SHOWN) + "\x7f"), ("without its colon", f"Bearer {SHOWN}"),
-    ("with another separator", f"Authorization; {SHOWN}"),
-    ("behind a blank", f"Authorization : Bearer {SHOWN}"),
-]))  # fmt: skip
+@pytest.mark.parametrize("line", [
+    bearer(SHOWN) + "\x7f", f"Bearer {SHOWN}", f"Authorization : Bearer {SHOWN}",
+])  # fmt: skip
 def test_of_a_malformed_header_the_value_is_not_told(line: str, door: Door) -> None:
     answer, fields = door.ask(post(COMMIT, line))
     refused(answer, 400)
@@ -569,17 +508,17 @@ def test_a_file_that_can_not_be_used_any_more_closes_the_door_until_it_can(
         answer, fields = door.ask(data)
         refused(answer, 503)
         # What the file holds and where it is concerns nobody but its owner.
-        assert answer.text.startswith(f"the file of {VARIABLE} can't be used")
-        assert "log" in answer.text
-        assert str(door.path) not in answer.text
-        assert not re.search(r"line \d", answer.text)
+        assert answer.text == f"the file of {VARIABLE} can't be used: the proxy's log says why\n"
         assert fields["outcome"] == "failed"
         assert f"{VARIABLE}: can't use '{door.path}'" in fields["reason"]
         assert re.search(why, fields["reason"]), fields["reason"]
-    assert ask(door.port, get("/healthz")).status == 200
-    assert ask(door.port, get("/shim")).status == 200
-    door.write(f"{TOKEN} box\n")
-    assert door.status(TOKEN) == 200
+    # Closed to others it is taken again, behind a link too.
+    elsewhere = private_file(door.folder / "elsewhere", f"{TOKEN}\n")
+    door.path.unlink(missing_ok=True)
+    door.path.symlink_to(elsewhere)
+    for mode, status in ((0o600, 200), (0o400, 200), (0o700, 200), (0o644, 503)):
+        elsewhere.chmod(mode)
+        assert door.status(TOKEN) == status
 
 
 @pytest.mark.parametrize(("text", "why"), rows([
@@ -598,30 +537,6 @@ def test_with_a_file_that_can_not_be_used_it_does_not_start(
     assert re.search(f" ERROR --token-file: can't use '{path}': {why}", line)
     assert SECRET not in line
     assert not (home / "proxy").exists()  # it was known before
-
-
-def test_a_file_that_is_closed_to_others_is_taken_behind_a_link_too(door: Door) -> None:
-    elsewhere = private_file(door.folder / "elsewhere", f"{TOKEN}\n")
-    door.path.unlink()
-    door.path.symlink_to(elsewhere)
-    for mode, status in ((0o600, 200), (0o400, 200), (0o700, 200), (0o644, 503)):
-        elsewhere.chmod(mode)
-        assert door.status(TOKEN) == status
-
-
-def test_no_token_stands_in_a_log_an_argument_or_an_answer(door: Door) -> None:
-    for token in (TOKEN, SECRET, f"{SECRET} {SECRET}", f"{SECRET}\xff"):
-        for data in (
-            post(COMMIT, bearer(token)),
-            get("/publickey", bearer(token)),
-            get("/nope", bearer(token)),
-            post(COMMIT, bearer(token), bearer(token)),
-            post(COMMIT, bearer(token), "SSHSIG-Hash: md5"),
-        ):
-            assert SECRET not in str(door.ask(data)[0])  # nor in the log
-    if sys.platform == "linux":
-        for name in ("cmdline", "environ"):
-            assert SECRET.encode() not in Path(f"/proc/{door.proxy.pid}/{name}").read_bytes()
 
 
 # ================================================================ token NAME
@@ -672,16 +587,10 @@ def test_what_stands_in_the_file_stays(before: bytes, between: bytes, home: Path
     file = private_file(home / "tokens", "")
     file.write_bytes(before)
     inode = file.stat().st_ino
-    token = added(home, file)
-    assert file.read_bytes() == before + between + f"{token} box\n".encode()
+    done = call(home, "--token-file", "~/tokens", "token", "box")  # the option does too
+    assert file.read_bytes() == before + between + done.stdout[:-1] + b" box\n"
     assert file.stat().st_ino == inode
     p.parse_tokens(file.read_text())
-
-
-def test_the_option_names_the_file_too_and_its_path_is_expanded(home: Path) -> None:
-    done = call(home, "--upstream", home / "none", "--token-file", "~/tokens", "token", "box")
-    assert (done.returncode, done.stderr) == (0, b"")  # no agent is needed
-    assert (home / "tokens").read_text() == done.stdout.decode()[:-1] + " box\n"
 
 
 def test_tokens_added_at_once_are_all_there(home: Path) -> None:
@@ -761,13 +670,10 @@ def test_nothing_is_added_to_a_file_that_can_not_be_used(
     assert state() == before
 
 
-@pytest.mark.parametrize("room", [0, 12])
-def test_a_token_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(
-    room: int, home: Path
-) -> None:
+def test_a_token_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(home: Path) -> None:
     # A part of a token would be a token too, and a short one: easy to guess.
     start = f"{TOKEN} jar\n"
-    before = start + (1023 - room - len(start)) * "#" + "\n"
+    before = start + (1011 - len(start)) * "#" + "\n"
     file = private_file(home / "tokens", before)
     # The limit for files stands in for the disk: it lets as much through as fits.
     limits = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)); "
@@ -777,13 +683,6 @@ def test_a_token_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(
     assert (done.returncode, done.stdout) == (1, b"")
     assert str(file) in one_line(done.stderr)
     assert file.read_text() == before
-
-
-def test_a_file_where_a_folder_should_be_is_exit_1_in_one_line(home: Path) -> None:
-    (home / "file").write_text("")
-    status, out, err = add(home, "box", file=home / "file" / "tokens")
-    assert (status, out) == (1, "")
-    assert str(home / "file") in one_line(err.encode())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
