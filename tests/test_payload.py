@@ -158,27 +158,20 @@ SCENARIOS: List[Tuple[str, str, bytes, str]] = [
     ("message: empty", "commit", rb"^committer .*\n\n\Z",
      "git commit -q --allow-empty --allow-empty-message -m ''"),
     ("message: leading empty lines", "commit", rb"0\n\n\n\nAfter", r"message '\n\nAfter two\n'"),
-    ("message: CR LF", "commit", rb"One\r\n\r\nTwo\r\n", r"message 'One\r\n\r\nTwo\r\n'"),
     ("message: looks like headers", "commit", rb"\n\ntree ",
      r"message 'tree 1234\nauthor A <a> 1 +0000\n\nNo\n'"),
     ("author: no address", "commit", rb"^author x <> 17", "by ' x ' ''"),
     ("author: very long", "commit", rb"^author (?:Long ){1500}",
      "by \"$(printf '%01500d' 0 | sed 's/0/Long /g')\" a@b"),
-    ("author: looks like a date", "commit", rb"^author x 1 \+0000 <", "by 'x 1 +0000' a@b"),
-    ("date: the first", "commit", rb"^author .*> 0 -0330\n",
-     "export GIT_AUTHOR_DATE='@0 -0330'; commit"),
     ("date: the last", "commit", rb"^author .*> 18446744073709551614 \+1400\n",
      "export GIT_AUTHOR_DATE='@18446744073709551614 +1400'; commit"),
     ("encoding: unknown to anyone", "commit", rb"^encoding x-none\n\n\xff",
      r"encoded x-none '\377\n'"),
     ("encoding: of names", "commit", rb"^author Caf\xe9 <\xe9@x> ",
      r"by 'Caf\351' '\351@x' ISO-8859-1"),
-    ("headers: of GitButler", "commit", rb"^gitbutler-headers-version 2\n",
-     r"further 'gitbutler-headers-version 2\ngitbutler-change-id 1a\n'"),
     ("headers: names that begin like git's", "commit", rb"^trees x\nparent-of x\nauthors x\n",
      r"further 'trees x\nparent-of x\nauthors x\ncommitter2 x\nencodings x\n'"),
     ("tag of a commit", "commit tag tag", rb"^type commit\ntag second\n", "tags HEAD"),
-    ("tag of a tree", "commit tag tag", rb"^type tree\ntag second\n", "tags 'HEAD^{tree}'"),
     ("tag of a blob", "commit tag tag", rb"^type blob\ntag second\n", "tags HEAD:file"),
     ("tag of a tag", "commit tag tag", rb"^type tag\ntag second\n", "tags first"),
     ("tag: Latin-1", "commit tag", rb"^tag caf\xe9\n",
@@ -328,8 +321,7 @@ def test_what_stands_behind_a_nul_git_does_not_show_and_it_makes_other(
     assert "hidden" not in lab.git("tag", "-l", "--format=%(contents)")
     (_, _), (payload, block) = lab.captured
     assert payload.endswith(b"Shown\n\0hidden\n")
-    assert parse(payload).kind == "other"
-    assert parse(payload).fields == {}
+    assert (parse(payload).kind, parse(payload).fields) == ("other", {})
     assert parse(payload).object_id(block) == ""
 
 
@@ -367,7 +359,6 @@ IDENTITY = [
     ("twice", rb"^(WHO .*\n)", rb"\1\1"),
     ("< in the name", rb"^(WHO \w)", rb"\1<"),
     ("< in the address", rb"^(WHO .*<\w)", rb"\1<"),
-    ("no address", rb"^(WHO .*) <.*>", rb"\1"),
     ("an address that is not closed", rb"^(WHO .*)>", rb"\1"),
     ("no blank before the address", rb"^(WHO .*) <", rb"\1<"),
     ("no blank before the date", rb"^(WHO .*)> ", rb"\1>"),
@@ -378,7 +369,6 @@ IDENTITY = [
     ("no timezone", rb"^(WHO .*) [+-]\d{4}$", rb"\1"),
     ("a timezone of 3 digits", rb"^(WHO .*)\d$", rb"\1"),
     ("a timezone of 5 digits", rb"^(WHO .*)$", rb"\g<1>0"),
-    ("CR LF", rb"^(WHO .*)$", rb"\1\r"),
     ("a NUL in the name", rb"^(WHO \w)", b"\\1\0"),
     ("folded", rb"^(WHO .*)$", rb"\1\n more"),
 ]
@@ -394,13 +384,9 @@ LINE_WITH_ID = [
 
 
 def lines(kind: str, header: str, table: List[Any]) -> List[Any]:
-    """TABLE for one header: WHO in a pattern stands for it, in a replacement for it in capitals."""
-
-    def fill(what: Any, word: str) -> Any:
-        return what.replace(b"WHO", word.encode()) if isinstance(what, bytes) else what
-
+    """TABLE for one header: WHO in a pattern stands for it."""
     return [
-        (kind, f"{header}: {name}", fill(pattern, header), fill(to, header.upper()))
+        (kind, f"{header}: {name}", pattern.replace(b"WHO", header.encode()), to)
         for name, pattern, to in table
     ]
 
@@ -412,7 +398,6 @@ NOT_QUITE: List[Tuple[str, str, bytes, Any]] = [
     *lines("commit", "author", IDENTITY),
     *lines("commit", "committer", IDENTITY),
     ("commit", "tree twice", rb"\A(tree .*\n)", rb"\1\1"),
-    ("commit", "the tree behind the parents", rb"\A(tree .*\n)((?:parent .*\n)+)", rb"\2\1"),
     ("commit", "a parent behind the author", rb"^(parent .*\n)(author .*\n)", rb"\2\1"),
     ("commit", "author and committer swapped", rb"^(author .*\n)(committer .*\n)", rb"\2\1"),
     ("commit", "a second parent behind the encoding", rb"^(encoding .*\n)",
@@ -451,14 +436,12 @@ NOT_QUITE: List[Tuple[str, str, bytes, Any]] = [
     ("push", "a fingerprint of 42 characters", rb"^(pusher \S+)\S", rb"\1"),
     ("push", "a fingerprint in base64url", rb"^(pusher SHA256:).", rb"\1_"),
     ("push", "a fingerprint of another hash", rb"^pusher SHA256:", b"pusher SHA512:"),
-    ("push", "no blank before the date", rb"^(pusher \S+)  ", rb"\1"),
     ("push", "three blanks before the date", rb"^(pusher \S+)  ", rb"\1   "),
     ("push", "pushee twice", rb"^(pushee .*\n)", rb"\1\1"),
     ("push", "an empty pushee", rb"^pushee .*", b"pushee "),
     ("push", "a nonce of 257 characters", rb"^nonce .*", b"nonce " + b"a" * 257),
     ("push", "nonce behind the options", rb"^(nonce .*\n)((?:push-option .*\n)+)", rb"\2\1"),
     ("push", "a header that is none", rb"^(push-option )", rb"x-a b\n\1"),
-    ("push", "no empty line", rb"\n\n", b"\n"),
     ("push", "no refs", rb"\n\n[\s\S]*", b"\n\n"),
     ("push", "ids of two hashes", rb"(\n\n)(\w+)( )", other_hash),
     ("push", "a ref that git refuses", rb"^(.* refs/heads)/", rb"\1..x/"),
@@ -531,11 +514,8 @@ THINGS = [
     ("SSH authentication, RFC 4252 section 7", s(bytes(32)) + b"\x32" + s(b"git")
      + s(b"ssh-connection") + s(b"publickey") + b"\1" + s(b"ssh-ed25519") + s(bytes(51))),
     ("a file, PROTOCOL.sshsig", b"SSHSIG" + s(b"file") + s(b"") + s(b"sha512") + s(bytes(64))),
-    ("a certificate, PROTOCOL.certkeys", s(b"ssh-ed25519-cert-v01@openssh.com") + s(bytes(32))),
     ("a JWT, RFC 7515", b"eyJhbGciOiAiRWREU0EifQ.eyJzdWIiOiAidHJlZSJ9"),
     ("a tar file", b"tree " + b"a" * 40 + bytes(467)),
-    ("a bundle of git's", b"# v2 git bundle\n" + b"a" * 40 + b" refs/heads/main\n\n"),
-    ("the word tree", b"tree "),
 ]  # fmt: skip
 
 
@@ -547,13 +527,9 @@ def test_what_is_not_gits_is_other_and_within_a_message_nothing_else(
     assert kind(thing) == kind(b"") == "other"
     for of in ("commit", "tag", "push"):
         payload = good(of, "sha1")
-        assert kind(thing + payload) == "other"
-        assert kind(thing + b"\n" + payload) == "other"
-        if of == "push":
-            assert kind(payload + thing) == "other"
-        else:
-            around = changed(payload, rb"\n\n[\s\S]*", lambda m: b"\n\nX\n" + thing)
-            assert kind(around) == ("other" if b"\0" in thing else of)
+        assert kind(thing + payload) == kind(thing + b"\n" + payload) == "other"
+        message_of = payload if of == "push" else payload.partition(b"\n\n")[0] + b"\n\nX\n"
+        assert kind(message_of + thing) == ("other" if of == "push" or b"\0" in thing else of)
 
 
 # ---------------------------------------------------------------- large ones, and hostile ones
@@ -687,17 +663,12 @@ def test_git_takes_whatever_is_recognised(
 # ---------------------------------------------------------------- through the running proxy
 
 
-@pytest.fixture
-def start(agent_with_key: Agent, start_proxy: Callable[..., Proxy]) -> Callable[[str], Proxy]:
-    """A proxy that signs those kinds of payload."""
-    return lambda kinds: start_proxy("--payloads", kinds, upstream=agent_with_key.sock)
-
-
 @pytest.mark.parametrize("setting", ["any", "tag", "commit,push"])
 def test_only_the_kinds_that_are_allowed_are_signed(
-    setting: str, start: Callable[[str], Proxy], good: Good, ssh_keygen: Callable[..., bytes]
-) -> None:
-    proxy = start(setting)
+    setting: str, agent_with_key: Agent, start_proxy: Callable[..., Proxy], good: Good,
+    ssh_keygen: Callable[..., bytes],
+) -> None:  # fmt: skip
+    proxy = start_proxy("--payloads", setting, upstream=agent_with_key.sock)
     payloads = {of: good(of, "sha256") for of in ("commit", "tag", "push")}
     for of, payload in {**payloads, "other": b"SSHSIG"}.items():
         answer = ask(proxy.port, post(payload))
@@ -717,9 +688,9 @@ LONG = COMMIT + b"\nSubject\n\n" + b"x" * MIB
 
 
 def test_a_payload_is_recognised_however_it_arrives(
-    start: Callable[[str], Proxy], good: Good
+    agent_with_key: Agent, start_proxy: Callable[..., Proxy], good: Good
 ) -> None:
-    proxy = start("commit")
+    proxy = start_proxy("--payloads", "commit", upstream=agent_with_key.sock)
     payload = good("commit", "sha256")
     for size, data, status in [
         # pieces of so many bytes, payload, status
