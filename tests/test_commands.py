@@ -10,9 +10,8 @@ import shutil
 import socket
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List
+from typing import Callable, Dict, List
 
 import pytest
 from conftest import (
@@ -34,8 +33,8 @@ from conftest import (
     read_all,
     rows,
     run,
-    short_folder,
 )
+from test_build import lay_out_modules
 
 import ssh_agent_proxy as p
 
@@ -69,14 +68,8 @@ def test_help_names_every_option_and_command(home: Path) -> None:
     for word in [*words, *(o.flag for o in p.OPTIONS), *p.COMMANDS, "SSH_AGENT_PROXY_ADDR"]:
         assert re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text), word
     assert max(map(len, text.splitlines())) <= 100
-
-
-@pytest.mark.parametrize("option", ["-V", "--version"])
-def test_version(option: str, home: Path) -> None:
-    done = call(home, option)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.decode() == f"ssh-agent-proxy {p.VERSION}\n"
-
+    for option in ("-V", "--version"):
+        assert call(home, option).stdout.decode() == f"ssh-agent-proxy {p.VERSION}\n"
 
 def test_quiet_keeps_warnings_and_audit_lines_only(
     short: Path, agent: Agent, keys: Keys, start_proxy: StartProxy
@@ -93,27 +86,22 @@ def test_quiet_keeps_warnings_and_audit_lines_only(
     assert set(levels) == {"AUDIT", "WARNING"}
 
 
-def test_verbose_adds_debug_lines(agent_with_key: Agent, start_proxy: StartProxy) -> None:
-    start_proxy("-v", upstream=agent_with_key.sock).wait_log(r" DEBUG \S")
-    proxy = start_proxy(upstream=agent_with_key.sock)
-    proxy.wait_log("signing with")
-    proxy.stop()
-    assert proxy.lines(" DEBUG ") == []
-
-
 # ---------------------------------------------------------------- words and their order
 
 
-@pytest.mark.parametrize("words", [
-    ["--console"], ["serve", "--console", "-v"], ["--timeout", "5", "serve", "--namespace", "git"],
-])  # fmt: skip
-def test_serve_with_and_without_the_word(
-    words: List[str], agent_with_key: Agent, start_proxy: StartProxy
+def test_serve_among_its_options_and_again_at_once_without_the_word(
+    agent_with_key: Agent, start_proxy: StartProxy
 ) -> None:
-    proxy = start_proxy(*words, upstream=agent_with_key.sock)
-    assert http(proxy.port, "GET", "/healthz").body == b"ok\n"
-    assert proxy.stop() == 0
-
+    """The port is free by then."""
+    words = ["--timeout", "5", "serve", "--console", "-v"]
+    first = start_proxy(*words, upstream=agent_with_key.sock)
+    assert http(first.port, "POST", "/sign", b"x").status == 200
+    assert first.stop() == 0
+    assert first.lines(" DEBUG ")
+    second = start_proxy(upstream=agent_with_key.sock, addr=f"127.0.0.1:{first.port}")
+    assert http(second.port, "POST", "/sign", b"x").status == 200
+    second.wait_log("signing with")
+    assert second.lines(" DEBUG ") == []
 
 @pytest.mark.parametrize("words", [
     ["shim"], ["--console", "-q", "shim"], ["shim", "--addr", "127.0.0.1:1"],
@@ -171,12 +159,6 @@ def test_a_script_copied_alone_says_that_shim_sh_is_missing_until_it_is_there(
     answer = http(proxy.port, "GET", "/shim")
     assert answer.headers["content-type"] == "text/x-shellscript"
     assert answer.body == SHIM.read_bytes()
-
-
-def test_through_a_symlink_the_shim_is_the_one_beside_the_script(home: Path) -> None:
-    link = home / "ssh-agent-proxy"
-    link.symlink_to(PROXY)
-    assert run([sys.executable, link, "shim"], env=clean_env(home)).stdout == SHIM.read_bytes()
 
 
 # ---------------------------------------------------------------- where it listens
@@ -267,14 +249,6 @@ def test_a_busy_port_is_named_and_no_other_address_listened_on(
     assert http(proxy.port, "GET", "/healthz").status == 200
 
 
-def test_a_port_is_free_again_at_once(agent_with_key: Agent, start_proxy: StartProxy) -> None:
-    first = start_proxy(upstream=agent_with_key.sock)
-    assert http(first.port, "POST", "/sign", b"x").status == 200
-    assert first.stop() == 0
-    second = start_proxy(upstream=agent_with_key.sock, addr=f"127.0.0.1:{first.port}")
-    assert http(second.port, "POST", "/sign", b"x").status == 200
-
-
 def test_more_file_descriptors_are_asked_for_where_few_are_allowed(
     home: Path, agent_with_key: Agent, start_proxy: StartProxy
 ) -> None:
@@ -320,72 +294,31 @@ def test_a_hopeless_ssh_auth_sock_is_a_503(sock: str, start_proxy: StartProxy) -
 
 # ---------------------------------------------------------------- neighbours that would be modules
 
-
-@pytest.fixture(scope="module")
-def neighbours() -> Iterator[Path]:
-    """The script among files with every name of the standard library, which tell when they run."""
-    with short_folder() as short:
-        folder = short / "hostile"
-        folder.mkdir()
-        content = f"open({str(short / 'ran')!r}, 'a').write(__name__ + '\\n')\n"
-        names = {"_socket", "_hashlib", "_ssl", "_ctypes", "resource", "select", "binascii"}
-        for file in Path(sysconfig.get_paths()["stdlib"]).iterdir():
-            if file.suffix == ".py" or (file / "__init__.py").exists():
-                names.add(file.stem)
-        assert {"hmac", "logging", "__future__"} < names
-        for name in names:
-            (folder / f"{name}.py").write_text(content)
-        (folder / "script.py").write_text("import hmac\n")
-        shutil.copyfile(PROXY, folder / PROXY.name)
-        shutil.copyfile(SHIM, folder / SHIM.name)
-        yield folder
-
-
-@pytest.fixture
-def hostile(neighbours: Path) -> Iterator[Path]:
-    yield neighbours
-    (neighbours.parent / "ran").unlink(missing_ok=True)
-
-
-def test_the_hostile_neighbours_would_run(hostile: Path, home: Path) -> None:
-    (hostile / "__future__.py").rename(hostile / "aside")
-    run([sys.executable, hostile / "script.py"], env=clean_env(home))
-    (hostile / "aside").rename(hostile / "__future__.py")
-    assert (hostile.parent / "ran").read_text() == "hmac\n"
-
-
-ELSEWHERE = (
-    "mkdir FOLDER.d && cp FOLDER/hmac.py FOLDER/logging.py FOLDER.d && cd FOLDER && "
-    "ln -s FOLDER/ssh_agent_proxy.py FOLDER.d/link && exec PYTHON FOLDER.d/link"
-)
-WAYS = [
+@pytest.mark.parametrize("way", rows([
     ("from its directory", "cd FOLDER && exec PYTHON ssh_agent_proxy.py"),
-    ("symlink beside it",
-     "ln -s ssh_agent_proxy.py FOLDER/link && exec PYTHON FOLDER/link"),
-    ("symlink elsewhere", ELSEWHERE),
+    ("symlink elsewhere",
+     ("mkdir FOLDER.d && cp FOLDER/hmac.py FOLDER/logging.py FOLDER.d && cd FOLDER && "
+      "ln -s FOLDER/ssh_agent_proxy.py FOLDER.d/link && exec PYTHON FOLDER.d/link")),
     ("-I", "cd FOLDER && exec PYTHON -I ssh_agent_proxy.py"),
     ("PYTHONSAFEPATH", "cd FOLDER && exec env PYTHONSAFEPATH=1 PYTHON ssh_agent_proxy.py"),
-]  # fmt: skip
-if sys.version_info >= (3, 11):
-    WAYS.append(("-P", "cd FOLDER && exec PYTHON -P ssh_agent_proxy.py"))
-
-@pytest.mark.parametrize("way", rows(WAYS))
+]))  # fmt: skip
 def test_a_neighbours_module_never_runs(
-    way: str, hostile: Path, short: Path, agent_with_key: Agent, start_proxy: StartProxy
+    way: str, short: Path, agent_with_key: Agent, start_proxy: StartProxy
 ) -> None:
     """Nor what it imports later on: for a request, a command as the agent, a debug line."""
+    folder = short / "hostile"
+    lay_out_modules(folder, short / "ran")
+    for file in (PROXY, SHIM):
+        shutil.copyfile(file, folder / file.name)
     (short / "relay").write_text(RELAY)
-    line = re.sub(r"PYTHON(?!SAFE)", lambda _: PYTHON, way)
-    line = line.replace("FOLDER", shlex.quote(str(hostile)))
+    line = re.sub(r"PYTHON(?!SAFE)", lambda _: PYTHON, way).replace("FOLDER", str(folder))
     upstream = f"exec:{PYTHON} -I {short}/relay {agent_with_key.sock}"
     proxy = start_proxy("-v", upstream=upstream, python=instead(line))
     assert http(proxy.port, "POST", "/sign", b"x").status == 200
     assert http(proxy.port, "POST", "/sign", b"", {"SSHSIG-Key": "x"}).status == 400
     assert b"HTTP/1.1 400 " in raw(proxy.port, b"nonsense\r\n\r\n")
     assert proxy.stop() == 0
-    assert not (hostile.parent / "ran").exists()
-
-
+    assert not (short / "ran").exists()
 # ---------------------------------------------------------------- streams that take nothing
 
 
