@@ -114,26 +114,6 @@ def test_a_commit_and_a_tag_are_verified_by_git_and_signed_as_by_ssh_keygen(
     assert begin + rest == ssh_keygen(payload)
 
 
-def test_all_that_git_makes_of_commits_is_signed(repository: Repository) -> None:
-    """An amended, merged, rebased, picked or reverted commit would stand there unsigned."""
-    repository.commit("base")
-    repository.git("checkout", "-q", "-b", "side")
-    for name in "one", "two":
-        repository.commit(name)
-    repository.git("commit", "-q", "--amend", "-m", "another two")
-    repository.git("checkout", "-q", "main")
-    repository.commit("main")
-    repository.git("rebase", "-q", "main", "side")
-    repository.git("checkout", "-q", "main")
-    repository.git("cherry-pick", "side")
-    repository.git("revert", "--no-edit", "HEAD")
-    subjects = repository.git("log", "--format=%s").splitlines()
-    assert subjects == ['Revert "another two"', "another two", "main", "base"]
-    repository.git("merge", "-q", "-m", "merge", "side")
-    assert signatures(repository) == ["G"] * 7
-    assert signatures(repository, "-3", "side") == ["G"] * 3
-
-
 # ---------------------------------------------------------------- git push --signed
 
 # Writes down what git makes of a push.
@@ -358,11 +338,3 @@ def test_a_hundred_commits_with_one_token_and_a_slow_agent_are_all_signed_each_i
     repository.env.update({URL: f"{proxy.url}/sign", "SSH_AGENT_PROXY_TOKEN": "0123456789abcdef"})
     commit_at_once(repository, 100)
     assert "busy: too many requests of this token" in proxy.log()
-
-
-@pytest.mark.long
-def test_a_rebase_of_two_hundred_commits_is_signed_throughout(repository: Repository) -> None:
-    for number in range(201):
-        repository.git("commit", "-q", "--allow-empty", "--no-gpg-sign", "-m", number)
-    repository.git("rebase", "-q", "--force-rebase", "HEAD~200")
-    assert signatures(repository) == ["G"] * 200 + ["N"]
