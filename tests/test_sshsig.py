@@ -13,7 +13,7 @@ import shutil
 import socket
 import struct
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
 from conftest import (
@@ -250,12 +250,6 @@ def taken_apart(block: bytes) -> List[bytes]:
 
 # ---------------------------------------------------------------- keys, by hand
 
-RSA_KEYS = [
-    ("the fewest bits", rsa(mp((1 << 1023) | 1)), 1024),
-    ("the most bits", rsa(mp((1 << 16383) | 1)), 16384),
-    ("the least exponent", rsa(e=mp(3)), 2048),
-]
-
 TYPE = "type '"
 CURVE, POINTED = "curve", "not an uncompressed point"
 CERTIFICATE = b"ssh-ed25519-cert-v01@openssh.com"
@@ -265,7 +259,6 @@ NO_KEYS = [
     ("a type with a NUL behind it", s(b"ssh-ed25519\0") + s(X25), TYPE),
     ("DSA", s(b"ssh-dss") + 4 * mp(5), TYPE),
     ("a hostile type", s(b"a\n\x1b[2J\xe2\x80\xae" + b"z" * 10000), TYPE),
-    ("Ed25519 of 31 bytes", ed(bytes(31)), "an Ed25519 key of 31 bytes"),
     ("Ed25519 of 33 bytes", ed(bytes(33)), "an Ed25519 key of 33 bytes"),
     ("RSA of too few bits", rsa(mp((1 << 1022) | 1)), "1023 bits"),
     ("RSA of too many bits", rsa(mp((1 << 16384) | 1)), "16385 bits"),
@@ -273,16 +266,18 @@ NO_KEYS = [
     ("RSA with exponent 1", rsa(e=mp(1)), "RSA key"),
     ("P-256 of another curve", ec(curve=b"nistp384"), CURVE),
     ("a compressed point of full length", ec(b"\2" + bytes(64)), POINTED),
-    ("no point", ec(b""), POINTED),
     ("a point without its last byte", ec(POINT[:-1]), POINTED),
     ("a point with a byte more", ec(POINT + b"\0"), POINTED),
     ("sk P-384", s(SKEC) + s(b"nistp384") + s(b"\4" + bytes(96)) + s(b"ssh:"), CURVE),
-    ("a certificate that is a plain key", s(CERTIFICATE) + s(X25), "4 bytes expected, 0 there"),
     ("a certificate with a key of 31 bytes", s(CERTIFICATE) + s(X25) + s(X25[1:]), "31 bytes"),
 ]
 
 
-@pytest.mark.parametrize("blob, bits", rows(RSA_KEYS))
+@pytest.mark.parametrize("blob, bits", rows([
+    ("the fewest bits", rsa(mp((1 << 1023) | 1)), 1024),
+    ("the most bits", rsa(mp((1 << 16383) | 1)), 16384),
+    ("the least exponent", rsa(e=mp(3)), 2048),
+]))  # fmt: skip
 def test_an_rsa_key_within_openssh_s_bounds_is_read(blob: bytes, bits: int) -> None:
     assert sap.parse_public_key(blob) == sap.PublicKey("ssh-rsa", blob, "ssh-rsa", blob, bits)
 
@@ -320,41 +315,31 @@ def cut_or_extended(data: bytes) -> Iterator[bytes]:
     yield data + data
 
 
-def bits_turned(data: bytes) -> Iterator[bytes]:
-    """By a chance that is always the same."""
+def bits_turned(data: bytes, parse: Callable[[bytes], Any]) -> Iterator[Any]:
+    """What is made of it; whatever the damage, nothing but that or a WireError of one line."""
     chance = random.Random(1)
     for _ in range(100):
         changed = bytearray(data)
         changed[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-        yield bytes(changed)
+        try:
+            yield bytes(changed), parse(bytes(changed))
+        except sap.WireError as e:
+            assert str(e).isprintable()
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_real_key_that_was_damaged_is_refused_or_whole(lab: Lab, name: str) -> None:
-    """Whatever the damage: nothing but a WireError of one line, or a key that is read again."""
-    blob = lab.blob(name)
-    for wrong in cut_or_extended(blob):
+    for wrong in cut_or_extended(lab.blob(name)):
         with pytest.raises(sap.WireError):
             sap.parse_public_key(wrong)
-    for changed in bits_turned(blob):
-        try:
-            key = sap.parse_public_key(changed)
-        except sap.WireError as e:
-            assert str(e).isprintable()
-        else:
-            assert key.blob == changed
-            assert sap.parse_public_key(key.plain_blob).fingerprint == key.fingerprint
+    for changed, key in bits_turned(lab.blob(name), sap.parse_public_key):
+        assert key.blob == changed
+        assert sap.parse_public_key(key.plain_blob).fingerprint == key.fingerprint
 
 
 # ---------------------------------------------------------------- lines
 
 LINE = "ssh-ed25519 " + base64.b64encode(ed()).decode()
-
-LINES = [
-    ("no comment", LINE, ""),
-    ("blanks around", f"  {LINE}  me  ", "me"),
-    ("tabs between", LINE.replace(" ", "\t") + "\tme", "me"),
-]
 
 FORM = "not a public key"
 NO_LINES = [
@@ -369,7 +354,9 @@ NO_LINES = [
 ]
 
 
-@pytest.mark.parametrize("line, comment", rows(LINES))
+@pytest.mark.parametrize("line, comment", [
+    (LINE, ""), (f"  {LINE}  me  ", "me"), (LINE.replace(" ", "\t") + "\tme", "me"),
+])  # fmt: skip
 def test_a_line_is_read(line: str, comment: str) -> None:
     assert sap.parse_key_line(line) == (sap.parse_public_key(ed()), comment)
 
@@ -379,15 +366,6 @@ def test_a_line_that_is_none_is_refused(line: str, error: str) -> None:
     with pytest.raises(sap.WireError) as e:
         sap.parse_key_line(line)
     assert error in str(e.value)
-
-
-def test_a_private_key_is_never_quoted(lab: Lab) -> None:
-    secret = (lab.folder / "ed25519").read_text()
-    for text in (secret, *secret.splitlines(), secret.replace("\n", " ")):
-        with pytest.raises(sap.WireError) as e:
-            sap.parse_key_line(text)
-        words = [word for word in text.split() if len(word) > 10]
-        assert not any(word in str(e.value) for word in words)
 
 
 # ---------------------------------------------------------------- an agent's signature
@@ -446,13 +424,6 @@ def test_a_signature_of_another_kind_is_refused(blob: bytes, signature: bytes, e
     assert str(e.value).isprintable()
 
 
-def test_a_certificate_s_type_is_no_signature_algorithm(lab: Lab) -> None:
-    for name in ("ed25519-cert", "rsa2048-cert"):
-        key = sap.parse_public_key(lab.blob(name))
-        with pytest.raises(sap.WireError, match=OTHER):
-            sap.check_signature(key, s(key.type.encode()) + s(SIG64))
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_a_real_signature_is_taken_but_none_that_was_damaged(lab: Lab, name: str) -> None:
     key = sap.parse_public_key(lab.blob(name))
@@ -464,11 +435,11 @@ def test_a_real_signature_is_taken_but_none_that_was_damaged(lab: Lab, name: str
     for wrong in cut_or_extended(signature):
         with pytest.raises(sap.WireError):
             sap.check_signature(key, wrong)
-    for changed in bits_turned(signature):
-        try:
-            sap.check_signature(key, changed)  # its form may still be right
-        except sap.WireError as e:
-            assert str(e).isprintable()
+    for _ in bits_turned(signature, functools.partial(sap.check_signature, key)):
+        pass  # its form may still be right
+    if name.endswith("-cert"):  # its type is no algorithm
+        with pytest.raises(sap.WireError, match=OTHER):
+            sap.check_signature(key, s(key.type.encode()) + s(SIG64))
 
 
 # ---------------------------------------------------------------- next to ssh-keygen -Y sign
@@ -480,6 +451,8 @@ BLOCKS = [
     ("ed25519", 64, "n" * 255, "sha512"),
     ("rsa2048", 64, "file", "sha512"),
     ("rsa2048", 262145, "git", "sha256"),
+    ("ed25519-cert", 7, "git", "sha512"),
+    ("rsa2048-cert", 7, "git", "sha512"),
 ]
 
 
@@ -498,8 +471,9 @@ def test_the_block_is_that_of_ssh_keygen(
 ) -> None:
     payload = random.Random(length).randbytes(length)
     block = lab.sign(name, payload, namespace, hash_algorithm)
-    options = ["-n", namespace, "-O", f"hashalg={hash_algorithm}"]
-    theirs = keygen("-Y", "sign", "-f", lab.folder / name, *options, input=payload)
+    argv = ["ssh-keygen", "-Y", "sign", "-f", lab.pub(name), "-n", namespace]
+    env = dict(os.environ, SSH_AUTH_SOCK=str(lab.agent.sock))
+    theirs = run([*argv, "-O", f"hashalg={hash_algorithm}"], env, input=payload).stdout
     if name.startswith("rsa") and hash_algorithm == "sha256" and openssh() >= 10:
         # It takes rsa-sha2-256 then. Ours never goes below rsa-sha2-512.
         *ours, signature = taken_apart(block)
@@ -507,16 +481,6 @@ def test_the_block_is_that_of_ssh_keygen(
         assert signature.startswith(s(b"rsa-sha2-512"))
     else:
         assert block == theirs
-
-
-@pytest.mark.parametrize("name", ["ed25519-cert", "rsa2048-cert"])
-def test_the_block_of_a_certificate_is_that_of_ssh_keygen(lab: Lab, name: str) -> None:
-    theirs = run(
-        ["ssh-keygen", "-Y", "sign", "-f", lab.pub(name), "-n", "git"],
-        env=dict(os.environ, SSH_AUTH_SOCK=str(lab.agent.sock)),
-        input=b"payload",
-    )
-    assert lab.sign(name, b"payload") == theirs.stdout
 
 
 @pytest.mark.parametrize("name", ALL)
