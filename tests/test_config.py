@@ -76,17 +76,13 @@ GOOD: List[Tuple[str, str, object]] = [
     ("ADDR", "0.0.0.0:0", (("0.0.0.0", 0),)),
     ("ADDR", "127.0.0.1:1,[::1]:2, host-1.example:3",
      (("127.0.0.1", 1), ("::1", 2), ("host-1.example", 3))),
-    ("ADDR", "unix:/run/proxy", (("/run/proxy", 0o600),)),
     ("ADDR", "unix:~/proxy?mode=0600,127.0.0.1:1", ((f"{HOME}/proxy", 0o600), ("127.0.0.1", 1))),
-    ("ADDR", "unix:/run/a b/c?mode=700", (("/run/a b/c", 0o700),)),
     ("NAMESPACE", "git,file", ("git", "file")),
     ("NAMESPACE", "!\"#$%&'()*+-./~", ("!\"#$%&'()*+-./~",)),
     ("NAMESPACE", 255 * "n", (255 * "n",)),
     ("UPSTREAM", "unix:/run/agent", p.Upstream("/run/agent")),
-    ("UPSTREAM", "exec:socat - UNIX:/a",
-     p.Upstream(command=("socat", "-", "UNIX:/a"))),
-    ("UPSTREAM", "exec:a 'b c' \"d e\" f\\ g",
-     p.Upstream(command=("a", "b c", "d e", "f g"))),
+    ("UPSTREAM", "exec:~/bin/relay 'b c' \"d e\" f\\ g",
+     p.Upstream(command=(f"{HOME}/bin/relay", "b c", "d e", "f g"))),
     ("UPSTREAM", "exec:ssh host 'echo $HOME; x | y'",
      p.Upstream(command=("ssh", "host", "echo $HOME; x | y"))),
     ("ALLOWED_HOSTS", "box.example,.Corp.Example, x_y",
@@ -161,11 +157,6 @@ def test_paths_are_expanded(given: str, meant: str) -> None:
     assert c.upstream == p.Upstream(meant)
 
 
-def test_a_commands_program_is_expanded() -> None:
-    c = from_env(SSH_AGENT_PROXY_UPSTREAM="exec:~/bin/relay x")
-    assert c.upstream == p.Upstream(command=(f"{HOME}/bin/relay", "x"))
-
-
 # ---------------------------------------------------------------- the pinned key
 
 
@@ -177,21 +168,9 @@ def test_a_pin_may_have_comments_and_empty_lines_around_it(
 ) -> None:
     file = tmp_path / "pin"
     file.write_bytes((before + keys.line("ed25519") + after).encode())
-    assert pin(config(PUBKEY=file.read_text())) == keys.line("ed25519")
     assert pin(config(PUBKEY_FILE=str(file))) == keys.line("ed25519")
-
-
-def test_a_pins_file_may_be_named_from_the_home(keys: Keys, tmp_path: Path) -> None:
-    (tmp_path / "key.pub").write_text(keys.line("ed25519"))
-    env = {"HOME": str(tmp_path), "D": str(tmp_path)}
-    for name in "~/key.pub", "%h/key.pub", "$D/key.pub":
-        c = p.Config.from_env({**env, "SSH_AGENT_PROXY_PUBKEY_FILE": name}, [], p.COMMANDS)
-        assert pin(c) == keys.line("ed25519")
-
-
-def test_a_pins_file_is_ignored_beside_a_pin(keys: Keys, tmp_path: Path) -> None:
-    c = config(PUBKEY=keys.line("ed25519"), PUBKEY_FILE=str(tmp_path / "missing"))
-    assert pin(c) == keys.line("ed25519")
+    missing = str(tmp_path / "missing")  # which is ignored beside a pin
+    assert pin(config(PUBKEY=file.read_text(), PUBKEY_FILE=missing)) == keys.line("ed25519")
 
 
 def test_a_running_proxy_follows_the_pins_file(
@@ -217,27 +196,17 @@ def test_a_running_proxy_follows_the_pins_file(
     assert f"--pubkey-file: can't use '{file}': No such file" in audited(proxy, 5)["reason"]
 
 
-# What the file holds (none: it is a folder, or what is said), and why it can't be used.
-PIN_FILES: List[Tuple[str, str, str]] = [
-    ("private", "{key}", "a private key, where the public one (the .pub file) belongs"),
-    ("empty", "", "0 are there"),
-    ("two", "{line}\n{line}\n", "2 are there"),
-    ("large", "{line}\n" + (64 << 10) * "#", "larger than 64 KiB"),
-    ("fifo", "", "not a regular file"),
-    ("folder", "", "Is a directory"),
-]
-
-
-@pytest.mark.parametrize("kind, text, reason", PIN_FILES)
+@pytest.mark.parametrize("text, reason", [
+    ("{key}", "a private key, where the public one (the .pub file) belongs"),
+    ("", "0 are there"), ("{line}\n{line}\n", "2 are there"),
+    ("{line}\n" + (64 << 10) * "#", "larger than 64 KiB"),
+], ids=["private", "empty", "two", "large"])  # fmt: skip
 def test_a_file_that_holds_no_public_key_is_named_with_the_reason(
-    kind: str, text: str, reason: str, keys: Keys, tmp_path: Path
+    text: str, reason: str, keys: Keys, tmp_path: Path
 ) -> None:
-    path = tmp_path / f"{kind}.pub"
+    path = tmp_path / "key.pub"
     text = text.replace("{key}", keys["ed25519"].read_text())
     path.write_text(text.replace("{line}", keys.line("ed25519")))
-    if kind in ("fifo", "folder"):
-        path.unlink()
-        (os.mkfifo if kind == "fifo" else os.mkdir)(path)
     before = os.listdir("/dev/fd")
     with pytest.raises(p.ConfigError, match=re.escape(reason)) as raised:
         config("--pubkey-file", str(path))
@@ -266,7 +235,6 @@ BAD: List[Tuple[str, str, List[str]]] = [
     ("ADDR", "127.0.0.1:1,", ["''"]),
     ("ADDR", "unix:run/proxy", ["'unix:run/proxy'", "unix:/path"]),
     ("ADDR", "unix:/run/proxy?mode=66", ["'unix:/run/proxy?mode=66'", "?mode=0660"]),
-    ("ADDR", "unix:/run/proxy?owner=me", ["'unix:/run/proxy?owner=me'"]),
     ("ADDR", "\x1b[2Jhost:1\u202e", ["x1b[2Jhost:1", "u202e"]),
     ("NAMESPACE", "a b", ["'a b'", "printable ASCII"]),
     ("NAMESPACE", "git,", ["''"]),
