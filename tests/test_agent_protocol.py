@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any, Callable
 
 import pytest
-from conftest import Agent, Keys, connect, message, read_message, rows, run
+from conftest import rows
 
 import ssh_agent_proxy as sap
 
@@ -80,33 +79,3 @@ def test_an_answer_cut_or_extended_anywhere_is_refused(parse: Parse, data: str) 
     for wrong in (*(reply[:size] for size in range(len(reply))), reply + b"\0", reply + reply):
         with pytest.raises(sap.WireError):
             parse(wrong)
-
-
-def ask(agent: Agent, request: bytes) -> bytes:
-    with connect(agent.sock) as s:
-        s.sendall(message(request))
-        return read_message(s)
-
-
-def test_a_real_agent_s_list_is_that_of_ssh_add(agent: Agent, keys: Keys) -> None:
-    assert IDENTITIES(ask(agent, sap.request_identities())) == []
-    for name in ("ed25519", "ecdsa256"):
-        agent.add(keys[name])
-    listed = IDENTITIES(ask(agent, sap.request_identities()))
-    lines = run(["ssh-add", "-L"], env=agent.env).stdout.splitlines()
-    assert listed == [
-        (base64.b64decode(blob), comment)
-        for _, blob, comment in (line.split(b" ", 2) for line in lines)
-    ]
-    assert len(lines) == 2
-
-
-def test_a_real_agent_understands_a_sign_request(agent: Agent, keys: Keys) -> None:
-    blob = base64.b64decode(keys.line("rsa2048").split()[1])
-    request = sap.sign_request(blob, b"data", sap.SSH_AGENT_RSA_SHA2_512)
-    assert SIGNED(ask(agent, request)) is None  # it does not hold the key yet
-    agent.add(keys["rsa2048"])
-    signature = SIGNED(ask(agent, request))
-    assert signature is not None
-    assert signature.startswith(b"\0\0\0\x0crsa-sha2-512\0\0\1\0")
-    assert len(signature) == 4 + 12 + 4 + 256

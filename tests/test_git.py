@@ -201,26 +201,21 @@ def test_with_a_key_command_a_commit_without_the_proxy_fails_and_says_why(
 
 # ---------------------------------------------------------------- what a person sees when it fails
 
-# What the proxy is started with (OTHER is a key), what the agent holds and how it fares, how git
-# names its key, and the proxy's status and reason, in which a key is named by its fingerprint.
-REASONS = [
-    ("no keys", "", [], "public file", "503: the agent lists no keys"),
-    ("another is pinned", "--pubkey OTHER", ["ed25519", "other"], "public file",
+# What the proxy is started with (OTHER is a key), what becomes of the agent that holds ed25519,
+# how git names its key, and the proxy's status and reason, a key by its fingerprint.
+@pytest.mark.parametrize("options, fate, way, told", rows([
+    ("another is pinned", "--pubkey OTHER", "", "public file",
      "403: this proxy signs with OTHER only, not with ED25519"),
-    ("the pinned one is not held", "--pubkey OTHER", ["ed25519"], "command",
+    ("the pinned one is not held", "--pubkey OTHER", "", "command",
      "503: the pinned key OTHER is missing: the agent does not hold it, but 1 other"),
-    ("the key is not held", "", ["other"], "public file", "404: no key ED25519: the agent does "),
-    ("the agent is locked", "", ["ed25519", "locked"], "command", "503: the agent lists no keys"),
-    ("the agent is gone", "", ["ed25519", "gone"], "public file", "503: no answer from the agent"),
-    ("the namespace", "--namespace file", ["ed25519"], "command",
+    ("the agent is locked", "", "lock", "command", "503: the agent lists no keys"),
+    ("the agent is gone", "", "stop", "public file", "503: no answer from the agent"),
+    ("the namespace", "--namespace file", "", "command",
      "403: namespace 'git' is not allowed here: SSH_AGENT_PROXY_NAMESPACE is file"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("options, held, way, told", rows(REASONS))
+]))  # fmt: skip
 def test_a_commit_that_cannot_be_signed_fails_with_the_proxys_reason(
     repository: Repository, agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy],
-    options: str, held: List[str], way: str, told: str,
+    options: str, fate: str, way: str, told: str,
 ) -> None:  # fmt: skip
     """A person would not know what to do; or the commit would be there unsigned."""
     for name in ("other", "ed25519"):
@@ -229,14 +224,8 @@ def test_a_commit_that_cannot_be_signed_fails_with_the_proxys_reason(
     proxy = start_proxy(*words, upstream=agent.sock)
     repository.env[URL] = f"{proxy.url}/sign"
     name_the_key(way, repository)
-    agent.delete_all()
-    for name in held:
-        if name == "locked":
-            agent.lock()
-        elif name == "gone":
-            agent.stop()
-        else:
-            agent.add(keys[name])
+    if fate:
+        getattr(agent, fate)()
     assert f"{proxy.url}/sign answered {told}" in refused(repository)
 
 

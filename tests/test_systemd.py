@@ -750,24 +750,6 @@ def test_uninstalling_leaves_the_settings_and_the_users_own_drop_in(manager: Man
     assert manager.files() == kept
 
 
-@pytest.mark.parametrize("reload", [False, True])
-def test_uninstalling_ends_a_service_whose_files_were_removed_by_hand(
-    manager: Manager, reload: bool
-) -> None:
-    manager.install()
-    manager.make("uninstall")
-    manager.outside(UNIT).unlink()
-    if reload:
-        manager.outside(SANDBOX).unlink()
-        manager.ctl("daemon-reload")
-    told = manager.make("uninstall-systemd")
-    assert f"Removed: {UNITS}/default.target.wants/{UNIT.name}\n" in told
-    assert manager.files() == [str(ENV.relative_to(HOME))]
-    assert not manager.answers()
-    assert manager.show("LoadState") == "not-found"
-    assert "No service is installed" in manager.make("uninstall-systemd")
-
-
 def test_without_a_home_nothing_is_installed_at_the_root(tree: Path, home: Path) -> None:
     for target in ("install", "uninstall", "install-systemd", "uninstall-systemd"):
         assert refused(tree, home, target, HOME="").startswith("HOME is not set: set it, or PREFIX")
