@@ -1314,8 +1314,6 @@ TRUTHS = {
     + answer(ARMOR),
     "a name in another case": answer(ARMOR).replace(b"Server: ", b"sERVER:"),
     "no reason phrase": answer(ARMOR).replace(b" OK", b""),
-    "chunked": b"HTTP/1.1 200 OK\r\nServer: ssh-agent-proxy/1\r\nTransfer-Encoding: chunked\r\n\r\n"
-    + b"%x\r\n%s\r\n0\r\n\r\n" % (len(ARMOR), ARMOR),
     "ended by the connection": b"HTTP/1.0 200 OK\r\nServer: ssh-agent-proxy/1\r\n\r\n" + ARMOR,
 }
 
