@@ -160,15 +160,6 @@ def test_an_interrupted_build_leaves_the_old_one_and_nothing_else(tree: Path, ho
     assert files(tree / "dist") == ["ssh-agent-proxy"]
 
 
-def test_a_failing_shiv_is_told_and_leaves_nothing(tree: Path, home: Path) -> None:
-    stand_in(home / "bad", "python", "exit 3")
-    argv = [PYTHON, "-I", tree / BUILD, home / "built", PYTHON, home / "bad" / "python"]
-    answer = run(argv, env=clean_env(home), check=False)
-    assert answer.stderr == b"build: shiv failed, with exit status 3\n"
-    assert not (home / "built").exists()
-    assert files(home / "tmp") == []
-
-
 # ---------------------------------------------------------------- what runs
 
 

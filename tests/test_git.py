@@ -266,19 +266,6 @@ def test_odd_characters_in_every_path(way: str, home: Path, keys: Keys, proxy: P
     assert not list(odd.rglob("*.sig"))
 
 
-def test_a_commit_in_an_empty_environment(repository: Repository, home: Path) -> None:
-    """Not even a HOME: what git needs to know stands in the repository."""
-    (home / "more").mkdir()
-    config = (home / ".gitconfig").read_text()
-    with (repository.path / ".git/config").open("a") as f:
-        f.write(f"{config}[user]\nname = C O Mitter\nemail = {COMMITTER}\n")
-    env = {"PATH": os.environ["PATH"], "TMPDIR": str(home / "more"), URL: repository.env[URL]}
-    argv = ["git", "commit", "-q", "-S", "--allow-empty", "-m", "one"]
-    assert run(argv, env=env, cwd=repository.path).stderr == b""
-    assert signatures(repository) == ["G"]
-    assert os.listdir(home / "more") == []
-
-
 def commit_at_once(repository: Repository, number: int) -> None:
     """In as many worktrees: each has its own commit in the end, and all are signed."""
     repository.commit("base", "--no-gpg-sign")

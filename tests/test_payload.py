@@ -592,16 +592,6 @@ def test_a_subject_that_nobody_could_see_makes_other(of: str, head: bytes, blank
     assert (fits.kind, fits.fields["subject"]) == (of, "Shown")
 
 
-@pytest.mark.parametrize("blank", [b"", b"\n", b"\t\n\r\n \n", b"\n\n\f\n\v\n"], ids=repr)
-def test_the_subject_is_the_one_that_git_shows(blank: bytes, public: Path, tmp_path: Path) -> None:
-    lab = Lab(tmp_path, public)
-    payload = COMMIT.replace(b"a" * 40, lab.git("write-tree").encode())
-    payload += b"\n" + blank + b"Real\n\nBody\n"
-    name = lab.git("hash-object", "-t", "commit", "-w", "--stdin", input=payload)
-    shown = lab.git("log", "-1", "--format=%s", name)
-    assert parse(payload).fields["subject"] == shown == "Real"
-
-
 @pytest.mark.parametrize("of, head", rows(HEADS))
 def test_a_message_may_go_on_beyond_what_is_kept_but_not_with_a_nul(of: str, head: bytes) -> None:
     assert sap.KEPT == 256 * 1024
