@@ -1,6 +1,6 @@
 """How fast, how small, how quiet: every figure in one run, as `make bench` prints it.
 
-    python tests/bench.py [--quick] [--proxy FILE] [--shim FILE] [FIGURE ...]
+    python tests/bench.py [--quick] [FIGURE ...]
 
 Each figure is a ratio (or a difference) of medians between two things that are measured in turn,
 A B A B ..., on the same machine in the same minute; the milliseconds beside it say how fast the
@@ -40,7 +40,6 @@ from typing import Any, NamedTuple, NoReturn, Optional, Union
 ROOT = Path(__file__).resolve().parent.parent
 # Never a version manager's wrapper of that name on the path, which costs time at each start.
 PYTHON = sys.executable
-TOOLS = ("ssh-agent", "ssh-add", "ssh-keygen", "git", "curl")
 NAMESPACE = b"git"
 MIB = 1 << 20
 FIGURE_SECONDS = 300  # for one figure, at most
@@ -194,10 +193,10 @@ class Proxy(NamedTuple):
 class Lab:
     """A temporary directory with keys, an agent, and whatever a figure starts in it."""
 
-    def __init__(self, home: Path, quick: bool, proxy: Path, shim: Path) -> None:
-        self.home, self.quick, self.proxy_file = home, quick, proxy
+    def __init__(self, home: Path, quick: bool) -> None:
+        self.home, self.quick = home, quick
         # As it is installed: by its name, started by its first line.
-        self.shim = Path(shutil.copyfile(shim, home / "ssh-agent-proxy-sign"))
+        self.shim = Path(shutil.copyfile(ROOT / "shim.sh", home / "ssh-agent-proxy-sign"))
         self.shim.chmod(0o755)
         self.processes: list[subprocess.Popen[bytes]] = []
         self.env = {
@@ -286,19 +285,8 @@ class Lab:
         return took
 
     def serve(self, upstream: str) -> list[Any]:
-        return [PYTHON, self.proxy_file, "--addr", "127.0.0.1:0", "--upstream", upstream]
-
-    def zipapp(self) -> Path:
-        """The installed form of what is measured, whatever copy of it that is."""
-        tree = self.home / "tree"
-        (tree / "contrib").mkdir(parents=True)
-        build = Path("contrib", "build.py")
-        shutil.copyfile(ROOT / build, tree / build)
-        shutil.copyfile(self.proxy_file, tree / "ssh_agent_proxy.py")
-        shutil.copyfile(self.shim, tree / "shim.sh")
-        # Its first line is not used: PYTHON runs it.
-        self.run(PYTHON, tree / build, self.home / "ssh-agent-proxy", "/usr/bin/python3")
-        return self.home / "ssh-agent-proxy"
+        script = ROOT / "ssh_agent_proxy.py"
+        return [PYTHON, script, "--addr", "127.0.0.1:0", "--upstream", upstream]
 
     def start_proxy(self, upstream: str = "") -> Proxy:
         """Start one; its log goes to a file, for a reader here would cost the client time."""
@@ -620,8 +608,10 @@ def start(lab: Lab) -> Iterator[Figure]:
         lab.stop(process)
         return took
 
-    script = lab.serve(lab.agent)
-    zipapp = [PYTHON, "-I", lab.zipapp(), *script[2:]]
+    script, built = lab.serve(lab.agent), lab.home / "ssh-agent-proxy"
+    # Its first line is not used: PYTHON runs it.
+    lab.run(PYTHON, ROOT / "contrib/build.py", built, "/usr/bin/python3")
+    zipapp = [PYTHON, "-I", built, *script[2:]]
     imported, listens, zipped = in_turn(
         8 if lab.quick else 40,
         lambda: until(b"", PYTHON, "-c", "import http.server"),
@@ -712,25 +702,16 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=", ".join(FIGURES))
     parser.add_argument("--quick", action="store_true", help="fewer rounds, rougher figures")
-    parser.add_argument("--proxy", type=Path, default=ROOT / "ssh_agent_proxy.py", metavar="FILE",
-                        help="another copy of the proxy, to compare")
-    parser.add_argument("--shim", type=Path, default=ROOT / "shim.sh", metavar="FILE",
-                        help="another copy of the shim, to compare")
     args = parser.parse_args(argv)
     unknown = [name for name in args.figures if name not in FIGURES]
     if unknown:
         parser.error(f"no figure is called {unknown[0]!r}; there are {', '.join(FIGURES)}")
-    missing = [tool for tool in TOOLS if not shutil.which(tool)]
-    if missing:
-        print(f"bench.py: needs {', '.join(missing)}: install openssh-client, git and curl",
-              file=sys.stderr)
-        return 1
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     signal.signal(signal.SIGALRM, hangs)
     # /tmp, for a Unix socket's path has room for some 100 bytes and TMPDIR may have more.
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as home:
-        lab = Lab(Path(home), args.quick, args.proxy.resolve(), args.shim.resolve())
+        lab = Lab(Path(home), args.quick)
         try:
             print(machine(), end="\n\n")
             print(f"{'figure':<34} {'measured':>9}  {'limit':<7} {'':<4} medians", flush=True)
