@@ -2781,7 +2781,7 @@ class WindowsHandler(StderrHandler):
         import queue
 
         with contextlib.suppress(queue.Full):
-            self.lines.put(data, patience > 0, patience)
+            self.lines.put(data, timeout=patience)
             return len(data)
         return 0
 

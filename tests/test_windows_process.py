@@ -304,6 +304,21 @@ def test_on_windows_too_no_line_is_cut_and_what_was_lost_is_counted(stalled: Sta
     assert sum(map(int, lost)) == 1000 - len(lines)
 
 
+def test_at_the_end_what_is_on_its_way_is_waited_for() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, bytes(65536))  # as much as Linux lets wait in a pipe
+    handler = p.WindowsHandler("")
+    handler.fd = writer
+    say(handler, "the last line")
+    slow = threading.Timer(0.1, os.read, [reader, 65536])
+    slow.start()
+    handler.close()
+    assert os.read(reader, 65536).endswith(b" the last line\n")
+    slow.join()
+    os.close(reader)
+    os.close(writer)
+
+
 # ---------------------------------------------------------------- settings and addresses
 
 HOME = r"C:\Users\Jörg"
