@@ -88,6 +88,7 @@ lint: venv-lint  ## the linters and the type checker, in that venv
 	"$(VENV)/bin/ruff" check --cache-dir "$(VENV)/.ruff_cache" $(RUFF) .
 	"$(VENV)/bin/mypy" --cache-dir "$(VENV)/.mypy_cache" $(MYPY) ssh_agent_proxy.py
 	"$(VENV)/bin/mypy" --cache-dir "$(VENV)/.mypy_cache" $(MYPY) --platform darwin ssh_agent_proxy.py
+	"$(VENV)/bin/mypy" --cache-dir "$(VENV)/.mypy_cache" $(MYPY) --platform win32 ssh_agent_proxy.py
 	PATH="$(VENV)/bin:$$PATH" shellcheck --norc --shell=sh $(SHELL_FILES)
 	PATH="$(VENV)/bin:$$PATH" shellcheck --norc --shell=bash .ci/run
 

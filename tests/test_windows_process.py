@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import logging
 import os
+import pty
 import re
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from ctypes import wintypes
@@ -18,7 +21,24 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
-from conftest import ROOT, clean_env, connect, parse_answer, post, read_all, rows, wait_for
+from conftest import (
+    PROXY,
+    ROOT,
+    Proxy,
+    ask,
+    call,
+    clean_env,
+    connect,
+    get,
+    one_line,
+    parse_answer,
+    post,
+    raw,
+    read_all,
+    rows,
+    run,
+    wait_for,
+)
 from test_http import Scripted, gate
 
 import ssh_agent_proxy as p
@@ -372,3 +392,150 @@ def test_on_windows_no_program_of_the_current_folder_is_run(
     monkeypatch.setattr(sys, "platform", "win32")
     assert p.main(["--version"]) == 0
     assert os.environ[name] == "1"
+
+
+# ---------------------------------------------------------------- on Windows itself
+
+windows = pytest.mark.windows
+CTRL_C = b"\x03"
+
+
+class Console(Proxy):
+    """The proxy in a console, which a pseudo-terminal is to Wine; its log goes into a pipe."""
+
+    def __init__(self, home: Path, *argv: str) -> None:
+        self.keyboard, screen = pty.openpty()
+        self._log: List[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, str(PROXY), "--addr", "127.0.0.1:0", *argv],
+            env=clean_env(home, TERM="xterm"), stdin=screen, stdout=screen, stderr=subprocess.PIPE,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(screen)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.port = int(self.wait_log(r"listening on \S+:(\d+) ").group(1))
+
+    def press(self, keys: bytes) -> None:
+        os.write(self.keyboard, keys)
+
+
+@pytest.fixture
+def console(
+    home: Path, gate: Scripted, scripted_agent: Callable[..., Path]
+) -> Iterator[Console]:
+    running = Console(home, "--upstream", str(scripted_agent(gate)))
+    yield running
+    running.stop()
+    os.close(running.keyboard)
+
+
+@windows
+def test_ctrl_c_finishes_what_is_in_flight_and_is_exit_0(console: Console, gate: Scripted) -> None:
+    client = begin(f"127.0.0.1:{console.port}", gate)
+    console.press(CTRL_C)
+    console.wait_log(" INFO stopping")
+    gate.gate.set()
+    assert parse_answer(read_all(client)).status == 200
+    assert console.process.wait(10) == 0
+    assert " outcome=signed " in console.log()
+    assert "Traceback" not in console.log()
+
+
+@windows
+def test_a_second_ctrl_c_ends_it_at_once(console: Console, gate: Scripted) -> None:
+    client = begin(f"127.0.0.1:{console.port}", gate)
+    console.press(CTRL_C)
+    console.wait_log(" INFO stopping")
+    assert console.process.poll() is None
+    console.press(CTRL_C)
+    assert parse_answer(read_all(client, 5)).text == "the proxy is about to end\n"
+    assert console.process.wait(5) == 0
+
+
+# What Windows starts a thread with when the console is closed; GET /shim has it do that.
+CLOSING = """
+import ctypes, os, sys, threading
+sys.path.insert(0, os.path.dirname(sys.argv[2]))
+import ssh_agent_proxy as p
+kernel32 = ctypes.WinDLL("kernel32")
+kernel32.CtrlRoutine.argtypes = [ctypes.c_void_p]
+def close():
+    kernel32.CtrlRoutine(int(sys.argv[1]))
+    os._exit(7)  # as Windows does
+def read_shim():
+    threading.Thread(target=close, daemon=True).start()
+    return b"closing"
+p.read_shim = read_shim
+p.CLOSE_SECONDS = 1
+sys.exit(p.main(sys.argv[3:]))
+"""
+
+
+@windows
+@pytest.mark.parametrize("event", [CTRL_CLOSE_EVENT, CTRL_LOGOFF_EVENT, CTRL_SHUTDOWN_EVENT])
+def test_a_closed_console_leaves_what_is_in_flight_some_seconds(
+    event: int, gate: Scripted, scripted_agent: Callable[..., Path],
+    start_proxy: Callable[..., Proxy],
+) -> None:  # fmt: skip
+    python = [sys.executable, "-c", CLOSING, str(event)]
+    proxy = start_proxy(upstream=scripted_agent(gate), python=python)
+    client = begin(f"127.0.0.1:{proxy.port}", gate)
+    assert ask(proxy.port, get("/shim")).body == b"closing"
+    start = time.monotonic()
+    assert parse_answer(read_all(client)).text == "the proxy is about to end\n"
+    assert 0.8 < time.monotonic() - start < 4
+    assert proxy.process.wait(10) == 0
+
+
+@windows
+def test_a_log_that_nobody_reads_holds_up_no_request_there(home: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(PROXY), "--addr", "127.0.0.1:0"],
+        env=clean_env(home), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stderr
+        text = b""
+        while not (match := re.search(rb"listening on \S+:(\d+) ", text)):
+            text = process.stderr.readline()
+        for _ in range(300):
+            answer = raw(int(match[1]), get("/" + 1000 * "x"), 2)
+            assert parse_answer(answer).status == 404
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@windows
+def test_no_other_program_gets_the_port_as_well(start_proxy: Callable[..., Proxy]) -> None:
+    port = start_proxy().port
+    code = (f"import socket as s; x = s.socket(); x.setsockopt(s.SOL_SOCKET, s.SO_REUSEADDR, 1)\n"
+            f"try: x.bind(('127.0.0.1', {port})); print('bound')\n"
+            "except OSError as e: print(e.errno)")  # fmt: skip
+    done = run([sys.executable, "-c", code])
+    assert int(done.stdout) in (errno.EACCES, 10048)
+
+
+@windows
+def test_a_user_whose_name_is_not_ascii_has_a_token_file(home: Path, short: Path) -> None:
+    folder = short / "Jörg ☃"
+    argv = ["token", "box", "--token-file", r"%folder%\tökens\file"]
+    done = call(home, *argv, FOLDER=f"Z:{folder}".replace("/", "\\"), LC_ALL="C.UTF-8")
+    token = done.stdout.decode().strip()
+    assert (folder / "tökens" / "file").read_bytes() == f"{token} box\n".encode()
+    done = call(home, "check", "--token-file", str(folder), LC_ALL="C.UTF-8")
+    assert "Jörg ☃" in one_line(done.stderr)
+
+
+@windows
+def test_there_each_step_of_hardening_is_a_line_and_what_is_not_in_force_is_said(
+    home: Path
+) -> None:
+    """Wine takes each policy and has none in force: its word alone is not taken."""
+    lines = call(home, "check", "--addr", "127.0.0.1:0").stdout.decode().splitlines()
+    found = [line for line in lines if "in force (" in line]
+    assert found[0].startswith(f"ok   {STEPS[0]}: in force (GetErrorMode 0x")
+    assert [line.partition(" (")[0] for line in found[1:]] == [
+        f"warn {step}: not in force" for step in STEPS[1:]
+    ]
