@@ -16,7 +16,7 @@ def test_the_program_is_a_windows_process() -> None:
 
 
 def test_the_pure_sections_hold_there(home: Path) -> None:
-    argv = [sys.executable, "-m", "pytest", "-c", "NUL", "--rootdir=.", "-p", "no:cacheprovider"]
-    argv += ["-q", *(f"tests/{name}" for name in INSIDE)]
+    argv = [sys.executable, "-m", "pytest", "-c", "NUL", "--rootdir=.", "--confcutdir=."]
+    argv += ["-p", "no:cacheprovider", "-q", *(f"tests/{name}" for name in INSIDE)]
     told = run(argv, env=clean_env(home), cwd=ROOT).stdout.decode()
     assert re.search(r"(?m)^\d+ passed in ", told), told

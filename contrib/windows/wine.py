@@ -76,11 +76,12 @@ def alone(path: Path) -> Iterator[None]:
 
 def main(target: str) -> None:
     folder = Path(target).absolute()
-    others = sorted(windows_python.WHEELS, key=lambda series: -int(series[2:]))
-    found = [(s, windows_python.linux_python(s)) for s in [windows_python.MINE, *others] if s in others]
-    series, linux_python = next(((s, p) for s, p in found if p), ("", ""))
+    known = sorted(windows_python.WHEELS, key=lambda series: -int(series[2:]))
+    candidates = [windows_python.MINE, *known] if windows_python.MINE in known else known
+    found = ((series, windows_python.linux_python(series)) for series in candidates)
+    series, linux_python = next((pair for pair in found if pair[1]), ("", None))
     if not linux_python:
-        sys.exit(f"missing: Python {' or '.join(others)}, whose standard library is run on Windows")
+        sys.exit(f"missing: Python {' or '.join(known)}, whose standard library is run on Windows")
     recipe = hashlib.sha256(f"{series} {linux_python} {sys.version}".encode())
     for source in "wine.py", "python.py", "launcher.c", "launcher.manifest":
         recipe.update(Path(__file__).with_name(source).read_bytes())
