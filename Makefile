@@ -11,7 +11,7 @@ PROXY_URL        ?= http://127.0.0.1:7221
 TESTS   ?= tests
 ARGS    ?=
 
-.PHONY: help demo run test test-all test-windows lint check bench build build-shiv \
+.PHONY: help demo run test test-all test-windows lint check bench build build-shiv windows-python \
     build-darwin build-all devcontainer-feature install uninstall install-systemd uninstall-systemd status logs pubkey \
     install-launchd uninstall-launchd clean \
     tools venv venv-test venv-npm venv-lint venv-shiv absolute-bindir systemd-ready have-launchd
@@ -157,6 +157,13 @@ SHEBANG = $(if $(filter file,$(origin PYTHON)),/usr/bin/python3)
 build:  ## dist/ssh-agent-proxy: the proxy and the shim in one file
 	@PYTHON="$(PYTHON)" sh contrib/need.sh python
 	"$(PYTHON)" -I contrib/build.py dist/ssh-agent-proxy "$(SHEBANG)"
+
+# python.org's python-3.X.Y-embed-amd64.zip for a release; without it what PyPI has of Python.
+WINDOWS_PYTHON ?=
+
+windows-python: venv  ## dist/windows-python: the Python that the installer for Windows carries
+	@sh contrib/need.sh x86_64-w64-mingw32-gcc
+	"$(VENV)/bin/python" -I contrib/windows/python.py dist/windows-python $(call quote,$(WINDOWS_PYTHON))
 
 # (The venv's Python has shiv, which $(PYTHON) has not; the first line is to name the latter.)
 build-shiv: venv-shiv  ## dist/ssh-agent-proxy.shiv: the same through shiv

@@ -2,14 +2,23 @@
  *
  *     x86_64-w64-mingw32-gcc -municode -DPYTHON_DLL='L"python313.dll"' …  [-mwindows] [-DISOLATED]
  *
- * ISOLATED: nothing in the environment changes what is run (a file python3XX._pth beside the DLL
- * says where modules are, and turns site and the current folder off).
+ * ISOLATED: with -I -B before what it is given. No PYTHON* variable counts, not even those that are
+ * read before the file python3XX._pth, which says where modules are; nothing is written.
  */
 
-#include <windows.h>
+#include <stdlib.h>
 #include <wchar.h>
+#include <windows.h>
 
 typedef int (*py_main)(int, wchar_t **);
+
+#ifdef ISOLATED
+static wchar_t *const options[] = {L"-I", L"-B"};
+#define OPTIONS 2
+#else
+static wchar_t *const options[] = {NULL};
+#define OPTIONS 0
+#endif
 
 static int fail(const wchar_t *what)
 {
@@ -20,29 +29,10 @@ static int fail(const wchar_t *what)
     return 1;
 }
 
-/* PYTHONHOME, PYTHONSTARTUP, PYTHONINSPECT and the like, of which a ._pth file stops only some. */
-static void forget_variables(void)
-{
-    wchar_t *block = GetEnvironmentStringsW();
-
-    for (wchar_t *entry = block; entry && *entry; entry += wcslen(entry) + 1) {
-        wchar_t name[256];
-        size_t length = wcscspn(entry, L"=");
-
-        if (_wcsnicmp(entry, L"PYTHON", 6) == 0 && length < 256) {
-            wmemcpy(name, entry, length);
-            name[length] = 0;
-            SetEnvironmentVariableW(name, NULL);
-            _wputenv_s(name, L""); /* the C library's copy */
-        }
-    }
-    if (block)
-        FreeEnvironmentStringsW(block);
-}
-
 int wmain(int argc, wchar_t **argv)
 {
     static wchar_t path[32768];
+    wchar_t **words;
     DWORD length;
     wchar_t *name;
     HMODULE python;
@@ -51,11 +41,6 @@ int wmain(int argc, wchar_t **argv)
     /* No library is taken from the current folder, or from the PATH. */
     SetDllDirectoryW(L"");
     SetDefaultDllDirectories(LOAD_LIBRARY_SEARCH_APPLICATION_DIR | LOAD_LIBRARY_SEARCH_SYSTEM32);
-#ifdef ISOLATED
-    forget_variables();
-#else
-    (void)forget_variables;
-#endif
     length = GetModuleFileNameW(NULL, path, 32768);
     name = wcsrchr(path, L'\\');
     if (length == 0 || length == 32768 || !name ||
@@ -67,5 +52,13 @@ int wmain(int argc, wchar_t **argv)
     if (!python)
         return fail(path);
     run = (py_main)(void *)GetProcAddress(python, "Py_Main");
-    return run ? run(argc, argv) : fail(L"Py_Main is missing");
+    words = calloc((size_t)argc + OPTIONS + 1, sizeof(*words));
+    if (!run || !words)
+        return fail(L"Py_Main is missing");
+    words[0] = argv[0];
+    for (int i = 0; i < OPTIONS; i++)
+        words[1 + i] = options[i];
+    for (int i = 1; i < argc; i++)
+        words[OPTIONS + i] = argv[i];
+    return run(argc + OPTIONS, words);
 }

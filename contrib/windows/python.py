@@ -1,13 +1,29 @@
-"""A Windows CPython, put together on Linux.
+"""A Windows CPython, put together on Linux: the one that the MSI carries, and that of the tests.
+
+    python contrib/windows/python.py FOLDER [EMBEDDABLE]
+
+FOLDER is laid out as that package of python.org's is, flat:
+
+    pythonw.exe       runs what it is given, without a console, and isolated: `pythonw tray.pyw`
+    python3XX.dll     the interpreter; vcruntime140*.dll, libffi-8.dll: what it needs
+    *.pyd             extension modules
+    python3XX.zip     the standard library, compiled
+    python3XX._pth    says that modules come from these two places alone: no PYTHON* variable, no
+                      site-packages, no current folder, not the script's own folder either
+    LICENSE.txt       of all that is in here
+
+Nothing is ever written into it: all that is imported from it is compiled already.
 
 PyPI's panda3d is the one package there that carries CPython for Windows as its makers built and
-signed it: DLLs and extension modules, without the standard library, which is the same on every
-system and comes from a Linux Python of the same minor version, and without python.exe, for which
-launcher.c stands in.
+signed it: DLLs and extension modules, without the standard library, which comes from a Linux Python
+of the same minor version (modules.txt: what of it), and without pythonw.exe, for which launcher.c
+stands in. EMBEDDABLE is python.org's package itself, python-3.X.Y-embed-amd64.zip, whose
+pythonw.exe is signed, too: for releases.
 """
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,17 +90,18 @@ def wheel(series: str, cache: Path) -> Path:
 
 
 def binaries(series: str, cache: Path) -> Iterator[Tuple[str, bytes]]:
-    """The DLLs and extension modules of CPython, without Tk and what is part of Windows."""
+    """The DLLs and extension modules of CPython, without Tk, tests and what is part of
+    Windows."""
     with zipfile.ZipFile(wheel(series, cache)) as archive:
         for member in archive.namelist():
             folder, _, name = member.rpartition("/")
             lower = name.lower()
-            unwanted = lower.startswith(("api-ms-", "tcl", "tk", "_tkinter"))
+            unwanted = lower.startswith(("api-ms-", "tcl", "tk", "_tk", "_test")) or ".cp" in lower
             if folder == "deploy_libs" and lower.endswith((".dll", ".pyd")) and not unwanted:
                 yield name, archive.read(member)
 
 
-def build_launcher(target: Path, series: str, *options: str, icon: Optional[Path] = None) -> None:
+def build_launcher(target: Path, series: str, icon: Optional[Path], *options: str) -> None:
     dll = f"python{series.replace('.', '')}.dll"
     with tempfile.TemporaryDirectory() as folder:
         resources = Path(folder, "launcher.rc")
@@ -99,6 +116,114 @@ def build_launcher(target: Path, series: str, *options: str, icon: Optional[Path
         subprocess.run(argv, check=True)
 
 
+# ---------------------------------------------------------------- what the MSI carries
+
+CARRIED = "3.13"  # the newest that is there
+EXTENSIONS = ("_ctypes", "_queue", "_socket", "select", "unicodedata")
+LIBRARIES = ("python313.dll", "vcruntime140.dll", "vcruntime140_1.dll", "libffi-8.dll")
+# Run by the Linux Python: compiles the modules whose paths it reads, and writes the archive given.
+# The same modules make the same bytes: no time, no path of this machine is in them.
+COMPILE = """
+import importlib.util, marshal, sys, zipfile
+library, target = sys.argv[1:]
+with zipfile.ZipFile(target, "w") as archive:
+    for name in sys.stdin.read().splitlines():
+        with open(f"{library}/{name}", "rb") as f:
+            source = f.read()
+        flags = (0b01).to_bytes(4, "little")  # told apart by a hash that is not compared
+        head = importlib.util.MAGIC_NUMBER + flags + importlib.util.source_hash(source)
+        code = marshal.dumps(compile(source, name, "exec", dont_inherit=True))
+        archive.writestr(zipfile.ZipInfo(f"{name}c", (1980, 1, 1, 0, 0, 0)), head + code)
+"""
+
+
+def modules(library: Path) -> Iterator[str]:
+    """The paths, below LIBRARY, of the modules that modules.txt names."""
+    for line in (HERE / "modules.txt").read_text("ascii").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        path = library / line.removesuffix(".*").replace(".", "/")
+        if line.endswith(".*"):
+            found = sorted(path.rglob("*.py"))
+        else:
+            found = [path / "__init__.py"] if path.is_dir() else [path.with_suffix(".py")]
+        yield from (file.relative_to(library).as_posix() for file in found)
+
+
+def licences(library: Path) -> str:
+    for place in library, library.parent.parent:
+        if (place / "LICENSE.txt").exists():
+            return (place / "LICENSE.txt").read_text("utf-8")
+    return sys.exit(f"python: there is no LICENSE.txt in {library}")
+
+
+def from_pypi(target: Path, cache: Path) -> None:
+    python = linux_python(CARRIED)
+    if not python:
+        sys.exit(
+            f"missing: python{CARRIED}, whose standard library the MSI carries\n"
+            "  or WINDOWS_PYTHON, python.org's Windows embeddable package (64-bit), as in:\n"
+            "  make msi WINDOWS_PYTHON=python-3.13.11-embed-amd64.zip"
+        )
+    library = standard_library(python)
+    wanted = {*LIBRARIES, *(f"{name}.pyd".lower() for name in EXTENSIONS)}
+    for name, content in binaries(CARRIED, cache):
+        if name.lower() in wanted:
+            (target / name.lower()).write_bytes(content)
+    zipped = target / "python313.zip"
+    argv = [python, "-I", "-c", COMPILE, str(library), str(zipped)]
+    subprocess.run(argv, input="\n".join(modules(library)), text=True, check=True)
+    (target / "python313._pth").write_text("python313.zip\n.\n", "ascii")
+    texts = [licences(library), (HERE / "licences.txt").read_text("utf-8")]
+    (target / "LICENSE.txt").write_text("\n".join(texts), "utf-8")
+    icon = HERE / "ssh-agent-proxy.ico"
+    options = ("-mwindows", "-DISOLATED")
+    build_launcher(target / "pythonw.exe", CARRIED, icon if icon.exists() else None, *options)
+
+
+# python.org's, by its name and by what is in it.
+EMBEDDABLE = re.compile(r"python-(3\.(\d+)\.\d+)-embed-amd64\.zip")
+
+
+def from_python_org(target: Path, package: Path) -> None:
+    match = EMBEDDABLE.fullmatch(package.name)
+    if not match or not package.is_file():
+        sys.exit(f"WINDOWS_PYTHON must be python.org's python-3.X.Y-embed-amd64.zip, not {package}")
+    stem = f"python3{match[2]}"
+    try:
+        with zipfile.ZipFile(package) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile) as e:
+        sys.exit(f"WINDOWS_PYTHON: {package}: {e}")
+    expected = {"pythonw.exe", f"{stem}.dll", f"{stem}.zip", f"{stem}._pth", "LICENSE.txt"}
+    flat = all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in members)
+    # (Windows' version resource, in UTF-16.)
+    version = match[1].encode("utf-16-le") in members.get(f"{stem}.dll", b"")
+    if not flat or not version or expected - set(members):
+        sys.exit(f"WINDOWS_PYTHON: {package} is not what its name says")
+    told = hashlib.sha256(package.read_bytes()).hexdigest()
+    print(f"CPython {match[1]}, SHA-256 {told}: compare it with python.org's page of that release")
+    for name, content in members.items():
+        (target / name).write_bytes(content)
+
+
+def main(folder: str, embeddable: str = "") -> None:
+    target = Path(folder).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as temporary:
+        new = Path(temporary, "new")
+        new.mkdir()
+        if embeddable:
+            from_python_org(new, Path(embeddable))
+        else:
+            from_pypi(new, target.parent / "wheels")
+        shutil.rmtree(target, ignore_errors=True)
+        new.rename(target)
+
+
+# ---------------------------------------------------------------- what the tests run
+
+
 def whole_python(target: Path, series: str, python: str, cache: Path) -> None:
     """With all of the standard library: TARGET/python.exe, pythonw.exe, DLLs, Lib."""
     (target / "DLLs").mkdir(parents=True)
@@ -107,8 +232,12 @@ def whole_python(target: Path, series: str, python: str, cache: Path) -> None:
         (target / ("" if beside else "DLLs") / name).write_bytes(content)
     unwanted = shutil.ignore_patterns(*UNWANTED)
     shutil.copytree(standard_library(python), target / "Lib", ignore=unwanted)
-    build_launcher(target / "python.exe", series)
-    build_launcher(target / "pythonw.exe", series, "-mwindows")
+    build_launcher(target / "python.exe", series, None)
+    build_launcher(target / "pythonw.exe", series, None, "-mwindows")
     # (Modules of both systems are compiled alike.)
     argv = [python, "-m", "compileall", "-q", "-j", "0", str(target / "Lib")]
     subprocess.run(argv, check=False, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
