@@ -1557,7 +1557,7 @@ def _harden_windows(kernel32: Any) -> list[Step]:
         get_policy(process, policy, ctypes.byref(found), ctypes.sizeof(found))
         return Step(name, found.value & flags == flags, f"policy {policy} has {found.value:#x}")
 
-    # A fault is reported to nobody, with no dump of the memory.
+    # No fault is reported to anyone, with a dump of the memory (see UnhandledExceptionFilter).
     kernel32.SetErrorMode(SEM_FAILCRITICALERRORS | SEM_NOGPFAULTERRORBOX)
     mode = kernel32.GetErrorMode()
     return [
@@ -1704,6 +1704,7 @@ class UnixAddress(NamedTuple):
 
 
 def parse_address(value: str, env: Env) -> Union[Address, UnixAddress]:
+    """A port of a host, or a Unix socket."""
     unix = re.fullmatch(r"unix:([^?]*)(?:\?mode=(0?[0-7]{3}))?", value)
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]+)):([0-9]{1,5})", value)
     path = expand(unix[1], env) if unix else ""
