@@ -532,7 +532,10 @@ def parse_payload(data: bytes, size: Optional[int] = None, nul: bool = False) ->
 EXEC_GRACE = 0.5  # seconds between SIGTERM and SIGKILL for a command's process group
 HINT_SECONDS = 1.0  # for a look at the other agents, all together
 MAX_STDERR_LINES = 20  # of a command, per exchange, in the log
-POLLIN = getattr(select, "POLLIN", 0)  # Windows lacks it
+# What Python lacks on Windows, where no code that needs it is reached.
+AF_UNIX: Any = getattr(socket, "AF_UNIX", None)
+POLLIN = getattr(select, "POLLIN", 0)
+poll: Any = getattr(select, "poll", object)
 
 
 class Upstream(NamedTuple):
@@ -599,7 +602,6 @@ class Watch:
         self.what = what
         self.deadline = deadline
         self.client = client
-        poll: Any = getattr(select, "poll", object)  # Windows has none, nor use for it
         self.poll = poll()
         if client and POLLIN:
             # Linux shows a close even behind bytes that nobody reads; elsewhere it has to be read.
@@ -673,7 +675,7 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
             raise AgentError(f"no answer from {self.what}: {_why(upstream.path, e)}") from e
 
     def _open(self) -> None:
-        self.socket = socket.socket(getattr(socket, "AF_UNIX"))  # noqa: B009 (not on Windows)
+        self.socket = socket.socket(AF_UNIX)
         try:
             if self.upstream.command:
                 self._spawn()
@@ -999,34 +1001,26 @@ try {
 """
 
 
-def on_wsl(env: Mapping[str, str]) -> bool:
-    if sys.platform != "linux":
-        return False
-    return "microsoft" in os.uname().release.lower() or bool(env.get("WSL_DISTRO_NAME"))
-
-
-def windows_drives(mounts: str) -> list[str]:
-    """Where the drive with Windows on it may be mounted, by the text of /proc/mounts."""
+def powershells(mounts: str) -> list[str]:
+    """Where it may stand, by the text of /proc/mounts."""
     drives = [DRIVE]
     for line in mounts.split("\n"):  # (splitlines would let a folder's name make a line)
         fields = line.split(" ")
         if len(fields) > 2 and fields[2] in ("9p", "drvfs", "virtiofs"):
-            unescaped = re.sub(r"\\([01][0-7]{2})", lambda code: chr(int(code[1], 8)), fields[1])
-            drives.append(unescaped)
-    return drives
+            drives.append(re.sub(r"\\([01][0-7]{2})", lambda c: chr(int(c[1], 8)), fields[1]))
+    return [f"{drive}/{POWERSHELL}" for drive in drives]
 
 
 def by_powershell(upstream: Upstream) -> Upstream:
     """With the command that relays to UPSTREAM's pipe, as things are now."""
     with open(MOUNTS, encoding="utf-8", errors="surrogateescape", newline="\n") as f:
-        drives = windows_drives(f.read(1 << 20))
-    programs = [f"{drive}/{POWERSHELL}" for drive in drives]
+        programs = powershells(f.read(1 << 20))
     program = next(filter(os.path.isfile, programs), "")
     if not program:
         tried = ", ".join(map(printable, programs))
         raise AgentError(f"no Windows drive with PowerShell is mounted (tried: {tried})")
     env = dict(upstream.env or {})
-    with socket.socket(getattr(socket, "AF_UNIX")) as s:  # noqa: B009 (not on Windows)
+    with socket.socket(AF_UNIX) as s:
         s.setblocking(False)
         try:
             s.connect(env.get("WSL_INTEROP", ""))
@@ -1075,13 +1069,15 @@ class WslExchange(Exchange):
 
     def end(self) -> None:
         super().end()
-        words, self.said = plain_words(self.said), b""
-        if words:
-            self.stderr_lines += 1
+        words = plain_words(self.said)
+        if words and not self.stderr_lines:
+            self.stderr_lines = 1
             LOG.warning("%s: %s", self.upstream, printable(words, 1000))
 
     def _end_and_explain(self, when: str) -> str:
         told = super()._end_and_explain(when)
+        if b"Vsock" in self.said:
+            return f"{told}: WSL needs AF_VSOCK, which RestrictAddressFamilies= of a unit forbids"
         why = _NO_PIPE.get(self.process.returncode)
         return f"no answer from the agent at {self.upstream.path!r}: {why}" if why else told
 
@@ -1725,16 +1721,16 @@ _FOREIGN_PIPE = re.compile("//[^/]+/pipe(/|$)", re.IGNORECASE)
 def parse_upstream(value: str, env: Env) -> Upstream:
     """A socket's path, a pipe, or a command."""
     pipe = _PIPE.fullmatch(value)
-    if pipe and sys.platform == "win32":
-        return Upstream(PIPES + pipe[1])
-    if pipe and on_wsl(env):
-        return Upstream(PIPES + pipe[1], (POWERSHELL,), "Windows PowerShell for", env)
     shown = f"'{printable(value)}'"  # without a second backslash for each
-    if pipe:
-        raise ConfigError(f"{shown} is a pipe of Windows': it works there and on WSL2 alone")
     if sys.platform == "win32":
+        if pipe:
+            return Upstream(PIPES + pipe[1])
         raise ConfigError(f"{shown} does not work on Windows: write {PIPES}NAME, the name of a "
                           f"pipe of this machine, as in {WINDOWS_AGENT}")  # fmt: skip
+    if pipe:
+        if "microsoft" in os.uname().release.lower() or env.get("WSL_DISTRO_NAME"):
+            return Upstream(PIPES + pipe[1], (POWERSHELL,), "Windows PowerShell for", env)
+        raise ConfigError(f"{shown} is a pipe of Windows': it works there and on WSL2 alone")
     if value.startswith("exec:"):
         try:
             command = shlex.split(value[len("exec:") :])
@@ -1998,7 +1994,6 @@ class Config(NamedTuple):
 # ----------------------------------------------------------------------------------- Listening
 
 
-AF_UNIX: Any = getattr(socket, "AF_UNIX", None)  # Python has none on Windows
 
 
 class Listener(NamedTuple):

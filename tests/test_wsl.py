@@ -15,7 +15,7 @@ import sys
 import threading
 import types
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Iterator, List
 
 import pytest
 from conftest import PROXY, Agent, Proxy, ask, clean_env, post, rows, wait_for, within
@@ -83,25 +83,23 @@ def test_what_is_no_pipe_of_this_machine_is_refused_with_the_spelling_to_use(val
         assert not value.isascii() or not value.isprintable() or f"'{value}'"[:200] in str(e.value)
 
 
-@pytest.mark.parametrize("release, env, there", rows([
-    ("WSL2", "5.15.167.4-microsoft-standard-WSL2", {}, True),
-    ("WSL1", "4.4.0-19041-Microsoft", {}, True),
-    ("WSL with a kernel of its own", "6.6.1", {"WSL_DISTRO_NAME": "Debian"}, True),
-    ("not WSL", "6.1.0-18-amd64", {"WSL_DISTRO_NAME": ""}, False),
+@pytest.mark.parametrize("release, name, there", rows([
+    ("WSL2", "5.15.167.4-microsoft-standard-WSL2", "", True),
+    ("WSL1", "4.4.0-19041-Microsoft", "", True),
+    ("WSL with a kernel of its own", "6.6.1", "Debian", True),
+    ("not WSL", "6.1.0-18-amd64", "", False),
 ]))  # fmt: skip
-def test_wsl_is_known_by_its_kernel_or_its_variable(
-    monkeypatch: pytest.MonkeyPatch, release: str, env: Dict[str, str], there: bool
+def test_a_pipe_is_for_wsl_known_by_its_kernel_or_its_variable(
+    monkeypatch: pytest.MonkeyPatch, release: str, name: str, there: bool
 ) -> None:
     monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(release=release))
-    assert sap.on_wsl(env) == there
-
-
-def test_a_pipe_elsewhere_is_a_wrong_setting(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(release="6.1.0"))
     for value in PIPE, PIPE.replace("/", "\\"):
-        with pytest.raises(sap.ConfigError, match="is a pipe of Windows'") as e:
-            sap.parse_upstream(value, {})
-        assert str(e.value).startswith(f"'{value}' ")
+        if there:
+            assert sap.parse_upstream(value, {"WSL_DISTRO_NAME": name}).path == PIPE
+            continue
+        with pytest.raises(sap.ConfigError) as e:
+            sap.parse_upstream(value, {"WSL_DISTRO_NAME": name})
+        assert str(e.value).startswith(f"'{value}' is a pipe of Windows'")
 
 
 # ---------------------------------------------------------------- where PowerShell is
@@ -120,7 +118,8 @@ MOUNT_TABLES = [
 
 @pytest.mark.parametrize("table, drives", rows(MOUNT_TABLES))
 def test_windows_drives_are_found_in_the_mount_table(table: str, drives: List[str]) -> None:
-    assert sap.windows_drives(table) == ["/mnt/c", *drives]
+    found = [program.partition("/Windows/System32/")[0] for program in sap.powershells(table)]
+    assert found == ["/mnt/c", *drives]
 
 
 # ---------------------------------------------------------------- what PowerShell says
@@ -259,15 +258,6 @@ def test_an_agent_behind_a_pipe_is_asked_by_a_process_of_its_own_each_time(
     assert windows.left() == []
 
 
-def test_the_usual_drive_comes_first(
-    windows: Windows, agent_with_key: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    windows.serve(agent_with_key.sock)
-    monkeypatch.setattr(sap, "DRIVE", str(windows.folder / "the c drive"))
-    windows.mounts.write_text("")
-    assert listed() == ["ed25519@test"]
-
-
 def test_a_session_s_interop_is_handed_on_only_where_something_accepts_there(
     windows: Windows, agent_with_key: Agent, short: Path
 ) -> None:
@@ -304,6 +294,9 @@ TROUBLE = [
      ERROR),
     ("words without end", SAYS.format(b"x" * 60000, 1), sap.AgentError, ENDED + WORDS, "xxx"),
     ("not a word", "sys.exit(1)", sap.AgentError, ENDED, ""),
+    ("a unit without AF_VSOCK",
+     SAYS.format(b"<3>WSL (8 - ) ERROR: UtilBindVsockAnyPort:309: socket failed 97\n", 1),
+     sap.AgentError, "WSL needs AF_VSOCK, which RestrictAddressFamilies=", "<3>WSL (8 - ) ERROR"),
     ("it dies", "os.kill(os.getpid(), 9)", sap.AgentError, IT + "was ended by signal 9", ""),
     ("words on stdout", "os.write(1, b'Windows PowerShell'); " + HANG, sap.WireError,
      IT + "announced a message of 1466527332 bytes", ""),
