@@ -2763,21 +2763,30 @@ class WindowsHandler(StderrHandler):
         import queue  # for Windows alone
 
         super().__init__(journal_stream)
-        self.lines: Any = queue.Queue(64)
+        self.lines: Any = queue.Queue(64)  # each with an event, for when it is written
+        self.late = False  # one was waited for in vain, and none has been written since
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
 
     def work(self) -> None:
-        while line := self.lines.get():
+        line = b"\n"
+        while line:
+            line, done = self.lines.get()
             # (Opened, for that is how a console takes UTF-8.)
             with contextlib.suppress(OSError), open(self.fd, "wb", 0, closefd=False) as stderr:
                 stderr.write(line)
+            self.late = False
+            done.set()
 
     def write(self, data: bytes, patience: float) -> int:
         import queue
 
+        done = threading.Event()
+        deadline = time.monotonic() + patience
         with contextlib.suppress(queue.Full):
-            self.lines.put(data, timeout=patience)
+            self.lines.put((data, done), timeout=patience)
+            if patience and not self.late:
+                self.late = not done.wait(deadline - time.monotonic())
             return len(data)
         return 0
 

@@ -282,20 +282,21 @@ def say(handler: p.StderrHandler, text: str) -> float:
 
 
 @pytest.fixture
-def stalled() -> Iterator[Stalled]:
+def stalled(request: pytest.FixtureRequest) -> Iterator[Stalled]:
     """A log into a pipe that nobody reads (a console in which text is selected), and that pipe."""
     reader, writer = os.pipe()
     handler = p.WindowsHandler("")
     handler.fd = writer
-    for _ in range(1000):
+    for _ in range(getattr(request, "param", 1000)):
         say(handler, "outcome=refused " + "x" * 1000)
-    assert handler.lost
     yield handler, reader
     os.close(reader)
     handler.close()
     os.close(writer)
 
 
+# (Behind 70 of them in a pipe of 64 KiB there is room for some to wait.)
+@pytest.mark.parametrize("stalled", [70, 1000], indirect=True)
 def test_on_windows_a_stalled_log_holds_up_one_signature_for_half_a_second(
     stalled: Stalled
 ) -> None:
@@ -322,6 +323,19 @@ def test_on_windows_too_no_line_is_cut_and_what_was_lost_is_counted(stalled: Sta
     assert last.endswith(" outcome=signed status=200")
     lost = re.findall(r"\((\d+) lines before this one could not be written\)", text.decode())
     assert sum(map(int, lost)) == 1000 - len(lines)
+
+
+def test_on_windows_too_a_signature_s_line_is_written_before_its_answer_leaves() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    handler = p.WindowsHandler("")
+    handler.fd = writer
+    for number in range(200):
+        say(handler, f"outcome=signed {number}")
+        assert os.read(reader, 65536).endswith(f"outcome=signed {number}\n".encode())
+    handler.close()
+    os.close(reader)
+    os.close(writer)
 
 
 def test_at_the_end_what_is_on_its_way_is_waited_for() -> None:
