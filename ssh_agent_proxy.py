@@ -2823,33 +2823,23 @@ class ServiceManager:
         if not path or sys.platform == "win32":
             return
         sock = socket.socket(AF_UNIX, socket.SOCK_DGRAM)
-        sock.setblocking(False)
         try:
             # Now: under Landlock no abstract one can be connected to any more.
             sock.connect("\0" + path[1:] if path.startswith("@") else path)
+            self.socket = sock
         except OSError as e:
             LOG.warning("the service manager can't be told: NOTIFY_SOCKET %s: %s", quoted(path), e)
             sock.close()
-            return
-        self.socket = sock
 
     def tell(self, state: str, patience: float = 0) -> None:
         """Where its queue is full it is waited for, PATIENCE seconds; signing can't wait for it."""
         if self.socket is None or state == self.told:
             return
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                self.socket.send(state.encode())
-                self.told = state
-                return
-            except BlockingIOError:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return
-                select.select([], [self.socket], [], left)
-            except OSError:  # it has gone
-                return
+        # (A timeout is the object's, and one thread's patience is not another's.)
+        with contextlib.suppress(OSError), self.socket.dup() as sock:  # full still, or it has gone
+            sock.settimeout(patience)
+            sock.send(state.encode())
+            self.told = state
 
 
 def console_event(event: int) -> bool:
