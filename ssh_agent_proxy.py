@@ -2250,8 +2250,7 @@ class Client(io.RawIOBase):
         self.socket = sock
         self.since = time.monotonic()  # when its last byte came
         self.limit = self.since + HEAD_SECONDS
-        self.gap: float = GAP_SECONDS  # 0: what is here now, or nothing
-        self.given_up = False  # its place went to another: nothing more of the request is read
+        self.gap: float = GAP_SECONDS  # 0: what is here now, or nothing; less: no more is read
         self.begun = False  # it has sent something
 
     def readable(self) -> bool:
@@ -2259,8 +2258,6 @@ class Client(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> Optional[int]:
         """None where nothing is here and gap is 0; RequestError 408, ClientGone."""
-        if self.given_up:
-            raise ClientGone("its place was given to another connection")
         left = min(self.limit - time.monotonic(), self.gap)
         if left < 0:
             raise RequestError(408, "the request took too long to arrive")
@@ -2544,7 +2541,6 @@ class Handler:
         make the system throw it away."""
         self.client.limit = time.monotonic() + LINGER_SECONDS
         self.client.gap = 0
-        self.client.given_up = False
         with contextlib.suppress(ProxyError):
             if self.whole and not self.stream.peek(1):
                 return
@@ -2625,7 +2621,7 @@ class Server:
         # While we hold the lock, its own thread neither answers nor closes.
         self.places.remove(victim)
         victim.state = State.PUT_OFF
-        victim.client.given_up = True
+        victim.client.gap = -1  # nothing more of the request is read
         if not victim.end_silence():
             victim.conclude(BUSY)
             self.linger(victim)
