@@ -2481,18 +2481,12 @@ class Handler:
         line = f"{listed.key.line} {printable(listed.comment)}".rstrip()
         return plain(200, line, ("Cache-Control", "no-cache"))
 
-    def answer_healthz(self, head: Head) -> Answer:
-        return plain(200, "ok")
-
-    def answer_shim(self, head: Head) -> Answer:
-        return Answer(200, "text/x-shellscript", read_shim())
-
     # Methods, whether a token is needed where there are any, and what answers.
     ROUTES: dict[str, tuple[str, bool, Callable[["Handler", Head], Answer]]] = {
         "/sign": ("POST", True, answer_sign),
         "/publickey": ("GET, HEAD", True, answer_publickey),
-        "/healthz": ("GET, HEAD", False, answer_healthz),
-        "/shim": ("GET, HEAD", False, answer_shim),
+        "/healthz": ("GET, HEAD", False, lambda *_: plain(200, "ok")),
+        "/shim": ("GET, HEAD", False, lambda *_: Answer(200, "text/x-shellscript", read_shim())),
     }
 
     def choices(self, head: Head) -> tuple[str, str, Wanted]:
