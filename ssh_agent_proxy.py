@@ -734,10 +734,8 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
             return b""
 
     def _send(self, data: bytes) -> None:
-        sent = self.socket.send(data)
-        if sent < len(data):  # more than it takes at once: no key does that
-            self.socket.settimeout(max(0, self.deadline - time.monotonic()))
-            self.socket.sendall(data[sent:])
+        self.socket.settimeout(max(0, self.deadline - time.monotonic()))
+        self.socket.sendall(data)
 
     def ask(self, request: bytes) -> bytes:
         """Sends REQUEST and returns the reply, both without the length that leads them."""
