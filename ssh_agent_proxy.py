@@ -1366,10 +1366,6 @@ class Consent:
         self.lock = threading.Lock()
         self.agreed: dict[tuple[str, ...], float] = {}  # and until when
 
-    def seconds(self, payload: Payload) -> float:
-        """How long a yes to PAYLOAD holds."""
-        return 0 if payload.kind == "other" else self.hold
-
     def holds(self, what: tuple[str, ...]) -> bool:
         return boottime() < self.agreed.get(what, 0)
 
@@ -1381,7 +1377,7 @@ class Consent:
         if token:
             who = token.digest.hex()
             names.append(f"token {token.name}")
-        seconds = self.seconds(payload)
+        seconds = 0 if payload.kind == "other" else self.hold
         scope = f"for {seconds:g} s, and every {payload.kind}" if seconds else ""
         facts = {"asked by": ", ".join(names), "key": key.name, "namespace": namespace,
                  "a yes holds": scope}  # fmt: skip
