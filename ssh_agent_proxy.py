@@ -2922,6 +2922,31 @@ def weak_settings(config: Config) -> Iterator[Finding]:
             )
 
 
+def sign_findings(config: Config, agents: Agents) -> Iterator[Finding]:
+    """A test signature, made as for a container, and verified by ssh-keygen."""
+    import subprocess
+    import tempfile
+
+    payload, namespace = b"a test signature\n", config.namespace[0]
+    digest = hashlib.new(HASHES[0], payload).digest()
+    try:
+        with agents.exchange() as exchange:
+            key, block = request_signature(exchange, config.pinned(), namespace, HASHES[0], digest)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "sig")
+            with open(path, "wb") as f:
+                f.write(block)
+            argv = ("ssh-keygen", "-Y", "check-novalidate", "-n", namespace, "-s", path)
+            done = subprocess.run(argv, input=payload, capture_output=True, timeout=10, check=False)
+        said = printable((done.stdout or done.stderr).strip())
+        level = logging.ERROR if done.returncode else logging.INFO
+        yield level, f"test signature by {key.name}: {said}"
+    except ProxyError as e:
+        yield logging.ERROR, f"no test signature: {e}"
+    except (OSError, subprocess.SubprocessError) as e:
+        yield logging.WARNING, f"test signature: made, and not verified: {printable(str(e))}"
+
+
 def agent_findings(config: Config, agents: Agents) -> Iterator[Finding]:
     """Which agent and which key: or why there is none, which may be mended any time."""
     try:
@@ -2942,6 +2967,8 @@ def agent_findings(config: Config, agents: Agents) -> Iterator[Finding]:
     if len(listed) > 1 and not wanted.pinned:
         several = f"the agent holds {len(listed)} keys and none is pinned"
         yield logging.WARNING, f"{several}: SSH_AGENT_PROXY_PUBKEY pins one"
+    if config.sign:
+        yield from sign_findings(config, agents)
 
 
 def lock_in(config: Config) -> list[Step]:
@@ -3126,31 +3153,6 @@ def service_findings() -> Iterator[Finding]:
     yield level, f"the user service runs as PID {pid}: {state}"
 
 
-def sign_findings(config: Config, agents: Agents) -> Iterator[Finding]:
-    """A test signature, made as for a container, and verified by ssh-keygen."""
-    import subprocess
-    import tempfile
-
-    payload, namespace = b"a test signature\n", config.namespace[0]
-    digest = hashlib.new(HASHES[0], payload).digest()
-    try:
-        with agents.exchange() as exchange:
-            key, block = request_signature(exchange, config.pinned(), namespace, HASHES[0], digest)
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "sig")
-            with open(path, "wb") as f:
-                f.write(block)
-            argv = ("ssh-keygen", "-Y", "check-novalidate", "-n", namespace, "-s", path)
-            done = subprocess.run(argv, input=payload, capture_output=True, timeout=10, check=False)
-        said = printable((done.stdout or done.stderr).strip())
-        level = logging.ERROR if done.returncode else logging.INFO
-        yield level, f"test signature by {key.name}: {said}"
-    except ProxyError as e:
-        yield logging.ERROR, f"no test signature: {e}"
-    except (OSError, subprocess.SubprocessError) as e:
-        yield logging.WARNING, f"test signature: made, and not verified: {printable(str(e))}"
-
-
 def asker_findings(config: Config, tokens: Sequence[Token]) -> Iterator[Finding]:
     """Who may ask for what: each token, with its leash."""
     for token in tokens or [Token(b"", "")]:
@@ -3162,15 +3164,11 @@ def asker_findings(config: Config, tokens: Sequence[Token]) -> Iterator[Finding]
         yield logging.INFO, f"may ask: {who}; {what}"
 
 
-def check_findings(config: Config, tokens: Sequence[Token], steps: list[Step]) -> Iterator[Finding]:
+def check_findings(config: Config) -> Iterator[Finding]:
     """All that there is to know."""
-    agents = Agents(config.upstream, config.sockets, config.timeout)
-    works = True
-    for finding in agent_findings(config, agents):
-        works = works and finding[0] != logging.ERROR
-        yield finding
-    if config.sign and works:
-        yield from sign_findings(config, agents)
+    steps = harden(sys.platform)
+    tokens = config.tokens()  # a file that can't be used is a setting that is wrong
+    yield from agent_findings(config, Agents(config.upstream, config.sockets, config.timeout))
     yield from address_findings(config)
     yield from asker_findings(config, tokens)
     yield from weak_settings(config)
@@ -3180,12 +3178,10 @@ def check_findings(config: Config, tokens: Sequence[Token], steps: list[Step]) -
 
 def check(config: Config) -> int:
     """Prints all there is to know, a line each; 0 where /sign would work, else 1."""
-    steps = harden(sys.platform)
-    tokens = config.tokens()  # a file that can't be used is a setting that is wrong
     if config.level > logging.DEBUG:
         LOG.setLevel(logging.WARNING)  # what it has to say is said here
     failed = False
-    for level, text in check_findings(config, tokens, steps):
+    for level, text in check_findings(config):
         failed = failed or level == logging.ERROR
         output(f"{MARKS[level]} {text}\n".encode())
     return int(failed)
