@@ -1863,9 +1863,12 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("command", nargs="*", help=argparse.SUPPRESS)
         self.add_argument("-V", "--version", action="version", version=f"{PROGRAM} {VERSION}")
+        self.set_defaults(level=logging.INFO)
         loudness = self.add_mutually_exclusive_group()
-        loudness.add_argument("-v", "--verbose", action="store_true", help="debug lines in the log")
-        loudness.add_argument("-q", "--quiet", action="store_true", help="warnings and audit lines")
+        loudness.add_argument("-v", "--verbose", action="store_const", dest="level",
+                              const=logging.DEBUG, help="debug lines in the log")
+        loudness.add_argument("-q", "--quiet", action="store_const", dest="level",
+                              const=AUDIT, help="warnings and audit lines")
         self.add_argument("--console", action="store_true", help=argparse.SUPPRESS)
         self.add_argument("--sign", action="store_true", help="with check: make a test signature")
         for option in OPTIONS:
@@ -1934,11 +1937,6 @@ class Config(NamedTuple):
         """From os.environ and sys.argv[1:]; ConfigError names the setting that is wrong."""
         given = Parser(commands).parse_intermixed_args(argv)
         values = {"upstream": agent_of_session(env), **read_settings(env, given)}
-        level = logging.INFO
-        if given.verbose:
-            level = logging.DEBUG
-        elif given.quiet:
-            level = AUDIT
         known = {PREFIX + option.variable for option in OPTIONS}
         known |= {PREFIX + name for name in ("URL", "PUBKEY_URL", "CURL")}  # the shim's
         if "token_file" in values:
@@ -1946,7 +1944,7 @@ class Config(NamedTuple):
         runtime = env.get("XDG_RUNTIME_DIR", "")
         config = cls(
             command=tuple(given.command) or ("serve",),
-            level=level,
+            level=given.level,
             sign=given.sign,
             journal_stream=env.get("JOURNAL_STREAM", ""),
             notify_socket=env.get("NOTIFY_SOCKET", ""),
