@@ -3014,12 +3014,10 @@ def serve(config: Config, signals: Optional[socket.socket] = None,
     caught = catch_signals() if signals is None else signals
     manager = ServiceManager(config.notify_socket)
     listeners = listen_on(config.addr)
-    where = f"STATUS=listening on {', '.join(listener.name for listener in listeners)}"
-
-    def tell_of_agent(state: str) -> None:
-        manager.tell(f"{where}, {state}")
-
-    agents = Agents(config.upstream, config.sockets, config.timeout, tell_of_agent)
+    places = [listener.name for listener in listeners]
+    where = f"STATUS=listening on {', '.join(places)}"
+    agents = Agents(config.upstream, config.sockets, config.timeout,
+                    lambda state: manager.tell(f"{where}, {state}"))  # fmt: skip
     server = Server(config, agents, listeners)
     for finding in weak_settings(config):
         LOG.log(*finding)
@@ -3032,9 +3030,9 @@ def serve(config: Config, signals: Optional[socket.socket] = None,
     for listener in listeners:
         server.start_thread(listener)
     names = ", ".join(f'"{name}"' for name in config.namespace)
-    for listener in listeners:
-        LOG.info("listening on %s (namespace %s)", listener.name, names)
-    ready([listener.name for listener in listeners])
+    for place in places:
+        LOG.info("listening on %s (namespace %s)", place, names)
+    ready(places)
 
     def report() -> None:
         manager.tell("READY=1", READY_SECONDS)
