@@ -1261,16 +1261,13 @@ MIN_TOKEN = 16
 
 def parse_leash(words: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     """The key and the payloads of a token's options, each of which may be missing; ConfigError."""
-    options: dict[str, str] = {}
-    for word in words:
-        option, equals, value = word.partition("=")
-        if not equals:
-            raise ConfigError("a word without = behind the name")
-        if option in options:
-            raise ConfigError("an option stands twice")
-        if option not in ("key", "payloads"):
-            raise ConfigError("another option than key= and payloads=")
-        options[option] = value
+    if not all("=" in word for word in words):
+        raise ConfigError("a word without = behind the name")
+    options = dict(word.partition("=")[::2] for word in words)
+    if len(options) < len(words):
+        raise ConfigError("an option stands twice")
+    if not options.keys() <= {"key", "payloads"}:
+        raise ConfigError("another option than key= and payloads=")
     if "key" in options and not _FINGERPRINT.fullmatch(options["key"]):
         raise ConfigError("key= is no SHA256: fingerprint")
     payloads = parse_kinds(options["payloads"]) if "payloads" in options else ()
