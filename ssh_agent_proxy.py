@@ -1760,8 +1760,8 @@ def parse_confirm(value: str, env: Env) -> Upstream:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """For open(): a FIFO would be waited for."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    """For open(): a FIFO would be waited for. What it makes is the user's alone."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o600)
 
 
 class File(NamedTuple):
@@ -3213,8 +3213,7 @@ def add_token(config: Config, name: str, *leash: str) -> int:
     os.umask(0o077)  # for every folder that is missing
     try:
         os.makedirs(os.path.dirname(file.path) or ".", exist_ok=True)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
-        with open(os.open(file.path, flags, 0o600), "ab", 0) as f:
+        with open(file.path, "ab", 0, opener=_open_at_once) as f:
             added = file.read(ending, private=True).encode()
             size = os.fstat(f.fileno()).st_size
             if size + len(added) > MAX_FILE:
