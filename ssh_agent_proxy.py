@@ -1439,26 +1439,27 @@ def process_facts(pid: str) -> dict[str, str]:
     return facts
 
 
-def _no_core() -> Step:
-    resource: Any = __import__("resource")  # (checked for Windows too, which has none)
+def _no_core(resource: Any) -> Step:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limits = resource.getrlimit(resource.RLIMIT_CORE)
     return Step("no core dumps", limits == (0, 0), f"RLIMIT_CORE {limits[0]}")
 
 
-def _lock_memory(libc: Any, flags: int) -> Step:
+def _lock_memory(libc: Any, resource: Any, platform: str) -> Step:
     """Only without a limit: with a finite one mlockall succeeds, and later threads can't start."""
     import ctypes
 
-    resource: Any = __import__("resource")
+    MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4  # the last is Linux's alone
+    libc.mlockall.argtypes = [ctypes.c_int]
+    libc.mlockall.restype = ctypes.c_int
     name, unlimited = "memory kept out of swap", resource.RLIM_INFINITY
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (unlimited, unlimited))
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if limit != unlimited:
         return Step(name, False, f"RLIMIT_MEMLOCK is {limit >> 10} KiB, not unlimited")
-    if libc.mlockall(flags):
+    if libc.mlockall(MCL_CURRENT | MCL_FUTURE | (MCL_ONFAULT if platform == "linux" else 0)):
         error = ctypes.get_errno()
         return Step(name, False, f"mlockall: {os.strerror(error)}", expected=error == errno.ENOSYS)
     if not os.path.exists("/proc/self/status"):
@@ -1467,49 +1468,35 @@ def _lock_memory(libc: Any, flags: int) -> Step:
     return Step(name, locked != "0 kB", f"VmLck {locked}")
 
 
-def _harden_linux() -> list[Step]:
+def _harden_linux(libc: Any) -> list[Step]:
     import ctypes
 
     PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4
     PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 38, 39
-    MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
-    libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl.argtypes = [ctypes.c_int, *4 * [ctypes.c_ulong]]
     libc.prctl.restype = ctypes.c_int
-    libc.mlockall.argtypes = [ctypes.c_int]
-    libc.mlockall.restype = ctypes.c_int
 
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     dumpable = libc.prctl(PR_GET_DUMPABLE, 0, 0, 0, 0)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     no_new_privs = libc.prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0)
     return [
-        _no_core(),
         Step("no debugger, no reading of memory", dumpable == 0, f"PR_GET_DUMPABLE {dumpable}"),
         Step("no new privileges", no_new_privs == 1, f"PR_GET_NO_NEW_PRIVS {no_new_privs}"),
-        _lock_memory(libc, MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT),
     ]
 
 
-def _harden_macos() -> list[Step]:
+def _harden_macos(libc: Any) -> list[Step]:
     import ctypes
 
     PT_DENY_ATTACH = 31
-    MCL_CURRENT, MCL_FUTURE = 1, 2
-    libc = ctypes.CDLL(None, use_errno=True)
     libc.ptrace.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
     libc.ptrace.restype = ctypes.c_int
-    libc.mlockall.argtypes = [ctypes.c_int]
-    libc.mlockall.restype = ctypes.c_int
 
     # The system has no call that reads this one back: its answer is all there is.
     denied = libc.ptrace(PT_DENY_ATTACH, 0, None, 0)
     attach = "PT_DENY_ATTACH" if denied == 0 else f"ptrace: {os.strerror(ctypes.get_errno())}"
-    return [
-        _no_core(),
-        Step("no debugger, no reading of memory", denied == 0, attach),
-        _lock_memory(libc, MCL_CURRENT | MCL_FUTURE),
-    ]
+    return [Step("no debugger, no reading of memory", denied == 0, attach)]
 
 
 def _harden_windows(kernel32: Any) -> list[Step]:
@@ -1565,7 +1552,14 @@ def harden(platform: str) -> list[Step]:
 
         return _harden_windows(WinDLL("kernel32"))
     systems = {"linux": _harden_linux, "darwin": _harden_macos}
-    return systems[platform]() if platform in systems else []
+    if platform not in systems:
+        return []
+    import ctypes
+    import resource
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    own_steps = systems[platform](libc)
+    return [_no_core(resource), *own_steps, _lock_memory(libc, resource, platform)]
 
 
 def confine(folders: Sequence[str]) -> Step:
