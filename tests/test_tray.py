@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.util
+import json
 import logging
 import os
+import re
+import shutil
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
-from conftest import ROOT, rows
+from conftest import PROXY, ROOT, Agent, Keys, need, private_file, rows, run, wait_for
 
 TRAY = ROOT / "contrib/windows/tray.pyw"
 
@@ -208,3 +215,292 @@ def test_what_starts_it_at_login_keeps_pythons_options(monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "argv", ["tray.pyw"])
     monkeypatch.setattr(sys, "orig_argv", ["pythonw", "-B", "-I", "tray.pyw"], raising=False)
     assert tray.command_line() == rf'"C:\Some where\pythonw.exe" -B -I {TRAY}'
+
+
+# ------------------------------------------------------------------------------------ on a screen
+
+# What a Windows program sees of it: values of the registry, and the clipboard.
+PEEK = r"""
+import ctypes, ctypes.wintypes, json, winreg
+found = {}
+for key in (r"Software\Microsoft\Windows\CurrentVersion\Run", r"Software\ssh-agent-proxy"):
+    try:
+        with winreg.OpenKey(winreg.HKEY_CURRENT_USER, key) as opened:
+            for number in range(winreg.QueryInfoKey(opened)[1]):
+                name, value, _ = winreg.EnumValue(opened, number)
+                found[name] = value
+    except FileNotFoundError:
+        pass
+user32, kernel32 = ctypes.WinDLL("user32"), ctypes.WinDLL("kernel32")
+user32.GetClipboardData.restype = ctypes.wintypes.HANDLE
+kernel32.GlobalLock.argtypes = [ctypes.wintypes.HANDLE]
+kernel32.GlobalLock.restype = ctypes.c_wchar_p
+if user32.OpenClipboard(None) and (data := user32.GetClipboardData(13)):
+    found["clipboard"] = kernel32.GlobalLock(data)
+print(json.dumps(found))
+"""
+
+# Takes the icon away, as an Explorer that ends does, and then says what a new one says.
+NEW_TASKBAR = r"""
+import ctypes, runpy, sys
+tray = runpy.run_path(sys.argv[1])
+win32, data = tray["Win32"](), tray["NOTIFYICONDATAW"](uID=1)
+data.cbSize, data.hWnd = ctypes.sizeof(data), win32.FindWindowW("ssh-agent-proxy tray", None)
+assert win32.Shell_NotifyIconW(tray["NIM_DELETE"], ctypes.byref(data))
+assert not win32.Shell_NotifyIconW(tray["NIM_MODIFY"], ctypes.byref(data))
+win32.PostMessageW(data.hWnd, win32.RegisterWindowMessageW("TaskbarCreated"), 0, 0)
+"""
+
+
+class Desktop:
+    """The tray, installed in a folder and on a screen of its own; its port is a free one."""
+
+    def __init__(self, windows: Any, folder: Path, display: str) -> None:
+        self.windows, self.folder = windows, folder
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.script = folder / "tray.pyw"
+        self.script.write_text(TRAY.read_text().replace(":7221", f":{self.port}"))
+        for path in (PROXY, TRAY.with_name("ssh-agent-proxy.ico")):
+            shutil.copy(path, folder)
+        self.env = windows.env(folder, DISPLAY=display)
+        self.started: List[subprocess.Popen[bytes]] = []
+
+    def start(self, *argv: str, **env: Any) -> subprocess.Popen[bytes]:
+        # Its output is a pipe: with a file there Python does not start under Wine.
+        words = [*self.windows.python, "-B", self.windows.path(self.script), *argv]
+        process = subprocess.Popen(
+            words,
+            env={**self.env, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.started.append(process)
+        return process
+
+    def log(self) -> str:
+        users = self.windows.folder / "prefix/drive_c/users"
+        paths = users.glob("*/AppData/Local/ssh-agent-proxy/tray.log")
+        return "".join(path.read_text() for path in paths)
+
+    def logged(self, pattern: str, times: int = 1) -> None:
+        wait_for(lambda: len(re.findall(pattern, self.log())) >= times, 20, self.log)
+
+    def peek(self) -> Dict[str, str]:
+        done = run([*self.windows.python, "-c", PEEK], env=self.env)
+        return dict(json.loads(done.stdout))
+
+    def tell(self, *words: str) -> str:
+        return run([need("xdotool", "xdotool"), *words], env=self.env, check=False).stdout.decode()
+
+    def windows_shown(self) -> List[str]:
+        return self.tell("search", "--onlyvisible", "--name", ".*").split()
+
+    def choose(self, *letters: str) -> None:
+        """In the menu, by the letters that are underlined."""
+        place = wait_for(lambda: self.tell("search", "--name", "Wine System Tray"), 20)
+        geometry = self.tell("getwindowgeometry", "--shell", place.split()[0])
+        x, y = (int(re.findall(rf"{axis}=(\d+)", geometry)[0]) + 10 for axis in "XY")
+        opens = ["mousemove", str(x), str(y), "click", "3"]
+        for letter in letters:
+            before = set(self.windows_shown())
+            self.tell(*opens)
+            wait_for(lambda before=before: set(self.windows_shown()) - before, 10, "no menu")
+            opens = ["key", letter]
+        self.tell(*opens)
+
+    def answers(self, host: str = "127.0.0.1") -> bool:
+        with contextlib.suppress(OSError), socket.create_connection((host, self.port), 5) as s:
+            s.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            return b"\r\n\r\nok\n" in s.makefile("rb").read()
+        return False
+
+    def log_off(self) -> None:
+        """Ends the session and begins the next; not waited for, for the tray may come with it."""
+        argv = ["wine", "wineboot", "--end-session"]
+        null = subprocess.DEVNULL
+        started = subprocess.Popen(argv, env=self.env, stdin=null, stdout=null, stderr=null)
+        self.started.append(started)
+
+    def close(self) -> None:
+        """As an uninstall would: nothing of it is left, and it does not run."""
+        assert self.start("--remove").wait(30) == 0
+        for process in self.started:
+            process.wait(10)
+        left = self.peek()
+        assert "ssh-agent-proxy" not in left and "ListenOn" not in left
+        assert self.log() == ""
+
+
+@pytest.fixture
+def desktop(windows: Any, tmp_path: Path) -> Iterator[Desktop]:
+    # (It ends by itself with the last of Windows' programs that shows something on it.)
+    argv = [need("Xvfb", "xvfb"), "-displayfd", "1", "-screen", "0", "1280x1024x24", "-terminate"]
+    screen = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert screen.stdout
+    desktop = Desktop(windows, tmp_path, f":{screen.stdout.readline().decode().strip()}")
+    try:
+        yield desktop
+        desktop.close()
+    finally:
+        for process in desktop.started:
+            process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            screen.wait(3)
+        screen.terminate()
+        screen.wait(10)
+
+
+def on_a_screen(test: Any) -> Any:
+    return pytest.mark.windows(pytest.mark.alone(test))
+
+
+@on_a_screen
+def test_a_first_run_listens_and_starts_at_login_until_told_not_to(desktop: Desktop) -> None:
+    desktop.start()
+    desktop.logged(f"listening on 127.0.0.1:{desktop.port} ")
+    assert desktop.answers()
+    assert str(desktop.script).replace("/", "\\") in desktop.peek()["ssh-agent-proxy"]
+    desktop.choose("s")
+    wait_for(lambda: "ssh-agent-proxy" not in desktop.peek())
+    desktop.choose("s")
+    wait_for(lambda: "ssh-agent-proxy" in desktop.peek())
+
+
+ENDINGS = [
+    ("Exit", lambda desktop: desktop.choose("x")),
+    ("an uninstall", lambda desktop: desktop.start("--remove")),
+    ("logoff", lambda desktop: (desktop.choose("s"), desktop.log_off())),
+]
+
+
+@on_a_screen
+@pytest.mark.parametrize("end", rows(ENDINGS))
+def test_what_was_begun_is_finished_at(end: Any, desktop: Desktop) -> None:
+    process = desktop.start()
+    desktop.logged("listening on")
+    with socket.create_connection(("127.0.0.1", desktop.port), 10) as client:
+        client.sendall(b"GET /healthz HTTP/1.0\r\nX: ")
+        end(desktop)
+        desktop.logged("stopping")
+        client.sendall(b"y\r\n\r\n")
+        assert b"\r\n\r\nok\n" in client.makefile("rb").read()
+    assert process.wait(10) == 0
+
+
+@on_a_screen
+def test_what_never_ends_is_given_4_seconds(desktop: Desktop) -> None:
+    process = desktop.start()
+    desktop.logged("listening on")
+    with socket.create_connection(("127.0.0.1", desktop.port), 10) as client:
+        client.sendall(b"POST /sign HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
+        desktop.choose("x")
+        begun = time.monotonic()
+        assert b"the proxy is about to end" in client.makefile("rb").read()
+        assert 3 < time.monotonic() - begun < 4.9
+    assert process.wait(10) == 0
+
+
+@on_a_screen
+def test_the_next_session_starts_it(desktop: Desktop) -> None:
+    process = desktop.start()
+    desktop.logged("listening on")
+    desktop.log_off()
+    assert process.wait(10) == 0
+    desktop.logged("listening on", times=2)
+    assert desktop.answers()
+
+
+@on_a_screen
+def test_a_second_start_says_that_one_runs(desktop: Desktop) -> None:
+    desktop.start()
+    desktop.logged("listening on")
+    before = desktop.windows_shown()
+    assert desktop.start().wait(20) == 0
+    wait_for(lambda: set(desktop.windows_shown()) - set(before), 5, "no balloon")
+    assert desktop.answers()
+
+
+@on_a_screen
+def test_one_that_starts_while_another_ends_waits_for_that(desktop: Desktop) -> None:
+    first = desktop.start()
+    desktop.logged("listening on")
+    with socket.create_connection(("127.0.0.1", desktop.port), 10) as client:
+        client.sendall(b"GET ")
+        desktop.choose("x")
+        second = desktop.start()
+        assert first.wait(10) == 0
+        desktop.logged("listening on", times=2)
+        assert second.poll() is None
+
+
+@on_a_screen
+def test_all_networks_are_listened_on_where_there_are_tokens(desktop: Desktop) -> None:
+    tokens = private_file(desktop.folder / "tokens", "0123456789abcdef name\n")
+    process = desktop.start(SSH_AGENT_PROXY_TOKEN_FILE=desktop.windows.path(tokens))
+    desktop.logged("listening on 127.0.0.1:")
+    assert not desktop.answers("127.0.0.2")
+    desktop.choose("l", "a")
+    desktop.logged("listening on 0.0.0.0:")
+    assert desktop.answers("127.0.0.2")
+    assert process.poll() is None  # the same one, with its icon
+    desktop.choose("l", "t")
+    wait_for(lambda: not desktop.answers("127.0.0.2"))
+    desktop.choose("l", "a")
+    wait_for(lambda: desktop.answers("127.0.0.2"))
+    desktop.choose("x")
+    assert process.wait(10) == 0
+    desktop.start()  # without tokens
+    desktop.logged("WARNING listening for this computer alone: SSH_AGENT_PROXY_TOKEN_FILE is no")
+    assert not desktop.answers("127.0.0.2")
+
+
+@on_a_screen
+def test_the_public_key_is_copied(desktop: Desktop, agent: Agent, keys: Keys) -> None:
+    desktop.start(SSH_AGENT_PROXY_UPSTREAM=desktop.windows.pipe(agent.sock))
+    desktop.logged("listening on")
+    desktop.choose("c")
+    desktop.logged("WARNING No public key was copied: the agent lists no keys")
+    agent.add(keys["ed25519"])
+    desktop.choose("c")
+    line = keys.line("ed25519") + "\r\n"
+    wait_for(lambda: desktop.peek().get("clipboard") == line, 20)
+
+
+@on_a_screen
+def test_a_busy_port_is_told_and_tried_again(desktop: Desktop) -> None:
+    with socket.create_server(("127.0.0.1", desktop.port)):
+        process = desktop.start(SSH_AGENT_PROXY_TOKEN_FILE=desktop.windows.path(PROXY))
+        desktop.logged("ERROR SSH_AGENT_PROXY_TOKEN_FILE: ")
+        desktop.choose("x")
+        assert process.wait(10) == 0
+        process = desktop.start(SSH_AGENT_PROXY_TOKEN_FILE="")
+        desktop.logged(f"ERROR cannot listen on 127.0.0.1:{desktop.port}: port .* is in use")
+    desktop.choose("l", "t")
+    desktop.logged("listening on")
+    assert process.poll() is None and desktop.answers()
+
+
+@on_a_screen
+def test_the_icon_comes_back_with_a_new_taskbar(desktop: Desktop) -> None:
+    process = desktop.start()
+    desktop.logged("listening on")
+    desktop.choose("s")
+    run([*desktop.windows.python, "-c", NEW_TASKBAR, desktop.script], env=desktop.env)
+    desktop.choose("x")
+    assert process.wait(10) == 0
+
+
+@on_a_screen
+def test_without_a_taskbar_it_serves_and_says_so(desktop: Desktop) -> None:
+    drivers = r"HKCU\Software\Wine\Drivers"
+    desktop.windows.wine("reg", "add", drivers, "/v", "Graphics", "/d", "null", "/f")
+    try:
+        process = desktop.start(DISPLAY="")
+        desktop.logged("WARNING no icon: there is no taskbar")
+        desktop.logged("listening on")
+        assert desktop.answers()
+        assert desktop.start("--remove", DISPLAY="").wait(20) == process.wait(20) == 0
+    finally:
+        desktop.windows.wine("reg", "delete", drivers, "/v", "Graphics", "/f")

@@ -37,6 +37,7 @@ import logging
 import logging.handlers
 import os
 import queue
+import select
 import socket
 import subprocess
 import textwrap
@@ -72,17 +73,20 @@ if sys.platform == "win32":
     import winreg
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# Beside it where it is installed, two folders up in the project's tree. (Last on the path, so that
-# nothing that lies there stands in for a module of Python's.)
+# Beside it where it is installed, two folders up in the project's tree. (Last on the path, and only
+# for this: nothing that lies there is to stand in for a module of Python's.)
 _BESIDE = os.path.exists(os.path.join(HERE, "ssh_agent_proxy.py"))
 sys.path.append(HERE if _BESIDE else os.path.dirname(os.path.dirname(HERE)))
 import ssh_agent_proxy as proxy  # noqa: E402
 
+sys.path.pop()
+
 LOG = proxy.LOG
 NAME = proxy.PROGRAM
-# Windows gives 5 seconds at logoff, and so does the installer.
+# Windows gives 5 seconds at logoff.
 DRAIN_SECONDS = 4.0
 END_SECONDS = 4.5
+AGAIN_SECONDS = 5.0  # that a port may take to be free again
 
 # ------------------------------------------------------------------------------------ Settings
 
@@ -199,11 +203,15 @@ def start_at_login(wanted: bool) -> None:
 
 def first_run() -> bool:
     """Whether this is the first one, which has Windows start us at login; OSError."""
-    if read_value(OURS, LISTEN_ON) is not None:
-        return False
-    write_value(OURS, LISTEN_ON, HERE_ONLY)
-    start_at_login(True)
-    return True
+    first = read_value(OURS, LISTEN_ON) is None
+    entry = read_value(RUN, NAME)
+    # After an upgrade another Python may start the same file.
+    outdated = entry != command_line() and os.path.abspath(__file__) in str(entry)
+    if first:
+        write_value(OURS, LISTEN_ON, HERE_ONLY)
+    if first or outdated:
+        start_at_login(True)
+    return first
 
 
 # ---------------------------------------------------------------------------------------- Menu
@@ -503,13 +511,22 @@ def start_log() -> None:
 
 
 def run_server(env: Mapping[str, str], signals: socket.socket,
-               ready: Callable[[Sequence[str]], None]) -> str:  # fmt: skip
+               ready: Callable[[Sequence[str]], None], patience: float) -> str:  # fmt: skip
     """Serves until SIGNALS has a byte; READY is told where, once it does. Returns why it ended, ""
     where it was asked to."""
+    deadline = time.monotonic() + patience
     try:
         start_log()
         config = proxy.Config.from_env(env, (), proxy.COMMANDS)
-        proxy.serve(config, signals, ready, DRAIN_SECONDS)
+        while True:
+            try:
+                proxy.serve(config, signals, ready, DRAIN_SECONDS)
+                return ""
+            except (proxy.ProxyError, OSError):
+                # The port is ours alone, which Windows grants once all that was accepted there is
+                # over ("Using SO_REUSEADDR and SO_EXCLUSIVEADDRUSE").
+                if time.monotonic() > deadline or select.select([signals], [], [], 0.25)[0]:
+                    raise
     except (proxy.ProxyError, OSError) as e:
         why = proxy.failure(e)[1]
         LOG.error("%s", why)
@@ -517,7 +534,6 @@ def run_server(env: Mapping[str, str], signals: socket.socket,
     except Exception as e:
         LOG.exception("internal error")
         return f"internal error: {type(e).__name__} (see the log)"
-    return ""
 
 
 def public_key(env: Mapping[str, str]) -> tuple[str, str]:
@@ -554,7 +570,8 @@ class Tray:
         self.server: Optional[threading.Thread] = None
         self.stopper: Optional[socket.socket] = None  # a byte to it ends the server
         self.copying = False
-        self.restarting = False
+        self.stopping = False  # has it been asked to end?
+        self.restarting = False  # and is it to begin anew then?
         self.shown = False  # is the icon there?
         self.missed = False  # and is that on record?
         self.hicon = None
@@ -593,7 +610,7 @@ class Tray:
             self.win32.DispatchMessageW(ctypes.byref(message))
 
     def later(self, what: Callable[[], None]) -> None:
-        """Has the thread of the window do it; called from others."""
+        """Has the thread of the window do it, once it waits for messages; called from any."""
         self.calls.put(what)
         self.win32.PostMessageW(self.hwnd, WM_CALL, 0, 0)
 
@@ -618,7 +635,8 @@ class Tray:
             # NOTIFYICON_VERSION_4: the event in the low word, the place in WPARAM.
             if lparam & 0xFFFF in (WM_CONTEXTMENU, NIN_SELECT, NIN_KEYSELECT):
                 x, y = (ctypes.c_short(wparam >> shift & 0xFFFF).value for shift in (0, 16))
-                self.show_menu(x, y)
+                # Not now: it may have come while one of our own calls waits for Explorer.
+                self.later(lambda: self.show_menu(x, y))
         elif message == WM_TIMER:
             if wparam == END_TIMER:
                 self.win32.DestroyWindow(self.hwnd)
@@ -715,18 +733,18 @@ class Tray:
         self.state = state
         self.update()
 
-    def start(self) -> None:
-        self.restarting = False
-        self.become(State())
+    def start(self, again: bool = False) -> None:
         choice = self.choice()[0]
         if choice == HERE_ONLY and read_value(OURS, LISTEN_ON) == EVERYWHERE:
             LOG.warning("listening for this computer alone: %s is no longer set", TOKEN_FILE)
         env = environment(choice)
+        patience = AGAIN_SECONDS if again else 0
         signals, self.stopper = socket.socketpair()
+        self.stopping = self.restarting = False
 
         def serve() -> None:
             with signals:
-                why = run_server(env, signals, ready)
+                why = run_server(env, signals, ready, patience)
             self.later(lambda: self.server_ended(why))
 
         def ready(names: Sequence[str]) -> None:
@@ -734,11 +752,13 @@ class Tray:
 
         self.server = threading.Thread(target=serve, daemon=True)
         self.server.start()
+        self.become(State())
 
     def stop(self) -> None:
-        """Asks the server to finish; a second time: at once."""
-        if self.stopper:
-            with contextlib.suppress(OSError):
+        """Asks the server to finish; once, for a second byte would cut off what it is finishing."""
+        if self.stopper and not self.stopping:
+            self.stopping = True
+            with contextlib.suppress(OSError):  # it has ended by itself
                 self.stopper.send(b"x")
 
     def server_ended(self, why: str) -> None:
@@ -748,7 +768,7 @@ class Tray:
         if self.state.ending:
             self.win32.DestroyWindow(self.hwnd)
         elif self.restarting:
-            self.start()
+            self.start(again=True)
         else:
             self.become(State(trouble=why or "it has ended"))
             self.balloon(f"Nothing can be signed: {self.state.trouble}", NIIF_ERROR)
@@ -907,7 +927,7 @@ def is_first(win32: Win32) -> bool:
     # It is ours as long as the process is there.
     mutex = win32.CreateMutexW(None, False, rf"Local\{WINDOW_CLASS}")
     hello = win32.RegisterWindowMessageW(HELLO)
-    deadline = time.monotonic() + END_SECONDS + 1
+    deadline = time.monotonic() + 2 * END_SECONDS  # Explorer may be slow to take its icon away
     while time.monotonic() < deadline:
         # (None: another user's, or an elevated one's.)
         if mutex and win32.WaitForSingleObject(mutex, 100) in (WAIT_OBJECT_0, WAIT_ABANDONED):
@@ -938,7 +958,7 @@ def end_running(win32: Win32) -> None:
     process = win32.OpenProcess(SYNCHRONIZE | PROCESS_TERMINATE, False, pid)
     win32.PostMessageW(window, WM_CLOSE, 0, 0)
     if process:
-        if win32.WaitForSingleObject(process, int(END_SECONDS * 1000) + 1000) != WAIT_OBJECT_0:
+        if win32.WaitForSingleObject(process, int(2 * END_SECONDS * 1000)) != WAIT_OBJECT_0:
             win32.TerminateProcess(process, 1)
             win32.WaitForSingleObject(process, 1000)
         win32.CloseHandle(process)
@@ -952,8 +972,9 @@ def remove(win32: Win32) -> int:
         for name in ("tray.log", "tray.log.1"):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(log_folder(), name))
-        if not os.listdir(log_folder()):
-            os.rmdir(log_folder())
+        with contextlib.suppress(FileNotFoundError):
+            if not os.listdir(log_folder()):
+                os.rmdir(log_folder())
     except (proxy.ProxyError, OSError):
         return 1
     return 0
