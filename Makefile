@@ -84,11 +84,15 @@ elif [ -n "$$CI" ]; then exit 1; \
 else printf 'The tests on Windows were not run.\n'; fi
 endef
 
+# Named, for what ends in .pyw is not looked for.
+TRAY = contrib/windows/tray.pyw
+
 lint: venv-lint  ## the linters and the type checker, in that venv
-	"$(VENV)/bin/ruff" check --cache-dir "$(VENV)/.ruff_cache" $(RUFF) .
+	"$(VENV)/bin/ruff" check --cache-dir "$(VENV)/.ruff_cache" $(RUFF) . $(TRAY)
 	"$(VENV)/bin/mypy" --cache-dir "$(VENV)/.mypy_cache" $(MYPY) ssh_agent_proxy.py
 	"$(VENV)/bin/mypy" --cache-dir "$(VENV)/.mypy_cache" $(MYPY) --platform darwin ssh_agent_proxy.py
-	"$(VENV)/bin/mypy" --cache-dir "$(VENV)/.mypy_cache" $(MYPY) --platform win32 ssh_agent_proxy.py
+	"$(VENV)/bin/mypy" --cache-dir "$(VENV)/.mypy_cache" $(MYPY) --platform win32 ssh_agent_proxy.py \
+	    $(TRAY)
 	PATH="$(VENV)/bin:$$PATH" shellcheck --norc --shell=sh $(SHELL_FILES)
 	PATH="$(VENV)/bin:$$PATH" shellcheck --norc --shell=bash .ci/run
 
