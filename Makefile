@@ -11,10 +11,11 @@ PROXY_URL        ?= http://127.0.0.1:7221
 TESTS   ?= tests
 ARGS    ?=
 
-.PHONY: help demo run test test-all test-windows lint check bench build build-shiv windows-python \
-    build-darwin build-all devcontainer-feature install uninstall install-systemd uninstall-systemd status logs pubkey \
-    install-launchd uninstall-launchd clean \
-    tools venv venv-test venv-npm venv-lint venv-shiv absolute-bindir systemd-ready have-launchd
+.PHONY: help demo run test test-all test-windows lint check bench build build-shiv build-darwin \
+    build-windows build-all windows-python msi devcontainer-feature install uninstall \
+    install-systemd uninstall-systemd status logs pubkey install-launchd uninstall-launchd clean \
+    msi-tools tools venv venv-test venv-npm venv-lint venv-shiv absolute-bindir systemd-ready \
+    have-launchd
 # venv-test, venv-npm, venv-lint and venv-shiv install into the same venv.
 .NOTPARALLEL:
 
@@ -175,7 +176,16 @@ build-shiv: venv-shiv  ## dist/ssh-agent-proxy.shiv: the same through shiv
 
 build-darwin: build  ## the same as build: it is one file for Linux and macOS
 
-build-all: build build-shiv  ## both
+# (A program that is missing is told before a Python is fetched.)
+msi: msi-tools windows-python  ## dist/ssh-agent-proxy-VERSION.msi: the installer for Windows
+	"$(PYTHON)" -I contrib/windows/msi.py dist dist/windows-python
+
+build-windows: msi  ## the same as msi
+
+build-all: build build-shiv msi  ## all of them
+
+msi-tools:
+	@PYTHON="$(PYTHON)" sh contrib/need.sh python wixl x86_64-w64-mingw32-gcc
 
 # (The shim is copied: what packages a feature would keep a link to it as a link.)
 FEATURE = dist/devcontainer-feature/ssh-agent-proxy

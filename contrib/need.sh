@@ -88,6 +88,7 @@ name() {
         packages "python$version-venv" python3 python3 python
         ;;
     ssh-*) packages openssh-client openssh-clients openssh-client openssh ;;
+    wixl) packages wixl msitools msitools msitools ;;
     x86_64-w64-mingw32-gcc)
         packages gcc-mingw-w64-x86-64-win32 mingw64-gcc mingw-w64-gcc mingw-w64
         ;;
