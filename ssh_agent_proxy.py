@@ -907,24 +907,20 @@ if sys.platform == "win32":
         handle = 0
 
         def _open(self) -> None:
-            try:
-                while not self.handle:
-                    self._try_to_open(self.upstream.path.replace("/", "\\"))
-            except AgentTimeout as e:
-                raise AgentTimeout(f"{e}: its pipe was busy") from e
-
-        def _try_to_open(self, name: str) -> None:
+            name = self.upstream.path.replace("/", "\\")
             access = _winapi.GENERIC_READ | _winapi.GENERIC_WRITE
             flags = _winapi.FILE_FLAG_OVERLAPPED | SECURITY_SQOS_PRESENT | SECURITY_IDENTIFICATION
             how = (access, 0, _winapi.NULL, _winapi.OPEN_EXISTING, flags, _winapi.NULL)
-            try:
-                self.handle = _winapi.CreateFile(name, *how)
-            except OSError as e:
-                if e.winerror != _winapi.ERROR_PIPE_BUSY:
-                    why = _NO_PIPE.get(e.winerror, e.strerror)
-                    raise AgentError(f"no answer from {self.what}: {why}") from e
-                with contextlib.suppress(OSError):  # ERROR_SEM_TIMEOUT
-                    _winapi.WaitNamedPipe(name, self._slice())  # (0 would be the server's choice)
+            while not self.handle:
+                try:
+                    self.handle = _winapi.CreateFile(name, *how)
+                except OSError as e:
+                    if e.winerror != _winapi.ERROR_PIPE_BUSY:
+                        why = _NO_PIPE.get(e.winerror, e.strerror)
+                        raise AgentError(f"no answer from {self.what}: {why}") from e
+                    self.what = f"the {self.upstream}, whose pipe was busy,"
+                    with contextlib.suppress(OSError):  # ERROR_SEM_TIMEOUT
+                        _winapi.WaitNamedPipe(name, self._slice())  # (0: its server's choice)
 
         def _slice(self) -> int:
             """Milliseconds for the next wait; ClientGone, AgentTimeout."""
