@@ -138,7 +138,7 @@ TABLES = {
     "Icon": [("Name",), ("ssh_agent_proxy.ico",)],
     "Shortcut": [
         ("Directory_", "Name", "Target", "Arguments", "Icon_"),
-        ("ProgramMenuFolder", "ssh-agent-proxy", "[#python.pythonw.exe]", TRAY,
+        ("ProgramMenuFolder", "SSHAGENT|ssh-agent-proxy", "[#python.pythonw.exe]", TRAY,
          "ssh_agent_proxy.ico"),
     ],
     # VersionMinInclusive (256), OnlyDetect (2).
@@ -172,6 +172,16 @@ TABLES = {
 def test_the_table_has_these_rows(name: str, msi: Path) -> None:
     columns, *expected = TABLES[name]
     assert set(expected) <= {tuple(row[c] for c in columns) for row in table(msi, name)}
+
+
+@long
+def test_each_long_name_has_a_short_one(msi: Path) -> None:
+    names = [row["FileName"] for row in table(msi, "File")]
+    names += [row["DefaultDir"] for row in table(msi, "Directory") if row["Directory_Parent"]]
+    short = [name.partition("|")[0] for name in names]
+    assert not [name for name in short if not re.fullmatch(r"\.|\w{1,8}(\.\w{1,3})?", name)]
+    assert len(set(short) - {"."}) == len(short) - short.count(".")
+    assert "ssh_agent_proxy.py" in {name.rpartition("|")[2] for name in names}
 
 
 # As Microsoft numbers the standard actions.

@@ -74,6 +74,15 @@ def identifier(path: PurePosixPath) -> str:
     return f"_{uuid.uuid5(NAMESPACE, str(path)).hex}"
 
 
+def filename(path: PurePosixPath) -> str:
+    """Its last part as Windows Installer wants it: a name of at most 8.3 characters has to be
+    given, with `|` and the name after it where that is longer. (One that is nobody else's.)"""
+    if re.fullmatch(r"\w{1,8}(\.\w{1,3})?", path.name, re.ASCII):
+        return path.name
+    extension = re.sub(r"[^.\w]", "", path.suffix)[:4]
+    return f"{uuid.uuid5(NAMESPACE, str(path)).hex[:8]}{extension}|{path.name}"
+
+
 def files_wxs(files: Sequence[PurePosixPath]) -> str:
     """A component for each folder. What marks it as installed is a value in the user's registry and
     not a file, as Windows Installer wants it in a profile (ICE38), where it also has to be told to
@@ -86,7 +95,7 @@ def files_wxs(files: Sequence[PurePosixPath]) -> str:
         if folder.parts:
             its_id = f"folder.{identifier(folder)}"
             above = directories[folder.parent]
-            directories[folder] = SubElement(above, "Directory", Id=its_id, Name=folder.name)
+            directories[folder] = SubElement(above, "Directory", Id=its_id, Name=filename(folder))
         else:
             its_id = "INSTALLDIR"
             directories[folder] = SubElement(fragment, "DirectoryRef", Id=its_id)
@@ -101,7 +110,8 @@ def files_wxs(files: Sequence[PurePosixPath]) -> str:
         SubElement(component, "RemoveFolder", Id=its_id, On="uninstall")
         for file in files:
             if file.parent == folder:
-                SubElement(component, "File", Id=identifier(file), Name=file.name, Source=str(file))
+                name = filename(file)
+                SubElement(component, "File", Id=identifier(file), Name=name, Source=str(file))
     return ElementTree.tostring(wix, "unicode")
 
 
