@@ -166,15 +166,13 @@ read_options() {
         letter=${1%"$rest"}
         case $1 in
         --) shift && break ;;
-        -[CDEFIMNOPRVYZabfmnrstwz]) # those with a value
-            [ $# -gt 1 ] || refuse "$1 lacks its value" ''
-            take_option "$1" "${2-}"
-            [ $# -eq 1 ] || shift
-            ;;
-        -[CDEFIMNOPRVYZabfmnrstwz]*) # glued to it
-            shift
-            set -- "$letter" "$rest" ${1+"$@"}
-            continue
+        -[CDEFIMNOPRVYZabfmnrstwz]*) # those with a value, glued to them or not
+            if [ -z "$rest" ]; then
+                [ $# -gt 1 ] || refuse "$letter lacks its value" ''
+                [ $# -eq 1 ] || shift
+                rest=$1
+            fi
+            take_option "$letter" "$rest"
             ;;
         -[qvU]) ;; # nothing is said anyway, and it is always an agent that signs
         -? | --* | -?-*) refuse "there is no signing with " "$1" ;;
