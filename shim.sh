@@ -734,16 +734,12 @@ not be asked for its own when the push began: look at \`$PROGRAM pubkey\`, then 
 # $shown: foreign text, of which more than 300 bytes ($2) tell nothing, fit for one line. A
 # terminal obeys control characters, and not only ASCII ones.
 show() {
-    # Some shells take long to cut it.
-    [ ${#1} -le "${2:-300}" ] || set -- "$(printf "%.${2:-300}s" "$1" | tr -c ' -~' '?')"
-    rest=$1
-    shown=''
-    while [ -n "$rest" ]; do
-        clean=${rest%%[! -~]*}
-        rest=${rest#"$clean"}
-        shown=$shown$clean${rest:+?}
-        rest=${rest#?}
-    done
+    shown=$1
+    case $1 in
+    *[!\ -~]*) ;;
+    *) [ ${#1} -gt "${2:-300}" ] || return 0 ;;
+    esac
+    shown=$(printf "%.${2:-300}s" "$1" | tr -c ' -~' '?')
 }
 
 # One line, whatever stands in it. Git takes "usage:" for the word of an OpenSSH that is too old.
