@@ -88,9 +88,10 @@ sign() {
 # What is wrong whatever is signed.
 prepare() {
     [ -z "$prepared" ] || return 0
-    if [ "$namespace:$hash$refused" != git: ] || [ $# -gt 1 ]; then # more than git asks for
-        [ -n "$checked" ] || leave request || return
-    fi
+    case $checked:$#:$hash$refused:$namespace in
+    yes:* | :[01]::git) ;;
+    *) leave request || return ;; # more than git asks for
+    esac
     sign_url=${SSH_AGENT_PROXY_URL:-} named_in=SSH_AGENT_PROXY_URL
     note=${HOME:-}/.config/ssh-agent-proxy/url # which `setup` writes
     if [ -z "$sign_url" ] && [ -e "$note" ]; then
@@ -157,7 +158,8 @@ obtain() {
 
 # --- The command line of ssh-keygen -----------------------------------------------------------
 
-# Reads options as ssh-keygen does, up to the first operand: $consumed arguments.
+# Reads options as ssh-keygen does, up to the first operand: $consumed arguments. What is $refused
+# first is the one to be told, if it comes to -Y sign at all.
 read_options() {
     operation='' namespace=git hash='' named='' key='' refused=''
     consumed=$#
@@ -168,14 +170,22 @@ read_options() {
         --) shift && break ;;
         -[CDEFIMNOPRVYZabfmnrstwz]*) # those with a value, glued to them or not
             if [ -z "$rest" ]; then
-                [ $# -gt 1 ] || refuse "$letter lacks its value" ''
+                [ $# -gt 1 ] || refused="${refused:-$letter lacks its value}"
                 [ $# -eq 1 ] || shift
                 rest=$1
             fi
-            take_option "$letter" "$rest"
+            case $letter$rest in
+            -Y*) operation=$rest ;;
+            -n*) namespace=$rest ;;
+            -f*) named=yes key=$rest ;;
+            -O[Hh][Aa][Ss][Hh][Aa][Ll][Gg]=*) hash=${rest#*=}: ;; # the colon tells empty from none
+            -O*) refused="${refused:-only hashalg=sha256 and hashalg=sha512 are known to -O, not \
+$rest}" ;;
+            *) refused="${refused:-there is no signing with $letter}" ;;
+            esac
             ;;
         -[qvU]) ;; # nothing is said anyway, and it is always an agent that signs
-        -? | --* | -?-*) refuse "there is no signing with " "$1" ;;
+        -? | --* | -?-*) refused="${refused:-there is no signing with $1}" ;;
         -?*) # more of them (by ?, for to mksh [!-] is a byte, and would be met for ever)
             shift
             set -- "$letter" "-$rest" ${1+"$@"}
@@ -186,22 +196,6 @@ read_options() {
         shift
     done
     consumed=$((consumed - $#))
-}
-
-take_option() {
-    case $1$2 in
-    -Y*) operation=$2 ;;
-    -n*) namespace=$2 ;;
-    -f*) named=yes key=$2 ;;
-    -O[Hh][Aa][Ss][Hh][Aa][Ll][Gg]=*) hash=${2#*=}: ;; # the colon tells an empty one from none
-    -O*) refuse "only hashalg=sha256 and hashalg=sha512 are known to -O, not " "$2" ;;
-    *) refuse "there is no signing with " "$1" ;;
-    esac
-}
-
-# The first refusal is the one to be told, if it comes to -Y sign at all.
-refuse() {
-    [ -n "$refused" ] || refused=$1 refused_text=$2
 }
 
 # A URL stands on curl's command line, where everyone can read it, and in messages.
@@ -264,14 +258,9 @@ choose_key() {
 # Is "$1 $2" a public key? Then $wanted is that.
 take_key() {
     blob=${2%[! -~]} # a carriage return
-    case $1 in
-    *[!a-z0-9@.-]*) return 1 ;;
-    ssh-* | ecdsa-* | sk-*) ;;
-    *) return 1 ;;
-    esac
-    case $blob in
-    *[!A-Za-z0-9+/=]*) return 1 ;;
-    AAAA?*) wanted="$1 $blob" ;;
+    case $1:$blob in
+    *[!a-z0-9@.-]*:* | *:*[!A-Za-z0-9+/=]*) return 1 ;;
+    ssh-*:AAAA?* | ecdsa-*:AAAA?* | sk-*:AAAA?*) wanted="$1 $blob" ;;
     *) return 1 ;;
     esac
 }
@@ -746,12 +735,10 @@ show() {
 say() {
     clean_up # first: the reader of standard error may be gone, and writing to it the end
     show "$1" 9999
-    said=''
-    while [ "${shown#*usage:}." != "$shown." ]; do
-        said="$said${shown%%usage:*}usage "
-        shown=${shown#*usage:}
-    done
-    printf '%s: %s\n' "$PROGRAM" "$said$shown" >&2 || :
+    case $shown in
+    *usage:*) shown=$(printf '%s\n' "$shown" | sed 's/usage:/usage /g') ;;
+    esac
+    printf '%s: %s\n' "$PROGRAM" "$shown" >&2 || :
 }
 
 # Does what git wants signed begin with $1? (Where it is not git that asks, there may be no line
@@ -781,7 +768,7 @@ fail() {
 
 # What goes into a header stays in it.
 check_request() {
-    [ -z "$refused" ] || die "$refused$refused_text"
+    [ -z "$refused" ] || die "$refused"
     show "$namespace"
     [ ${#namespace} -le 255 ] || namespace=''
     case $namespace in
@@ -1521,10 +1508,10 @@ override() {
 find_their_key() {
     their_key='' key_file=''
     [ -n "$from" ] || return 0
-    case $value in
-    /*) read_key "$value" || read_key "$value.pub" || return ;;
-    *) is_key "$value" || return ;;
-    esac
+    is_key "$value" || case $value in
+    /*) read_key "$value" || read_key "$value.pub" ;;
+    *) false ;;
+    esac || return
     their_key=$wanted wanted=''
     case $their_key in
     *" $NOBODY" | *" $ANYBODY") their_key='' && return 1 ;;
