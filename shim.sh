@@ -75,8 +75,8 @@ sign() {
     shift "$consumed"
     [ $# -gt 0 ] && [ "$*" != - ] || leave input || return
     while [ $# -gt 0 ]; do
-        file=$1 subject=$1
-        [ "${1#/}." != "$1." ] || subject=./$1 # never an option, never standard input
+        is_whole "$1" || whole=./$1 # never an option, never standard input
+        file=$1 subject=$whole
         prepare "$@" || return
         sign_file || return
         consumed=$((consumed + 1))
@@ -88,15 +88,14 @@ sign() {
 # What is wrong whatever is signed.
 prepare() {
     [ -z "$prepared" ] || return 0
-    case $checked:$#:$hash$refused:$namespace in
-    yes:* | :[01]::git) ;;
-    *) leave request || return ;; # more than git asks for
-    esac
+    [ -n "$checked" ] || { [ "$namespace:$hash$refused" = git: ] && [ $# -le 1 ]; } ||
+        leave request || return # it is more than git asks for
     sign_url=${SSH_AGENT_PROXY_URL:-} named_in=SSH_AGENT_PROXY_URL
     note=${HOME:-}/.config/ssh-agent-proxy/url # which `setup` writes
     if [ -z "$sign_url" ] && [ -e "$note" ]; then
         named_in=$note
         { IFS= read -r sign_url || :; } 2>/dev/null <"$note" || :
+        sign_url=${sign_url%[! -~]} # a carriage return
     elif [ -z "$sign_url" ]; then
         named_in='' sign_url=http://127.0.0.1:7221/sign
     fi
@@ -179,8 +178,7 @@ read_options() {
             -n*) namespace=$rest ;;
             -f*) named=yes key=$rest ;;
             -O[Hh][Aa][Ss][Hh][Aa][Ll][Gg]=*) hash=${rest#*=}: ;; # the colon tells empty from none
-            -O*) refused="${refused:-only hashalg=sha256 and hashalg=sha512 are known to -O, not \
-$rest}" ;;
+            -O*) refused="${refused:-only hashalg=sha256 and =sha512 are known to -O, not $rest}" ;;
             *) refused="${refused:-there is no signing with $letter}" ;;
             esac
             ;;
@@ -201,7 +199,7 @@ $rest}" ;;
 # A URL stands on curl's command line, where everyone can read it, and in messages.
 is_url() {
     case $1 in
-    unix:/*) ;; # no more than a path, which curl takes as it is
+    unix:/*) [ -z "${MSYSTEM:-}" ] ;; # no more than a path, which curl takes as it is
     http://*@* | https://*@* | *[!][A-Za-z0-9:/._~%+,=-]*) return 1 ;;
     http://[!/]*/*[!/] | https://[!/]*/*[!/]) ;;
     *) return 1 ;;
@@ -237,6 +235,7 @@ read_token() {
     while [ -z "$token" ] && [ -n "$more" ]; do
         read -r token rest || more='' # the last line may lack its end
         token=${token%[! -~]}         # a carriage return
+        token=${token#"${token%%[#-~]*}"}
         [ "${token#\#}." = "$token." ] || token='' # a comment
     done <"$1"
     [ -n "$token" ]
@@ -271,6 +270,7 @@ read_key() {
     [ -r "$1" ] && [ ! -d "$1" ] && [ ! -c "$1" ] || return 1
     while [ -n "$more" ]; do
         read -r word blob rest || more='' # the last line may lack its end
+        word=${word#"${word%%[#-~]*}"}    # what PowerShell's > puts first (bash drops its zeros)
         case "$word $blob $rest" in
         "$FETCHED"*) marked=yes ;;
         -----BEGIN*) return 1 ;; # a private key, whose rest is no business of ours
@@ -284,6 +284,24 @@ read_key() {
 remove_gits_key() {
     is_gits_own "$source" .git_signing_key_tmp || return 0
     [ ! -f "$source" ] || [ -L "$source" ] || rm -f -- "$source" 2>/dev/null || :
+}
+
+# --- Git for Windows --------------------------------------------------------------------------
+
+# There sh has paths like /c/Users and /tmp, which git and curl, being Windows' own programs, know
+# nothing of; C:/Users they all take. MSYS2 makes this of that in the arguments of such programs,
+# by the look of them and unless the user has forbidden it (MSYS_NO_PATHCONV): so they are spelled
+# before. Git itself says C:/Users or C:\Users/x, for which no program is started here.
+
+# Is $1 a whole path, not a part of one? $whole: as every program takes it. (MSYSTEM is set by Git
+# Bash, and for what git starts by git.)
+is_whole() {
+    whole=$1
+    case ${MSYSTEM:+windows}$1 in
+    windows[A-Za-z]:/* | windows[A-Za-z]:\\*/* | /*) ;;
+    windows/* | windows[A-Za-z]:\\*) whole=$(cygpath -m -- "$1") || whole=$1 ;;
+    *) return 1 ;;
+    esac
 }
 
 # --- Asking the proxy -------------------------------------------------------------------------
@@ -642,12 +660,13 @@ put_out() {
 # $held for the answer and $data for what is signed: two files in TMPDIR, where others may write,
 # or in $scratch, a folder of our own there, also where descriptors can't be seen (no /proc).
 make_scratch() {
-    if [ -e /dev/fd/3 ] && hold "${TMPDIR:-/tmp}/.$PROGRAM.$$"; then
+    is_whole "${TMPDIR:-/tmp}" || :
+    if [ -e /dev/fd/3 ] && hold "$whole/.$PROGRAM.$$"; then
         data=$held scratch=$held
-        hold "${TMPDIR:-/tmp}/.$PROGRAM.$$"
+        hold "$whole/.$PROGRAM.$$"
         return
     fi
-    scratch=$(make_temporary -d "${TMPDIR:-/tmp}/$PROGRAM.XXXXXX") || return 1
+    scratch=$(make_temporary -d "$whole/$PROGRAM.XXXXXX") || return 1
     held=$scratch/answer data=$scratch/data
 }
 
@@ -810,7 +829,8 @@ token NAME\` prints one on the host" || return
 explain_url() {
     show "$2"
     { [ -n "$2" ] && [ "${2#*@}" = "$2" ]; } || shown='empty, or with a user name'
-    fail "$1 is $shown: it must be http://HOST:PORT/sign, https://HOST/sign or unix:/PATH"
+    fail "$1 is $shown: it must be http://HOST:PORT/sign, https://HOST/sign or \
+unix:/PATH${MSYSTEM:+ (not on Windows, where it has no socket)}"
 }
 
 explain_holder() {
@@ -861,9 +881,9 @@ look_for_key() {
         die "no public key in $shown (git's user.signingkey) nor in $shown.pub: it is the \
 public key that is needed there, the private one stays with the agent"
     fi
-    [ "${key#/}." != "$key." ] || die "user.signingkey is ${shown:-empty}, which is no public key \
+    is_whole "$key" || die "user.signingkey is ${shown:-empty}, which is no public key \
 of a known type, and no file with one (one is fetched only to a path that begins with / or ~/)"
-    source=${key%.pub}.pub
+    source=${whole%.pub}.pub
     fetch_key || die "$problem"
     adopt_key
     chosen=yes
@@ -925,8 +945,8 @@ too" ;;
 # Writes $2 and a line end to file $1, whole or not at all.
 write_key() {
     [ -z "$fresh" ] || return 1 # the one before could not be, and its rest is still there
-    target=$1
-    [ "${1#/}." != "$1." ] || target=./$1
+    is_whole "$1" || whole=./$1
+    target=$whole
     [ ! -d "$target" ] || return 1
     folder=${target%/*}/
     [ -d "$folder" ] || (umask 077 && mkdir -p -- "$folder") 2>/dev/null || return 1
@@ -1310,9 +1330,9 @@ setup() {
     set_out
     trap 'end_early 141' PIPE # the report's reader may be gone
     set +C # which bash takes from the environment
-    scratch=$(make_temporary -d "${TMPDIR:-/tmp}/$PROGRAM.XXXXXX") ||
+    is_whole "${TMPDIR:-/tmp}" || is_whole "$PWD/$TMPDIR"
+    scratch=$(make_temporary -d "$whole/$PROGRAM.XXXXXX") ||
         halt "no folder can be made in ${TMPDIR:-/tmp}: set TMPDIR to one that can be written to"
-    [ "${scratch#/}" != "$scratch" ] || scratch=$PWD/$scratch
     # What a repository is known by; GIT_CONFIG_COUNT and the like are the caller's settings.
     LOCAL=$(git rev-parse --local-env-vars 2>/dev/null | sed /GIT_CONFIG_/d)
     find_files
@@ -1365,7 +1385,8 @@ halt() { # (`stop` would be a command of ksh)
 # $config: what `git config --global` writes to; $beside: the other file that git reads; $own: our
 # folder; $present: the condition of our lines, where they stand there.
 find_files() {
-    own=${HOME-}/.config/ssh-agent-proxy signers=$own/allowed_signers
+    is_whole "${HOME-}" || :
+    own=$whole/.config/ssh-agent-proxy signers=$own/allowed_signers
     config=${GIT_CONFIG_GLOBAL-${HOME-}/.gitconfig}
     beside=${GIT_CONFIG_GLOBAL-${XDG_CONFIG_HOME:-${HOME-}/.config}/git/config}
     [ -e "$config" ] || [ ! -e "$beside" ] || config=$beside
@@ -1375,11 +1396,11 @@ find_files() {
 
 # $program: this very file, by the path it was called by, for git to run it from anywhere.
 find_program() {
-    case $0 in
-    /*) program=$0 ;;
-    */* | *.sh | "$PROGRAM"*) program=$PWD/${0#./} ;;
-    *) program='' ;; # a shell's name
+    is_whole "$0" || case $whole in
+    */* | *.sh | "$PROGRAM"*) is_whole "$PWD/${whole#./}" ;;
+    *) whole='' ;; # a shell's name
     esac
+    program=$whole
     { is_shim "$program" && [ -x "$program" ]; } ||
         halt "git needs this as a file that can be run: save it, chmod +x it, and run that"
     quote "$program"
@@ -1488,9 +1509,8 @@ read_values() {
     get outside user.signingkey
     find_their_key || override user.signingkey "${key_file:=$own/key.pub}"
     get outside gpg.ssh.allowedSignersFile
-    case $value in # one that depends on the folder is none
-    /*) [ ! -f "$value" ] || [ ! -r "$value" ] || signers=$value ;;
-    esac
+    # One that depends on the folder is none.
+    ! is_whole "$value" || [ ! -f "$whole" ] || [ ! -r "$whole" ] || signers=$whole
     [ "${signers%/*}" != "$own" ] || override gpg.ssh.allowedSignersFile "$signers"
 }
 
@@ -1508,10 +1528,8 @@ override() {
 find_their_key() {
     their_key='' key_file=''
     [ -n "$from" ] || return 0
-    is_key "$value" || case $value in
-    /*) read_key "$value" || read_key "$value.pub" ;;
-    *) false ;;
-    esac || return
+    is_key "$value" ||
+        { is_whole "$value" && { read_key "$whole" || read_key "$whole.pub"; }; } || return
     their_key=$wanted wanted=''
     case $their_key in
     *" $NOBODY" | *" $ANYBODY") their_key='' && return 1 ;;
@@ -1571,7 +1589,7 @@ remove_ours() {
 find_what_wins() {
     get inside gpg.ssh.program
     resolved=$(command -v "$value") || : # however it is spelled
-    [ "${resolved#/}" = "$resolved" ] || ! is_shim "$resolved" || program=$value
+    ! is_whole "$resolved" || ! is_shim "$whole" || program=$value
     expect_settings inside
     [ -z "$failed" ] || halt "the next commit will not be signed until that is mended"
     if ! here rev-parse --git-dir >/dev/null; then
@@ -1603,7 +1621,7 @@ expect_settings() {
 tell_cure() {
     quote "${from#file:}"
     case $from in
-    file:/*) cure="git config --file $quoted --unset-all $name" ;;
+    file:/* | file:[A-Za-z]:/*) cure="git config --file $quoted --unset-all $name" ;;
     file:.git/config | file:config) cure="git config --local --unset-all $name" ;;
     file:.git/config.worktree) cure="git config --worktree --unset-all $name" ;;
     file:*) cure="take it out of that file" ;; # the path is escaped, or an include's in the above
