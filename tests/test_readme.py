@@ -34,6 +34,7 @@ import ssh_agent_proxy
 README = "README.md"
 CONTAINERS = "docs/containers.md"
 SECURITY = "docs/security.md"
+WINDOWS = "docs/windows.md"
 NOWHERE = "http://127.0.0.1:1/sign"
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
@@ -41,6 +42,7 @@ PAGES = {
 }
 ALL = "".join(PAGES.values())
 PROXY_SOURCE = PROXY.read_text()
+TRAY_SOURCE = (ROOT / "contrib/windows/tray.pyw").read_text()
 SHIM_SOURCE = SHIM.read_text().replace("\\\n", "")
 
 
@@ -144,9 +146,11 @@ def test_every_endpoint_is_in_the_table() -> None:
     (README, "## When something fails"),
     (CONTAINERS, "## When something fails"),
     (SECURITY, "## Hardening"),
+    (WINDOWS, "## When something fails"),
 ])  # fmt: skip
 def test_every_message_explained_is_one_that_is_said(page: str, heading: str) -> None:
-    said = re.sub(r'"\s*\n\s*f?"', "", PROXY_SOURCE) + SHIM_SOURCE
+    said = re.sub(r'"\s*\n\s*f?"', "", PROXY_SOURCE + TRAY_SOURCE) + SHIM_SOURCE
+    said = said.replace("{PIPES}", ssh_agent_proxy.PIPES)
     said = re.sub(r"\{(self|exchange)\.upstream\}", "agent at ", said)
     said = said.replace("{self.what}", "the agent at ")
     messages = first_cells(section(heading, page))
