@@ -288,13 +288,10 @@ remove_gits_key() {
 
 # --- Git for Windows --------------------------------------------------------------------------
 
-# There sh has paths like /c/Users and /tmp, which git and curl, being Windows' own programs, know
-# nothing of; C:/Users they all take. MSYS2 makes this of that in the arguments of such programs,
-# by the look of them and unless the user has forbidden it (MSYS_NO_PATHCONV): so they are spelled
-# before. Git itself says C:/Users or C:\Users/x, for which no program is started here.
-
-# Is $1 a whole path, not a part of one? $whole: as every program takes it. (MSYSTEM is set by Git
-# Bash, and for what git starts by git.)
+# Is $1 a whole path, not a part of one? $whole: as every program takes it. Where MSYSTEM is set, by
+# Git Bash and by git, sh has paths like /c/Users and /tmp, of which git and curl, Windows' own
+# programs, know nothing; C:/Users they all take. MSYS2 rewrites their arguments so, by the look of
+# them and unless told not to, which is not relied on. Git itself says C:/Users or C:\Users/x.
 is_whole() {
     whole=$1
     case ${MSYSTEM:+windows}$1 in
