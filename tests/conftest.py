@@ -77,8 +77,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
     if not config.getoption("windows"):
         items[:] = [item for item in items if not item.get_closest_marker("windows")]
-    if sys.platform == "win32":  # there are neither ssh-keygen nor sockets
-        items[:] = [item for item in items if not {"keys", "short"} & set(item.fixturenames)]
+    if sys.platform == "win32":
+        import windows
+
+        items[:] = windows.inside(items)
     seed = config.getoption("shuffle")
     if seed is not None:
         # Those of a file stay together: what they share is made once.
@@ -214,6 +216,11 @@ def wait_for(what: Callable[[], Any], seconds: float = 10, message: Any = "") ->
 @contextlib.contextmanager
 def within(seconds: int) -> Iterator[None]:
     """Has what the test does in this process fail where it takes longer."""
+    if sys.platform == "win32":  # afterwards
+        begin = time.monotonic()
+        yield
+        assert time.monotonic() - begin < seconds
+        return
 
     def too_late(*signal_: Any) -> None:
         pytest.fail(f"not done within {seconds} s")

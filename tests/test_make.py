@@ -175,7 +175,8 @@ TEST_RUNS = [
 def test_make_test_says_which_tests_were_not_run(
     few_tests: Path, home: Path, target: str, env: Any, status: int, counted: str, says: str
 ) -> None:
-    answer = make(few_tests, home, target, "ARGS=-n 2", "NPM_PACKAGES=", check=False, **env)
+    none = "NPM_PACKAGES=", "WINE="
+    answer = make(few_tests, home, target, "ARGS=-n 2", *none, check=False, **env)
     told = answer.stdout.decode()
     assert answer.returncode == status, told
     assert re.search(rf"(?m)^=+ {counted} in ", told), told
@@ -186,6 +187,21 @@ def test_make_test_says_which_tests_were_not_run(
     assert len(alone) == (3 if target == "test-all" else 0)
     for number in alone:
         assert noted[number + 1] == noted[number].replace("begin", "end")
+
+
+@pytest.mark.parametrize(("env", "status"), [({}, 0), ({"CI": "1"}, 2)])
+def test_without_wine_the_tests_on_windows_are_not_run_and_that_is_said(
+    few_tests: Path, home: Path, env: Dict[str, str], status: int
+) -> None:
+    path = path_without("wine", home / "bin")
+    (home / "bin" / "cat").symlink_to(shutil.which("cat") or "")
+    answer = make(few_tests, home, "test-windows", check=False, PATH=path, **env)
+    assert answer.returncode == status
+    said = answer.stderr.decode()
+    assert "missing: wine, x86_64-w64-mingw32-gcc\n" in said
+    assert re.search(r"(?m)apt-get install wine gcc-mingw-w64-x86-64-win32$", said)
+    told = answer.stdout.decode()
+    assert told == ("" if status else "The tests on Windows were not run.\n")
 
 
 # ---------------------------------------------------------------- demo

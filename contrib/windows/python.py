@@ -21,6 +21,7 @@ stands in. EMBEDDABLE is python.org's package itself, python-3.X.Y-embed-amd64.z
 pythonw.exe is signed, too: for releases.
 """
 
+import fcntl
 import hashlib
 import os
 import re
@@ -30,7 +31,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Iterator, Optional, Tuple
+from typing import Callable, Iterable, Iterator, Optional, Tuple
 
 MINE = "{}.{}".format(*sys.version_info)
 HERE = Path(__file__).resolve().parent
@@ -207,18 +208,42 @@ def from_python_org(target: Path, package: Path) -> None:
         (target / name).write_bytes(content)
 
 
+def make_once(
+    folder: Path, recipe: str, sources: Iterable[str], make: Callable[[Path], None]
+) -> None:
+    """Has MAKE fill FOLDER, whole or not at all, unless it did so by the same RECIPE and SOURCES.
+
+    Another process that makes the same waits for this one, and finds it made.
+    """
+    wanted = hashlib.sha256(recipe.encode())
+    for name in sources:
+        wanted.update((HERE / name).read_bytes() if (HERE / name).exists() else b"")
+    new, stamp = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.made-of")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists() and stamp.exists() and stamp.read_text() == wanted.hexdigest():
+            return
+        for old in new, folder:
+            shutil.rmtree(old, ignore_errors=True)
+        stamp.unlink(missing_ok=True)
+        new.mkdir()
+        make(new)
+        new.rename(folder)
+        stamp.write_text(wanted.hexdigest())
+
+
 def main(folder: str, embeddable: str = "") -> None:
     target = Path(folder).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as temporary:
-        new = Path(temporary, "new")
-        new.mkdir()
-        if embeddable:
-            from_python_org(new, Path(embeddable))
-        else:
-            from_pypi(new, target.parent / "wheels")
-        shutil.rmtree(target, ignore_errors=True)
-        new.rename(target)
+    sources = ("python.py", "launcher.c", "launcher.manifest", "licences.txt", "modules.txt",
+               "ssh-agent-proxy.ico")  # fmt: skip
+    if embeddable:
+        package = Path(embeddable)
+        made_of = hashlib.sha256(package.read_bytes()).hexdigest() if package.is_file() else ""
+        make_once(target, made_of, sources, lambda new: from_python_org(new, package))
+    else:
+        cache = target.parent / "wheels"
+        make_once(target, sys.version, sources, lambda new: from_pypi(new, cache))
 
 
 # ---------------------------------------------------------------- what the tests run

@@ -1,20 +1,16 @@
 """Where the tests of Windows run: python contrib/windows/wine.py FOLDER
 
 Makes FOLDER, once: `python` is a real Windows Python with this interpreter's pytest, `prefix` a
-Wine of its own, which knows nothing of the user's and writes nothing elsewhere. Another process
-that makes the same waits for this one; what is cut short leaves nothing that counts.
+Wine of its own, which knows nothing of the user's and writes nothing elsewhere.
 """
 
-import contextlib
-import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Dict, Iterator
+from typing import Dict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.dont_write_bytecode = True
@@ -66,14 +62,6 @@ def make(folder: Path, series: str, linux_python: str) -> None:
         wine(folder, "wineserver", "--kill")
 
 
-@contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def main(target: str) -> None:
     folder = Path(target).absolute()
     known = sorted(windows_python.WHEELS, key=lambda series: -int(series[2:]))
@@ -82,20 +70,14 @@ def main(target: str) -> None:
     series, linux_python = next((pair for pair in found if pair[1]), ("", None))
     if not linux_python:
         sys.exit(f"missing: Python {' or '.join(known)}, whose standard library is run on Windows")
-    recipe = hashlib.sha256(f"{series} {linux_python} {sys.version}".encode())
-    for source in "wine.py", "python.py", "launcher.c", "launcher.manifest":
-        recipe.update(Path(__file__).with_name(source).read_bytes())
-    with alone(folder.with_name(f"{folder.name}.lock")):
-        stamp = folder / "made-of"
-        if stamp.exists() and stamp.read_text() == recipe.hexdigest():
-            return
+
+    def make_it(new: Path) -> None:
         print(f"making {target}, once: CPython {series} for Windows, under Wine", flush=True)
-        new = folder.with_name(f"{folder.name}.new")
-        for old in new, folder:
-            shutil.rmtree(old, ignore_errors=True)
-        make(new, series, linux_python)
-        (new / "made-of").write_text(recipe.hexdigest())
-        new.rename(folder)
+        make(new, series, linux_python or "")
+
+    sources = ("wine.py", "python.py", "launcher.c", "launcher.manifest")
+    recipe = f"{series} {linux_python} {sys.version}"
+    windows_python.make_once(folder, recipe, sources, make_it)
 
 
 if __name__ == "__main__":
