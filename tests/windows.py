@@ -55,7 +55,6 @@ LEFT_OUT: Dict[str, List[str]] = {
         "test_commands.py::test_a_busy_port_is_named_and_no_other_address_listened_on",
         "test_commands.py::test_quiet_keeps_warnings_and_audit_lines_only",
         "test_commands.py::test_without_an_agent_it_starts_and_says_what_was_looked_for_until*",
-        "test_config.py::test_a_commands_program_is_expanded",
         "test_config.py::test_a_socket_that_lets_others_in_needs_tokens",
         "test_config.py::test_a_variable_and_its_option_set_the_same[ADDR-unix*",
         "test_config.py::test_a_variable_and_its_option_set_the_same[UPSTREAM-*",
@@ -76,8 +75,7 @@ LEFT_OUT: Dict[str, List[str]] = {
         "test_config.py::test_an_askpass_program_may_stand_on_the_path_or_in_the_home",
     ],
     "modes of files": [
-        "test_tokens.py::test_a_file_that_can_not_be_used_any_more_closes_the_door_until*[of mode*",
-        "test_tokens.py::test_a_file_that_is_closed_to_others_is_taken_behind_a_link_too",
+        "test_tokens.py::test_a_file_that_can_not_be_used_any_more_closes_the_door_until_it_can",
         "test_tokens.py::test_a_token_is_made_and_printed_alone_and_a_second_differs",
         "test_tokens.py::test_nothing_is_added_to_a_file_that_can_not_be_used[of mode*",
     ],
@@ -88,7 +86,7 @@ LEFT_OUT: Dict[str, List[str]] = {
     "hardening that is Linux's, its way to the system, its home": [
         "test_check.py::test_each_step_is_a_line_and_in_force_as_it_is_in_serve",
         "test_commands.py::test_an_address_beyond_loopback_is_listened_on_though_it_comes_later*",
-        "test_tokens.py::test_the_option_names_the_file_too_and_its_path_is_expanded",
+        "test_tokens.py::test_what_stands_in_the_file_stays",
     ],
     "a locale, and text that is none, as Linux has them": [
         "test_commands.py::test_no_locale_gives_a_traceback",
@@ -98,8 +96,7 @@ LEFT_OUT: Dict[str, List[str]] = {
         "test_http.py::test_the_129th_takes_the_place_of_the_one_that_has_been_waited_for*[idle]",
     ],
     "what fails there, and is to be mended": [
-        "test_http.py::test_a_body_that_drips_is_too_slow_as_a_whole[length, hardly a pause]",
-        "test_http.py::test_a_head_that_drips_is_too_slow[0.0001]",
+        "test_http.py::*drips*hardly a pause*",
         "test_http.py::test_where_128_wait_for_the_agent_the_129th_is_busy_at_once",
         "test_tokens.py::test_tokens_added_at_once_are_all_there",
     ],
@@ -305,7 +302,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
             found = left_out_by(pattern, names)
             of_file = [name for name in names if name.startswith(pattern.partition("::")[0])]
             if of_file and not found and not any("::" in arg for arg in config.args):
-                raise pytest.UsageError(f"windows.py leaves out {pattern}, which is not there")
+                counts[f"left out, and not there: {pattern}"] = 0
             counts[f"left out: {reason}"] = counts.get(f"left out: {reason}", 0) + len(found)
             unwanted |= found
     items[:] = [item for item in items if name_of(item) not in unwanted and is_driven(item)]
@@ -315,6 +312,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output["windows"] = counts
+    elif any(what.startswith("left out, and not there") for what in counts):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     elif session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         session.exitstatus = pytest.ExitCode.OK  # TESTS names others
 
