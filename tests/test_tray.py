@@ -210,11 +210,14 @@ def test_a_log_without_a_place_is_a_setting_that_is_wrong(
         tray.LogFile()
 
 
-def test_what_starts_it_at_login_keeps_pythons_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", r"C:\Some where\pythonw.exe")
-    monkeypatch.setattr(sys, "argv", ["tray.pyw"])
-    monkeypatch.setattr(sys, "orig_argv", ["pythonw", "-B", "-I", "tray.pyw"], raising=False)
-    assert tray.command_line() == rf'"C:\Some where\pythonw.exe" -B -I {TRAY}'
+@pytest.mark.parametrize("there", ["python.exe", "pythonw.exe"])
+def test_what_starts_it_at_login_opens_no_console(
+    there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / there).touch()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "a b" / "python.exe"))
+    assert tray.command_line() == f'"{tmp_path}/a b/{there}" -B {TRAY}'
 
 
 # ------------------------------------------------------------------------------------ on a screen

@@ -142,10 +142,10 @@ def environment(choice: str) -> dict[str, str]:
 
 
 def command_line() -> str:
-    """What starts this very program, with the options that its Python was given."""
-    given = getattr(sys, "orig_argv", [sys.executable, *sys.argv])  # since 3.10
-    options = given[1 : len(given) - len(sys.argv)]
-    return subprocess.list2cmdline([sys.executable, *options, os.path.abspath(__file__)])
+    """What starts this very file, without a console; the installer's shortcut has the same."""
+    windowed = os.path.join(os.path.dirname(sys.executable), "pythonw.exe")
+    python = windowed if os.path.exists(windowed) else sys.executable
+    return subprocess.list2cmdline([python, "-B", os.path.abspath(__file__)])
 
 
 def log_folder() -> str:
@@ -401,7 +401,6 @@ class NOTIFYICONDATAW(ctypes.Structure):
 # What each function returns, and what it takes.
 PROTOTYPES: dict[str, dict[str, tuple[Any, ...]]] = {
     "kernel32": {
-        "CloseHandle": (BOOL, HANDLE),
         "CreateMutexW": (HANDLE, LPVOID, BOOL, LPCWSTR),
         "GetModuleHandleW": (HMODULE, LPCWSTR),
         "GlobalAlloc": (HGLOBAL, UINT, SIZE_T),
@@ -549,6 +548,7 @@ def public_key(env: Mapping[str, str]) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------- Tray
 
 WINDOW_CLASS = f"{NAME} tray"  # what an installer, and a second start, look for
+MUTEX = rf"Local\{WINDOW_CLASS}"  # of this session
 WM_CALL = WM_APP + 1  # something for the thread of the window to do
 WM_ICON = WM_APP + 2  # from the icon
 ICON_TIMER, END_TIMER = 1, 2
@@ -774,6 +774,8 @@ class Tray:
             self.balloon(f"Nothing can be signed: {self.state.trouble}", NIIF_ERROR)
 
     def end(self) -> None:
+        if self.state.ending:
+            return
         self.stop()
         self.become(State(ending=True))
         self.win32.EndMenu()
@@ -925,7 +927,7 @@ def is_first(win32: Win32) -> bool:
     """Whether no other one runs in this session; where one does, that is said. One that is about to
     end is waited for."""
     # It is ours as long as the process is there.
-    mutex = win32.CreateMutexW(None, False, rf"Local\{WINDOW_CLASS}")
+    mutex = win32.CreateMutexW(None, False, MUTEX)
     hello = win32.RegisterWindowMessageW(HELLO)
     deadline = time.monotonic() + 2 * END_SECONDS  # Explorer may be slow to take its icon away
     while time.monotonic() < deadline:
@@ -949,19 +951,23 @@ def is_first(win32: Win32) -> bool:
 
 
 def end_running(win32: Win32) -> None:
-    """Ends the tray of this session, if one runs: as at logoff, else by force."""
-    window = win32.FindWindowW(WINDOW_CLASS, None)
-    if not window:
-        return
-    pid = DWORD()
-    win32.GetWindowThreadProcessId(window, ctypes.byref(pid))
-    process = win32.OpenProcess(SYNCHRONIZE | PROCESS_TERMINATE, False, pid)
-    win32.PostMessageW(window, WM_CLOSE, 0, 0)
-    if process:
-        if win32.WaitForSingleObject(process, int(2 * END_SECONDS * 1000)) != WAIT_OBJECT_0:
-            win32.TerminateProcess(process, 1)
-            win32.WaitForSingleObject(process, 1000)
-        win32.CloseHandle(process)
+    """Ends the tray of this session, if one runs or is about to: as at logoff, else by force. While
+    this process is there, no other one begins."""
+    mutex, process = win32.CreateMutexW(None, False, MUTEX), None
+    deadline = time.monotonic() + 2 * END_SECONDS
+    while mutex and win32.WaitForSingleObject(mutex, 100) not in (WAIT_OBJECT_0, WAIT_ABANDONED):
+        window = win32.FindWindowW(WINDOW_CLASS, None)
+        if window and not process:
+            pid = DWORD()
+            win32.GetWindowThreadProcessId(window, ctypes.byref(pid))
+            process = win32.OpenProcess(SYNCHRONIZE | PROCESS_TERMINATE, False, pid)
+            win32.PostMessageW(window, WM_CLOSE, 0, 0)
+        if time.monotonic() > deadline:
+            if process:
+                win32.TerminateProcess(process, 1)
+            break
+    if process:  # which has its log open until it is gone
+        win32.WaitForSingleObject(process, 2000)
 
 
 def remove(win32: Win32) -> int:
