@@ -931,8 +931,9 @@ def is_first(win32: Win32) -> bool:
     hello = win32.RegisterWindowMessageW(HELLO)
     deadline = time.monotonic() + 2 * END_SECONDS  # Explorer may be slow to take its icon away
     while time.monotonic() < deadline:
-        # (None: another user's, or an elevated one's.)
-        if mutex and win32.WaitForSingleObject(mutex, 100) in (WAIT_OBJECT_0, WAIT_ABANDONED):
+        if not mutex:  # another user's, or an elevated one's
+            time.sleep(0.1)
+        elif win32.WaitForSingleObject(mutex, 100) in (WAIT_OBJECT_0, WAIT_ABANDONED):
             return True
         answer = DWORD_PTR()
         first = win32.FindWindowW(WINDOW_CLASS, None)
