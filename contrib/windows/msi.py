@@ -119,8 +119,8 @@ def files_wxs(files: Sequence[PurePosixPath]) -> str:
 
 
 def call(folder: Path, *argv: str) -> None:
-    try:  # (The times in a cabinet are local ones.)
-        done = subprocess.run(argv, cwd=folder, env={**os.environ, "TZ": "UTC"}, check=False)
+    try:
+        done = subprocess.run(argv, cwd=folder, check=False)
     except FileNotFoundError:
         sys.exit(f"msi: {argv[0]} is not here")
     if done.returncode:
