@@ -1973,8 +1973,6 @@ class Config(NamedTuple):
 # ----------------------------------------------------------------------------------- Listening
 
 
-
-
 class Listener(NamedTuple):
     """A socket that listens, and what the log calls it."""
 
