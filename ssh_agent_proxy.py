@@ -35,7 +35,6 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
 import argparse
 import base64
 import contextlib
-import enum
 import errno
 import hashlib
 import hmac
@@ -2270,19 +2269,6 @@ def peer_fields(sock: socket.socket, address: Any) -> dict[str, str]:
 NOTED = dict.fromkeys(("subject", "author", "committer", "encoding", "tagger", "pusher"), 100)
 
 
-class State(enum.Enum):
-    """What becomes of a connection. It changes under the server's lock, where the arrows say:
-
-        READING ──────claim─────> WORKING ──conclude──> ANSWERED
-           └──make_room, admit──> PUT_OFF ──conclude──┘
-    """
-
-    READING = "its client is waited for, and its place may be given to another connection"
-    WORKING = "it is read whole, and keeps its place until it is answered"
-    PUT_OFF = "it has no place, and may have to be told so"
-    ANSWERED = "one thread has answered it, or is about to: no other does"
-
-
 class Handler:
     """One connection: one request, one answer, one line in the log."""
 
@@ -2292,7 +2278,9 @@ class Handler:
         self.accepted = time.monotonic()
         self.client = Client(connection)
         self.stream = io.BufferedReader(self.client, BUFFER // 4)
-        self.state = State.READING
+        # Both change under the server's lock, as does what has a place there.
+        self.claimed = False  # it is read whole, and keeps its place until it is answered
+        self.answered = False  # by one thread, or about to be: no other does
         self.whole = False  # all that belongs to the request has been read
         self.token: Optional[Token] = None
         self.payload: Optional[Payload] = None
@@ -2321,9 +2309,9 @@ class Handler:
         """Gives ANSWER, unless another thread has given one: whoever took the connection's place,
         or ends the proxy."""
         with self.proxy.lock:
-            concluded = self.state is State.ANSWERED
-            self.state = State.ANSWERED
-        if not concluded:
+            answered = self.answered
+            self.answered = True
+        if not answered:
             self.record(answer)
             self.send(answer)
 
@@ -2578,20 +2566,18 @@ class Server:
         """A place for HANDLER's connection; False where all requests are read whole."""
         with self.lock:
             if len(self.places) >= PLACES and not self.make_room():
-                handler.state = State.PUT_OFF
                 return False
             self.places.add(handler)
             return True
 
     def make_room(self) -> bool:
         """Takes the place of the connection that has kept us waiting longest for its own bytes."""
-        waiting = [handler for handler in self.places if handler.state is State.READING]
+        waiting = [handler for handler in self.places if not handler.claimed]
         if not waiting:
             return False
         victim = min(waiting, key=lambda handler: (handler.has_sent(), handler.client.since))
         # While we hold the lock, its own thread neither answers nor closes.
         self.places.remove(victim)
-        victim.state = State.PUT_OFF
         victim.client.gap = -1  # nothing more of the request is read
         if not victim.end_silence():
             victim.conclude(BUSY)
@@ -2609,9 +2595,8 @@ class Server:
     def claim(self, handler: Handler) -> bool:
         """Has HANDLER still its place? From now on that is safe: what takes time is ours."""
         with self.lock:
-            if handler.state is State.READING:
-                handler.state = State.WORKING
-            return handler.state is State.WORKING
+            handler.claimed = handler in self.places and not handler.answered
+            return handler.claimed
 
     def linger(self, handler: Handler) -> None:
         """HANDLER is answered and gives its place back; it reads on until its client is done."""
