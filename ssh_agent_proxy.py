@@ -1361,9 +1361,14 @@ class Consent:
     def holds(self, what: tuple[str, ...]) -> bool:
         return boottime() < self.agreed.get(what, 0)
 
-    def ask(self, payload: Payload, namespace: str, key: PublicKey, peer: dict[str, str],
-            token: Optional[Token], client: socket.socket) -> None:  # fmt: skip
-        """Returns if the person agrees, or has agreed, to what PEER asks for; else 403."""
+    def ask(self, payload: Payload, namespace: str, wanted: Wanted, peer: dict[str, str],
+            token: Optional[Token], client: socket.socket) -> Wanted:  # fmt: skip
+        """The very key that was shown, if the person agrees, or has agreed, to what PEER asks for;
+        else 403. (Another one that the agent lists first by then has not been agreed to.)"""
+        key = wanted.key
+        if not key:
+            with self.agents.exchange(client) as exchange:
+                key = choose(list_keys(exchange), wanted).key
         who = peer.get("uid") or peer["peer"].rpartition(":")[0]
         names = [v if n == "peer" else f"{n} {v}" for n, v in peer.items()]
         if token:
@@ -1375,6 +1380,7 @@ class Consent:
                  "a yes holds": scope}  # fmt: skip
         prompt = consent_prompt(payload, facts)
         self.obtain(prompt, (who, payload.kind, namespace, key.line), seconds, client)
+        return wanted._replace(key=key)
 
     def obtain(self, prompt: str, what: tuple[str, ...], seconds: float,
                client: socket.socket) -> None:  # fmt: skip
@@ -2414,7 +2420,8 @@ class Handler:
         if not self.proxy.claim(self):
             return BUSY
         if self.proxy.consent:
-            wanted = self.ask_person(self.proxy.consent, payload, namespace, wanted)
+            who = (self.peer, self.token, self.connection)
+            wanted = self.proxy.consent.ask(payload, namespace, wanted, *who)
         if self.find_token(head) != self.token:
             raise RequestError(403, "the line of this token was changed meanwhile: try again")
         with self.proxy.agents.exchange(self.connection) as exchange:
@@ -2424,17 +2431,6 @@ class Handler:
         if finished := payload.object_id(block):
             self.noted["id"] = finished
         return Answer(200, "application/x-ssh-signature", block)
-
-    def ask_person(self, consent: Consent, payload: Payload, namespace: str,
-                   wanted: Wanted) -> Wanted:  # fmt: skip
-        """Has a person agree, and returns the very key that was shown: another one that the agent
-        lists first by then has not been agreed to."""
-        key = wanted.key
-        if not key:
-            with self.proxy.agents.exchange(self.connection) as exchange:
-                key = choose(list_keys(exchange), wanted).key
-        consent.ask(payload, namespace, key, self.peer, self.token, self.connection)
-        return wanted._replace(key=key)
 
     def answer_publickey(self, head: Head) -> Answer:
         wanted = self.choices(head)[2]
