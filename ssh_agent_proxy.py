@@ -1649,10 +1649,6 @@ def parse_seconds(value: str, env: Env) -> float:
     return float(value)
 
 
-def parse_hold(value: str, env: Env) -> float:
-    return 0 if value == "0" else parse_seconds(value, env)
-
-
 def expand(path: str, env: Env) -> str:
     """PATH with a leading ~ or %h/ and with $VAR expanded: a systemd env file expands nothing. On
     Windows %VAR% too, in whatever case, as everywhere there."""
@@ -1832,7 +1828,7 @@ OPTIONS = (
            parse_payloads),
     Option("CONFIRM", "", "PROGRAM", "an askpass; it must agree to every signature", parse_confirm),
     Option("CONFIRM_FOR", "0", "SECONDS", "how long its yes holds for the same client and kind",
-           parse_hold),
+           lambda value, env: 0 if value == "0" else parse_seconds(value, env)),
     Option("ALLOWED_HOSTS", "", "NAMES", "further names that a Host header may carry, separated "
            "by commas, .suffix for all below it", parse_host, several=True),
     Option("TIMEOUT", "120", "SECONDS", "for one whole exchange with the agent, a touch included",
