@@ -1131,10 +1131,9 @@ class Agents:
     def hint(self) -> str:
         """Names another well-known agent that has keys, where the one in use is of no help."""
         in_use = self.upstream or self.last or Upstream()
-        used = os.path.realpath(in_use.path) if self.places else ""  # (it would open a pipe)
         deadline = time.monotonic() + HINT_SECONDS
         for path in self.places:
-            if os.path.realpath(path) == used:
+            if os.path.realpath(path) == os.path.realpath(in_use.path):
                 continue
             with contextlib.suppress(ProxyError), Exchange(Upstream(path), deadline) as exchange:
                 keys = count(len(list_keys(exchange)), "key")
