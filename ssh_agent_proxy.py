@@ -572,11 +572,11 @@ def well_known_sockets(platform: str, home: str, runtime: str) -> tuple[str, ...
     return (*paths, f"{home}/.gnupg/S.gpg-agent.ssh")
 
 
-def _kill_group(leader: int, number: int) -> None:
+def _end_group(leader: int, kill: bool) -> None:
     """LEADER has not been waited for: its number is nobody else's yet."""
-    if sys.platform != "win32":
+    if sys.platform != "win32":  # no command is run there
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(leader, number)
+            os.killpg(leader, signal.SIGKILL if kill else signal.SIGTERM)
 
 
 def _why(path: str, e: OSError) -> str:
@@ -644,13 +644,11 @@ class ProcessGroups(set[int]):
 
     def end(self) -> None:
         """At the end of the program: no command outlives it."""
-        if sys.platform == "win32":
-            return  # none is run there
         with self.lock:  # one that is being started is among them, or never will be
             self.ended = True
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        for kill in (False, True):
             for group in tuple(self):
-                _kill_group(group, number)
+                _end_group(group, kill)
             end = time.monotonic() + EXEC_GRACE
             while self and time.monotonic() < end:
                 time.sleep(0.01)
@@ -805,10 +803,10 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
     def end(self) -> None:
         """Closes the connection, and ends a command that still runs, with its whole group."""
         self.socket.close()
-        if self.process and self.process.returncode is None and sys.platform != "win32":
-            _kill_group(self.process.pid, signal.SIGTERM)
+        if self.process and self.process.returncode is None:
+            _end_group(self.process.pid, kill=False)
             self._log_until_silent()
-            _kill_group(self.process.pid, signal.SIGKILL)
+            _end_group(self.process.pid, kill=True)
         if self.process:
             self.groups.discard(self.process.pid)
             self.process.wait()
