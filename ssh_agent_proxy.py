@@ -469,10 +469,9 @@ _NONCHARACTERS = re.compile(f"[\ufdd0-\ufdef{_PLANES_ENDS}]")
 
 
 def _is_utf8_to_git(data: bytes) -> bool:
-    try:
+    with contextlib.suppress(UnicodeDecodeError):
         return not _NONCHARACTERS.search(data.decode())
-    except UnicodeDecodeError:
-        return False
+    return False
 
 
 class Payload(NamedTuple):
@@ -725,10 +724,9 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         """The next bytes; none once it has hung up, be it on what we wrote."""
         while self.socket.fileno() not in self.wait():
             pass
-        try:
+        with contextlib.suppress(OSError):
             return self.socket.recv(65536)
-        except OSError:
-            return b""
+        return b""
 
     def _send(self, data: bytes) -> None:
         self.socket.settimeout(max(0, self.deadline - time.monotonic()))
@@ -2688,12 +2686,10 @@ class StderrHandler(logging.Handler):
 
     def write(self, data: bytes, patience: float) -> int:
         """How many bytes were taken within PATIENCE seconds."""
-        try:
-            if not select.select([], [self.fd], [], patience)[1]:
-                return 0
-            return os.write(self.fd, data)
-        except OSError:  # closed: there is nobody to tell
-            return 0
+        with contextlib.suppress(OSError):  # closed: there is nobody to tell
+            if select.select([], [self.fd], [], patience)[1]:
+                return os.write(self.fd, data)
+        return 0
 
 
 class WindowsHandler(StderrHandler):
