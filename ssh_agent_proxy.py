@@ -1334,11 +1334,9 @@ def consent_prompt(payload: Payload, facts: Mapping[str, str]) -> str:
 def boottime() -> float:
     """A clock that goes on while the machine is suspended: what was agreed to before a night is
     over after it. Linux's and macOS's time.monotonic() stand still then, Windows' does not."""
-    if sys.platform == "linux":
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
-    if sys.platform == "darwin":
-        return time.clock_gettime(time.CLOCK_MONOTONIC)
-    return time.monotonic()
+    if sys.platform == "win32":
+        return time.monotonic()
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class Consent:
