@@ -3089,17 +3089,15 @@ def service_findings() -> Iterator[Finding]:
     import subprocess
 
     argv = ("systemctl", "--user", "show", "--property=MainPID", "--value", PROGRAM)
-    try:
+    names = ("NoNewPrivs", "VmLck", "Max core file size", "Max locked memory")
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):  # it does not
         done = subprocess.run(argv, capture_output=True, timeout=5, check=False)
         pid = int(done.stdout)
         facts = process_facts(str(pid))
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return
-    names = ("NoNewPrivs", "VmLck", "Max core file size", "Max locked memory")
-    state = ", ".join(f"{name} {facts.get(name, 'unknown')}" for name in names)
-    weak = facts.get("NoNewPrivs") != "1" or facts.get("VmLck") == "0 kB"
-    level = logging.WARNING if weak else logging.INFO
-    yield level, f"the user service runs as PID {pid}: {state}"
+        state = ", ".join(f"{name} {facts.get(name, 'unknown')}" for name in names)
+        weak = facts.get("NoNewPrivs") != "1" or facts.get("VmLck") == "0 kB"
+        level = logging.WARNING if weak else logging.INFO
+        yield level, f"the user service runs as PID {pid}: {state}"
 
 
 def asker_findings(config: Config, tokens: Sequence[Token]) -> Iterator[Finding]:
