@@ -81,7 +81,8 @@ WINE = wine
 define on-windows
 @set -e; if sh contrib/need.sh $(WINE) x86_64-w64-mingw32-gcc; then \
     "$(VENV)/bin/python" contrib/windows/wine.py "$(VENV)/windows"; \
-    (set -x; $(PYTEST) --windows="$(VENV)/windows" $(ARGS) $(TESTS)); \
+    (set -ex; $(PYTEST) --windows="$(VENV)/windows" $(ARGS) $(TESTS); \
+        $(PYTEST) --windows="$(VENV)/windows" --screen -n 0 $(ARGS) $(TESTS)); \
 elif [ -n "$$CI" ]; then exit 1; \
 else printf 'The tests on Windows were not run.\n'; fi
 endef

@@ -63,6 +63,7 @@ MARKS = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in another order")
     parser.addoption("--windows", type=Path, metavar="FOLDER", help="those on Windows: windows.py")
+    parser.addoption("--screen", action="store_true", help="of these, those that run alone")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -353,6 +353,7 @@ def installer(windows: Any, versions: List[Path]) -> Iterator[Installer]:
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as screen:
         assert screen.stdout
         display = f":{screen.stdout.readline().decode().strip()}"
+        windows.restart()
         installer = Installer(windows, display, *versions)
         yield installer
         for msi in (installer.new, installer.old):

@@ -345,6 +345,7 @@ def desktop(windows: Any, tmp_path: Path) -> Iterator[Desktop]:
     argv = [need("Xvfb", "xvfb"), "-displayfd", "1", "-screen", "0", "1280x1024x24", "-terminate"]
     screen = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert screen.stdout
+    windows.restart()
     desktop = Desktop(windows, tmp_path, f":{screen.stdout.readline().decode().strip()}")
     try:
         yield desktop

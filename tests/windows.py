@@ -10,8 +10,9 @@ of its own. Three kinds of tests run then:
   its reason, and counted at the end.
 - Those with the mark `windows`, whatever their file; they run in no other way. All of the above
   holds for them too, so that start_proxy, call and run give them the program on Windows. Those that
-  write to the registry or need the screen carry the mark `alone` as well. The fixture `windows` is
-  the Lab below:
+  write to the registry or need the screen carry the mark `alone` as well, and are run by --screen,
+  in one process. The fixture `windows` is the Lab below:
+      windows.restart()                    ends what runs: a new screen is met by a new Wine
       windows.wine("msiexec", "/i", path)  any program of Windows', to its end
       windows.env(home)                    the environment that starts one, for a Popen
       windows.path(path)                   a path as a Windows program has to be given it
@@ -167,6 +168,13 @@ class Lab:
                 said[i] = "//./pipe/nobody-serves-this"
         return said
 
+    def restart(self) -> None:
+        """Wine's desktop stays on the screen that it was first shown on, even once that is gone."""
+        self._pipes.close()
+        subprocess.run(["wineserver", "-k"], env=self.env(), check=False)
+        subprocess.run(["wineserver", "-w"], env=self.env(), check=True, timeout=30)
+        self._pipes = Pipes(self)
+
     def close(self) -> None:
         self._pipes.close()
 
@@ -305,7 +313,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
                 counts[f"left out, and not there: {pattern}"] = 0
             counts[f"left out: {reason}"] = counts.get(f"left out: {reason}", 0) + len(found)
             unwanted |= found
-    items[:] = [item for item in items if name_of(item) not in unwanted and is_driven(item)]
+    # Each test with a screen has a Wine begun anew, which leaves no room for another's.
+    screen = config.getoption("screen")
+    items[:] = [
+        item
+        for item in items
+        if name_of(item) not in unwanted
+        and is_driven(item)
+        and screen == (item.get_closest_marker("alone") is not None)
+    ]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
