@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import pytest
 import test_shim
-from conftest import SHIM, Agent, Keys, cannot_run, clean_env, fingerprint, need, run
+from conftest import SHIM, Agent, Keys, cannot_run, clean_env, fingerprint, need, rows, run
 from test_shim import URL, Done, Served, in_a_namespace, liar, on_linux, serve, served, tree
 
 __all__ = ["liar", "served"]  # fixtures
@@ -567,32 +567,29 @@ def test_a_proof_that_fails_leaves_the_settings_and_trusts_nobody(
     assert place.commit() == "G"
 
 
-def test_a_key_whose_signature_does_not_verify_is_not_trusted(one: Place, liar: Any) -> None:
-    key = test_shim.served_key(test_shim.LINE)
-    server = liar(key, key, test_shim.answer(test_shim.ARMOR))
-    report = one.refuses("that verifies: ", **server.env)
-    assert report.lines[1:] == [UNTIL]
-    assert not (one.folder / "allowed_signers").exists()
+SERVED = test_shim.served_key(test_shim.LINE)
+LIKE_OURS = b"no ssh-agent-proxy-sign: all is well\n"
+# What is done before, what is answered, and what is told.
+UNTRUSTED = rows([
+    ("a signature that does not verify", "", [SERVED, SERVED, test_shim.answer(test_shim.ARMOR)],
+     "that verifies: "),
+    ("a word like ours", "", [SERVED, SERVED, test_shim.answer(LIKE_OURS, "403 Forbidden")],
+     "answered 403: no ssh-agent-proxy-sign: all is well"),
+    ("another key than git names", f"{KEY}$KEYS/ed25519", [SERVED],
+     "user.signingkey names another key than http"),
+    ("nobody's key", "", [test_shim.served_key(test_shim.NOBODY)],
+     "answered 200 without a public key"),
+])  # fmt: skip
 
 
-def test_a_servers_word_is_not_taken_for_ours(one: Place, liar: Any) -> None:
-    key = test_shim.served_key(test_shim.LINE)
-    reason = b"no ssh-agent-proxy-sign: all is well\n"
-    server = liar(key, key, test_shim.answer(reason, "403 Forbidden"))
-    one.refuses("answered 403: no ssh-agent-proxy-sign: all is well", **server.env)
-
-
-def test_another_key_than_git_names_is_not_trusted(one: Place, liar: Any) -> None:
-    one.sh(f"{KEY}$KEYS/ed25519")
-    server = liar(test_shim.served_key(test_shim.LINE))
-    one.refuses("user.signingkey names another key than http", **server.env)
-    assert not (one.folder / "allowed_signers").exists()
-
-
-def test_a_key_that_nobody_holds_is_not_trusted(one: Place, liar: Any) -> None:
-    server = liar(test_shim.served_key(test_shim.NOBODY))
-    one.refuses("answered 200 without a public key", **server.env)
-    assert sorted(tree(one.home)) == [f"{OWN}/gitconfig", ".gitconfig"]
+@pytest.mark.parametrize("script, answers, told", UNTRUSTED)
+def test_a_key_without_a_proof_is_not_trusted(
+    one: Place, liar: Any, script: str, answers: List[bytes], told: str
+) -> None:
+    one.sh(script)
+    report = one.refuses(told, **liar(*answers).env)
+    assert report.lines[-1] == UNTIL
+    assert {*tree(one.home)} - {f"{OWN}/url"} == {f"{OWN}/gitconfig", ".gitconfig"}
 
 
 def test_what_was_relied_on_is_kept_or_named(one: Place, agent: Agent, keys: Keys) -> None:
