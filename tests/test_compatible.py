@@ -185,8 +185,9 @@ def both(keys: Keys, tmp_path_factory: Any) -> Iterator[Both]:
 
 # ---------------------------------------------------------------- what calls ssh-keygen
 
-# What was read is named by its version, or by the commit that the file was taken from. Temporary
-# files are called as theirs are; those that hold a literal key have no line end.
+# What was read is named by its version, or by the commit that the file was taken from; jj, dulwich
+# and patatt are run themselves elsewhere. Temporary files are called as theirs are; those that hold
+# a literal key have no line end.
 CALLERS = [
     # git 2.55, gpg-interface.c
     ("git", "-Y sign -n git -f k/ed25519.pub .git_signing_buffer_tmpAb3dEf"),
@@ -194,9 +195,6 @@ CALLERS = [
     ("git, principals", "-Y find-principals -f signers -s old.sig -Overify-time=20231114221320"),
     ("git, verify", "-Y verify -n git -f signers -I me@a -s old.sig -Overify-time=20231114"),
     ("git, unknown", "-Y check-novalidate -n git -s old.sig -Overify-time=20231114221320"),
-    # jj, lib/src/ssh_signing.rs, 081ecb809a31; standard output is the signature
-    ("jj", "-Y sign -f k/ed25519.pub -n git"),
-    ("jj, literal key", "-Y sign -f jj-signing-key-Ab3dEf -n git"),
     # GitButler, crates/but-core/src/commit/mod.rs, 0200aa5e061f
     ("GitButler", "-Y sign -n git -f .tmpAb3dEf -U .tmpGh6jKl"),
     # gitui, asyncgit/src/sync/sign.rs, 04275401b6bb (-U where the program is called ssh-keygen)
@@ -205,11 +203,6 @@ CALLERS = [
     ("git-ps", "-Y sign -n git -f .tmp_signing_key"),
     # Sapling, eden/scm/sapling/signing.py
     ("Sapling", "-Y sign -n git -f .sl_signing_key_ab3def_h -U .sl_signing_buffer_ab3def_h"),
-    # dulwich 1.2.21, dulwich/signature.py: its signer is always called git
-    ("dulwich", "-Y sign -f k/ed25519.pub -n git data.git"),
-    # patatt 0.8.0, which attests the kernel's patches
-    ("patatt", "-Y sign -n patatt -f k/ed25519.pub"),
-    ("patatt, fingerprint", "-l -f k/ed25519.pub"),
     # What manuals tell people
     ("a person", "-Y sign -f k/ed25519 -n file data.git .tmpGh6jKl"),
     ("a person, input", "-q -Y sign -n file -f k/ed25519 -"),
@@ -226,7 +219,7 @@ def test_a_caller_gets_what_ssh_keygen_would_give_it(
         with both.laid_out() as one_shim.folder:
             folder = one_shim.folder
             for before, word in zip(argv, argv[1:]):  # what it makes itself
-                if word.startswith((".", "jj-", "data")):
+                if word.startswith((".", "data")):
                     content = both.literal.encode() if before == "-f" else commit()
                     (folder / word).write_bytes(content)
             if ours:
