@@ -165,15 +165,6 @@ def test_it_imports_the_standard_library_only() -> None:
     assert modules - standard_library() == set()
 
 
-def test_its_own_directory_is_off_the_path_before_any_other_import() -> None:
-    first = [s for s in TREE.body if not isinstance(s, ast.Expr)]
-    while isinstance(first[0], ast.ImportFrom) and first[0].module == "__future__":
-        first = first[1:]
-    assert ast.unparse(first[0]) == "import sys"
-    assert isinstance(first[1], ast.If)
-    assert "sys.path" in ast.unparse(first[1].body[0])
-
-
 def test_what_is_imported_at_the_top_is_in_one_place_and_used_by_many() -> None:
     imports = [s for s in TREE.body if isinstance(s, (ast.Import, ast.ImportFrom))]
     assert {section_of(statement.lineno) for statement in imports} == {"Head"}
