@@ -204,25 +204,14 @@ def may_be_unlimited() -> bool:
     return run([sys.executable, "-c", test], check=False).returncode == 0
 
 
-Surrounded = Callable[[Surroundings], List[str]]
-
-
-@pytest.fixture
-def surrounded(short: Path) -> Surrounded:
+def surrounded(where: Surroundings, short: Path) -> List[str]:
     """The command that starts the program in such surroundings, hook included."""
-
-    def words(where: Surroundings) -> List[str]:
-        limit = where.limit
-        if limit == "none":
-            limit = str(UNLIMITED) if may_be_unlimited() else str(8 << 20)
-        launcher, inside = short / "launcher", short / "inside"
-        launcher.write_text(LAUNCHER)
-        inside.write_text(INSIDE)
-        python = [sys.executable, "-I", "-S"]
-        return [*python, str(launcher), limit, where.powers,
-                *python, str(inside), where.flags, json.dumps(where.answers)]  # fmt: skip
-
-    return words
+    launcher, inside = short / "launcher", short / "inside"
+    launcher.write_text(LAUNCHER)
+    inside.write_text(INSIDE)
+    python = [sys.executable, "-I", "-S"]
+    return [*python, str(launcher), where.limit, where.powers,
+            *python, str(inside), where.flags, json.dumps(where.answers)]  # fmt: skip
 
 
 def claims(lines: List[str]) -> List[bool]:
@@ -244,10 +233,10 @@ LATER = [pytest.param(name, marks=pytest.mark.long) for name in LONG]
 
 @pytest.mark.parametrize("name", [*(name for name in SURROUNDINGS if name not in LONG), *LATER])
 def test_the_log_says_what_is_so(
-    name: str, surrounded: Surrounded, agent_with_key: Agent, start_proxy: Callable[..., Proxy]
+    name: str, short: Path, agent_with_key: Agent, start_proxy: Callable[..., Proxy]
 ) -> None:
     where = SURROUNDINGS[name]
-    proxy = start_proxy(upstream=agent_with_key.sock, python=surrounded(where))
+    proxy = start_proxy(upstream=agent_with_key.sock, python=surrounded(where, short))
     lines = proxy.log().split("listening on")[0].splitlines()
     so = json.loads(http(proxy.port, "GET", "/shim").body)
     assert claims(lines) == so
@@ -312,23 +301,25 @@ def sign_at_once(proxy: Proxy, agent: Agent, number: int) -> List[int]:
 
 
 def test_with_a_finite_limit_threads_and_bodies_go_on(
-    surrounded: Surrounded, start_proxy: Callable[..., Proxy], agent: Agent, keys: Keys
+    short: Path, start_proxy: Callable[..., Proxy], agent: Agent, keys: Keys
 ) -> None:
     agent.add(keys["ed25519"])
-    proxy = start_proxy(upstream=agent.sock, python=surrounded(Surroundings()))
+    proxy = start_proxy(upstream=agent.sock, python=surrounded(Surroundings(), short))
     assert sign_at_once(proxy, agent, 128) == [200] * 128
     assert http(proxy.port, "POST", "/sign", bytes(64 << 20)).status == 200
     assert "cannot start another thread" not in proxy.log()
 
 
 def test_without_a_limit_all_memory_is_locked_and_costs_no_more_than_is_used(
-    surrounded: Surrounded, agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]
+    short: Path, agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]
 ) -> None:
-    if not int(status(os.getpid())["CapEff"], 16) & CAP_IPC_LOCK and not may_be_unlimited():
+    unlimited = may_be_unlimited()
+    if not unlimited and not int(status(os.getpid())["CapEff"], 16) & CAP_IPC_LOCK:
         cannot_run("RLIMIT_MEMLOCK can't be unlimited here: run this as root (prlimit --memlock)")
     agent.add(keys["ed25519"])
-    where = Surroundings(powers="keep", limit="none", flags="raisable")
-    proxy = start_proxy(upstream=agent.sock, python=surrounded(where))
+    limit = str(UNLIMITED if unlimited else 8 << 20)
+    where = Surroundings(powers="keep", limit=limit, flags="raisable")
+    proxy = start_proxy(upstream=agent.sock, python=surrounded(where, short))
     assert kib(proxy.pid, "VmLck") > kib(proxy.pid, "VmSize") / 2
     before = kib(proxy.pid, "VmRSS")
     assert before < 48 << 10
@@ -381,13 +372,13 @@ print(json.dumps(found))
 
 
 def test_no_other_process_of_the_user_looks_into_it(
-    surrounded: Surrounded, short: Path, start_proxy: Callable[..., Proxy]
+    short: Path, start_proxy: Callable[..., Proxy]
 ) -> None:
     look = short / "look"
     look.write_text(LOOK)
     found = {}
     for flags in ("", "dumpable"):
-        words = surrounded(Surroundings(flags=flags))
+        words = surrounded(Surroundings(flags=flags), short)
         proxy = start_proxy(upstream=short / "nowhere", python=words)
         *launched, _, _, _ = words
         found[flags] = json.loads(run([*launched, look, proxy.pid]).stdout)
@@ -412,10 +403,10 @@ def leaves_a_core(argv: List[Any], folder: Path) -> bool:
         return end.si_code == 3  # CLD_DUMPED
 
 
-def test_its_end_leaves_no_core(surrounded: Surrounded, short: Path) -> None:
-    if not leaves_a_core(surrounded(Surroundings(flags="unhardened")), short):
+def test_its_end_leaves_no_core(short: Path) -> None:
+    if not leaves_a_core(surrounded(Surroundings(flags="unhardened"), short), short):
         cannot_run("no process leaves a core here: see ulimit -Hc, kernel.core_pattern")
     for core in short.glob("core*"):
         core.unlink()
-    assert not leaves_a_core(surrounded(Surroundings()), short)
+    assert not leaves_a_core(surrounded(Surroundings(), short), short)
     assert not list(short.glob("core*"))
