@@ -288,29 +288,22 @@ def test_demo_uses_no_setting_of_the_users(start_demo: Any, home: Path) -> None:
     demo.signs_all()
 
 
-@pytest.fixture
-def interrupt(home: Path) -> Any:
-    """interrupt(MOMENT, KIND): a PATH on which a command like MOMENT interrupts the demo.
-
-    So each moment is met exactly, whatever the machine is doing.
-    """
-
-    def prepare(moment: str, kind: Any) -> str:
-        number, group = kind
-        when, command = moment.split(" ", 1)
-        tool = command.split(" ", 1)[0]
-        real = f"'{shutil.which(tool)}' \"$@\""
-        steps = [
-            f"until [ -s '{home}/demo.pid' ]; do :; done",
-            f"kill -{int(number)} {group}$(cat '{home}/demo.pid')",
-            f"touch '{home}/interrupted'",
-        ]
-        steps = [*steps, f"exec {real}"] if when == "before" else [real, *steps]
-        pattern = command.replace(" ", "\\ ")
-        met = f'case "{tool} $*" in {pattern}) ;; *) exec {real} ;; esac'
-        return stand_in(home / "interrupting", tool, "\n".join([met, *steps]))
-
-    return prepare
+def interrupt(home: Path, moment: str, kind: Any) -> str:
+    """A PATH on which a command like MOMENT interrupts the demo: so each moment is met exactly,
+    whatever the machine is doing."""
+    number, group = kind
+    when, command = moment.split(" ", 1)
+    tool = command.split(" ", 1)[0]
+    real = f"'{shutil.which(tool)}' \"$@\""
+    steps = [
+        f"until [ -s '{home}/demo.pid' ]; do :; done",
+        f"kill -{int(number)} {group}$(cat '{home}/demo.pid')",
+        f"touch '{home}/interrupted'",
+    ]
+    steps = [*steps, f"exec {real}"] if when == "before" else [real, *steps]
+    pattern = command.replace(" ", "\\ ")
+    met = f'case "{tool} $*" in {pattern}) ;; *) exec {real} ;; esac'
+    return stand_in(home / "interrupting", tool, "\n".join([met, *steps]))
 
 
 MOMENTS = [
@@ -327,9 +320,9 @@ MOMENTS = [
 
 @pytest.mark.parametrize(("moment", "kind", "shell"), MOMENTS)
 def test_interrupted_demo_leaves_nothing(
-    start_demo: Any, interrupt: Any, home: Path, moment: str, kind: Any, shell: str
+    start_demo: Any, home: Path, moment: str, kind: Any, shell: str
 ) -> None:
-    path = interrupt(moment, kind)
+    path = interrupt(home, moment, kind)
     (home / "interrupting" / "sh").symlink_to(need(shell, shell))
     demo = start_demo(PATH=path)
     out = demo.end()
@@ -338,17 +331,15 @@ def test_interrupted_demo_leaves_nothing(
 
 
 @pytest.mark.parametrize("kind", [SIGTERM, *long_rows(CTRL_C)])
-def test_interrupted_cleaning_goes_on(
-    start_demo: Any, interrupt: Any, home: Path, kind: Any
-) -> None:
-    start_demo(PATH=interrupt("before rm -rf *-demo.??????", kind)).signs_all()
+def test_interrupted_cleaning_goes_on(start_demo: Any, home: Path, kind: Any) -> None:
+    start_demo(PATH=interrupt(home, "before rm -rf *-demo.??????", kind)).signs_all()
     assert (home / "interrupted").exists()
 
 
 @pytest.mark.parametrize("kind", [SIGTERM, *long_rows(CTRL_C)])
-def test_interrupted_make_leaves_nothing(start_demo: Any, interrupt: Any, kind: Any) -> None:
+def test_interrupted_make_leaves_nothing(start_demo: Any, home: Path, kind: Any) -> None:
     # The signal goes to make, which has to pass it on to the demo and wait for it.
-    demo = start_demo([MAKE, "demo"], PATH=interrupt("before git tag *", kind))
+    demo = start_demo([MAKE, "demo"], PATH=interrupt(home, "before git tag *", kind))
     out = demo.end()
     assert demo.process.returncode != 0
     assert out.count('Good "git" signature') == 1, out
