@@ -47,7 +47,7 @@ SECRET = "c2VjcmV0LXRva2VuLW9mLXRoZS10ZXN0"
 StartAgent = Callable[..., Agent]
 StartProxy = Callable[..., Proxy]
 Scripted = Callable[..., Path]
-Handler = Callable[[socket.socket], None]
+Handler = Callable[[socket.socket], Any]
 
 # ---------------------------------------------------------------- running it, reading it
 
@@ -216,10 +216,6 @@ def test_the_pinned_key_signs_and_its_setting_is_named(
     told_of("ecdsa256").fails("does not hold it, but 2 others", name, setting)
 
 
-def nothing(path: Path) -> None:
-    pass
-
-
 def dead(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as s:
         s.bind(str(path))
@@ -276,26 +272,10 @@ def test_another_well_known_agent_with_keys_is_named_with_the_setting_that_selec
     of_agent(**environment, **{match[1]: match[2]}).works()
 
 
-def identities(*keys: Tuple[bytes, bytes]) -> bytes:
-    """The answer that lists those key blobs and comments."""
-    listed = b"".join(p.string(blob) + p.string(comment) for blob, comment in keys)
-    return message(b"\x0c" + len(keys).to_bytes(4, "big") + listed)
-
-
-def blob(line: str) -> bytes:
-    return p.parse_key_line(line).key.blob
-
-
-def answering(*answers: bytes) -> Handler:
-    """For a scripted agent: those answers, one to each request of a connection."""
-
-    def handle(connection: socket.socket) -> None:
-        for answer in answers:
-            if not read_message(connection):
-                return
-            connection.sendall(answer)
-
-    return handle
+def identities(line: str, comment: bytes) -> bytes:
+    """The answer that lists that key."""
+    blob = p.parse_key_line(line).key.blob
+    return message(b"\x0c" + p.uint32(1) + p.string(blob) + p.string(comment))
 
 
 HOSTILE = "a\x1b[31m\r\nFAIL b\u202e\u200bc\x9b\udcff"
@@ -306,7 +286,8 @@ def test_hostile_text_is_escaped_on_its_line_and_cut(
     short: Path, scripted_agent: Scripted, keys: Keys
 ) -> None:
     comment = HOSTILE.encode("utf-8", "surrogateescape") + 100_000 * b"x"
-    path = scripted_agent(answering(identities((blob(keys.line("ed25519")), comment))))
+    listed = identities(keys.line("ed25519"), comment)
+    path = scripted_agent(lambda c: (read_message(c), c.sendall(listed)))
     line = of_agent("--upstream", path).one(" holds ")
     assert ESCAPED in line
     assert len(line) < 500
@@ -361,11 +342,7 @@ def test_the_proxy_that_runs_there_already_is_known_and_not_disturbed(
 
 
 def saying(answer: bytes) -> Handler:
-    def handle(connection: socket.socket) -> None:
-        connection.recv(4096)
-        connection.sendall(answer)
-
-    return handle
+    return lambda connection: (connection.recv(4096), connection.sendall(answer))
 
 
 def mute(connection: socket.socket) -> None:
@@ -484,8 +461,8 @@ UNIX = [
     ("stale", "s", dead, "ok   ", "free to listen on"),
     ("a file", "s", Path.touch, "FAIL ", "no socket"),
     ("a folder", "s", Path.mkdir, "FAIL ", "no socket"),
-    ("a missing folder", "missing/s", nothing, "FAIL ", "No such file or directory"),
-    ("too long", 120 * "x", nothing, "FAIL ", "too long"),
+    ("a missing folder", "missing/s", lambda path: None, "FAIL ", "No such file or directory"),
+    ("too long", 120 * "x", lambda path: None, "FAIL ", "too long"),
 ]
 
 
@@ -676,7 +653,7 @@ WRONG_SIGNATURES = [
 def test_a_wrong_signature_is_exit_1_and_none_is_asked_for_without_sign(
     answers: List[bytes], cause: str, home: Path, scripted_agent: Scripted, keys: Keys
 ) -> None:
-    listed = identities((blob(keys.line("ed25519")), b"x"))
+    listed = identities(keys.line("ed25519"), b"x")
     asked = []
 
     def handle(connection: socket.socket) -> None:
