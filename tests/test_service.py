@@ -382,23 +382,21 @@ def test_where_nobody_reads_a_signature_waits_once_and_no_more(
 
 def test_a_line_that_a_terminal_took_in_part_is_counted_and_ended() -> None:
     master, slave = pty.openpty()
-    try:
-        os.set_blocking(slave, False)
-        handler = StderrHandler("")
-        handler.fd = slave
-        for _ in range(1000):
-            say(handler, "x" * 1001, logging.INFO)
-            if handler.cut:
-                break
-        assert handler.cut, "no line was cut: this terminal takes all or nothing"
-        say(handler, "lost as well", logging.INFO)
-        taken = written(master)
-        say(handler, "the next", logging.INFO)
-        assert select.select([master], [], [], 10)[0]
-        last = os.read(master, 65536).decode().replace("\r\n", "\n")
-    finally:
-        os.close(slave)
-        os.close(master)
+    os.set_blocking(slave, False)
+    handler = StderrHandler("")
+    handler.fd = slave
+    for _ in range(1000):
+        say(handler, "x" * 1001, logging.INFO)
+        if handler.cut:
+            break
+    assert handler.cut, "no line was cut: this terminal takes all or nothing"
+    say(handler, "lost as well", logging.INFO)
+    taken = written(master)
+    say(handler, "the next", logging.INFO)
+    assert select.select([master], [], [], 10)[0]
+    last = os.read(master, 65536).decode().replace("\r\n", "\n")
+    os.close(slave)
+    os.close(master)
     assert not taken.endswith(b"\n")
     assert re.fullmatch(r"\n\(2 lines before this one could not be written\) .* the next\n", last)
 
