@@ -345,13 +345,9 @@ TROUBLE = [
 
 @pytest.mark.parametrize("text, kind, words", rows(TROUBLE))
 def test_a_command_in_trouble_is_told_and_ended(
-    command: Callable[..., Command],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    text: str,
-    kind: type,
-    words: str,
-) -> None:
+    command: Callable[..., Command], caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, text: str, kind: type, words: str,
+) -> None:  # fmt: skip
     one = command(text)
     if " ended " in words:
         monkeypatch.setattr(sap, "EXEC_GRACE", 10)  # a busy machine is slow at ending it
@@ -614,7 +610,6 @@ GARBAGE = [(UNKNOWN, b"x"), (b"", b""), (ED[:-1], b""), (b"\xff" * 50, b"\xff")]
 
 # What stands in a lie's place where the truth is told; and whose the signature is then.
 TRUTHS = [
-    ("at once", HONEST, ED),
     ("a list of 256 KiB", [send(listing((ED, b"c" * (262144 - 5 - 8 - len(ED))))), send(SIG)], ED),
     ("a byte at a time", [drip(LIST, 0), send(SIG)], ED),
     ("a good key among garbage", [send(listing(*GARBAGE, (ED2, b""), *GARBAGE)), send(SIG)], ED2),
