@@ -75,6 +75,7 @@ ADDRESSES = [
     ("kept", {**TOKENS}, "all networks", "all networks", ""),
     ("nonsense kept", {**TOKENS}, "0.0.0.0:1", "this computer", ""),
     ("a number kept", {**TOKENS}, 1, "this computer", ""),
+    ("a list kept", {**TOKENS}, ["all networks"], "this computer", ""),
     ("tokens gone", {}, "all networks", "this computer", "SSH_AGENT_PROXY_TOKEN_FILE"),
     ("tokens empty", dict.fromkeys(TOKENS, ""), "all networks", "this computer", "needs tokens"),
     ("set otherwise", {**ADDR, **TOKENS}, "all networks", "", "set by SSH_AGENT_PROXY_ADDR"),
@@ -218,6 +219,29 @@ def test_what_starts_it_at_login_opens_no_console(
     (tmp_path / "a b" / there).touch()
     monkeypatch.setattr(sys, "executable", str(tmp_path / "a b" / "python.exe"))
     assert tray.command_line() == f'"{tmp_path}/a b/{there}" -B {TRAY}'
+
+
+class Willing:
+    """A Windows that does whatever it is asked."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: 1
+
+
+def test_one_that_is_ended_while_it_starts_is_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(env: Any, signals: socket.socket, ready: Any, patience: float) -> str:
+        signals.recv(1)
+        ready(["an address"])
+        return ""
+
+    monkeypatch.setattr(tray, "read_value", lambda *_: None)
+    monkeypatch.setattr(tray, "run_server", serve)
+    icon = tray.Tray(Willing())
+    icon.start()
+    icon.end()
+    icon.server.join(5)
+    icon.calls.get()()  # it listens
+    assert icon.state.ending
 
 
 # ------------------------------------------------------------------------------------ on a screen

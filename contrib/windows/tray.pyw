@@ -130,7 +130,8 @@ def choose_address(env: Mapping[str, str], kept: Any) -> tuple[str, str]:
         return "", f"set by {ADDR}"
     if not env.get(TOKEN_FILE):  # whatever was chosen while there was one
         return HERE_ONLY, f"needs tokens: set {TOKEN_FILE}"
-    return (kept if kept in ADDRESSES else HERE_ONLY), ""
+    known = isinstance(kept, str) and kept in ADDRESSES  # the registry has values of any kind
+    return (kept if known else HERE_ONLY), ""
 
 
 def environment(choice: str) -> dict[str, str]:
@@ -748,7 +749,7 @@ class Tray:
             self.later(lambda: self.server_ended(why))
 
         def ready(names: Sequence[str]) -> None:
-            self.later(lambda: self.become(State(tuple(names))))
+            self.later(lambda: self.server_listens(names))
 
         self.server = threading.Thread(target=serve, daemon=True)
         self.server.start()
@@ -760,6 +761,10 @@ class Tray:
             self.stopping = True
             with contextlib.suppress(OSError):  # it has ended by itself
                 self.stopper.send(b"x")
+
+    def server_listens(self, names: Sequence[str]) -> None:
+        if not self.stopping:  # it was asked to end before it listened
+            self.become(State(tuple(names)))
 
     def server_ended(self, why: str) -> None:
         if self.stopper:
