@@ -537,3 +537,15 @@ def test_without_a_taskbar_it_serves_and_says_so(desktop: Desktop) -> None:
         assert desktop.start("--remove", DISPLAY="").wait(20) == process.wait(20) == 0
     finally:
         desktop.windows.wine("reg", "delete", drivers, "/v", "Graphics", "/f")
+
+
+@on_a_screen
+def test_what_the_installer_keeps_below_its_key_stops_no_removal(desktop: Desktop) -> None:
+    key = r"HKCU\Software\ssh-agent-proxy"
+    desktop.windows.wine("reg", "add", rf"{key}\installed", "/v", "x", "/f")
+    desktop.windows.wine("reg", "add", key, "/v", "ListenOn", "/d", "this computer", "/f")
+    try:
+        assert desktop.start("--remove").wait(20) == 0
+        assert "ListenOn" not in desktop.peek()
+    finally:
+        desktop.windows.wine("reg", "delete", rf"{key}\installed", "/f")

@@ -187,7 +187,8 @@ def read_login() -> Login:
 def remove_settings() -> None:
     remove_value(RUN, NAME)
     remove_value(APPROVED, NAME)
-    with contextlib.suppress(FileNotFoundError):
+    remove_value(OURS, LISTEN_ON)
+    with contextlib.suppress(OSError):  # while it is installed, the installer's values are below
         winreg.DeleteKey(winreg.HKEY_CURRENT_USER, OURS)
 
 
