@@ -307,18 +307,25 @@ class Installer:
         return self.wine("msiexec", "/x", self.windows.path(msi), "/qn", *options)
 
     def start(self) -> None:
-        """What the shortcut names."""
-        assert self.wine("start", "/unix", self.shortcut) == 0
+        """What the shortcut names. (Not every Wine opens a shortcut itself.)"""
+        content = self.shortcut.read_bytes()
+        program = re.search(rb"[A-Z]:\\[^\0]+\.exe", content)
+        argument = re.search(rb'-\0B\0 \0"\0((?:[^"]\0)+)"\0', content)
+        assert program and argument, content
+        script = argument.group(1).decode("utf-16-le")
+        null = subprocess.DEVNULL
+        argv = ["wine", program.group().decode(), "-B", script]
+        subprocess.Popen(argv, env=self.env, stdin=null, stdout=null, stderr=null)
         wait_for(self.serving, 30, "the tray")
 
-    def processes(self) -> List[int]:
-        """Those of the tray; one that starts is not serving yet."""
+    def processes(self, program: bytes = TRAY_PROGRAM) -> List[int]:
+        """Those of PROGRAM. (A tray that starts is not serving yet.)"""
         prefix = f"WINEPREFIX={self.env['WINEPREFIX']}\0".encode()
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 its_program = (process / "cmdline").read_bytes().split(b"\0")[0]
-                if TRAY_PROGRAM in its_program and prefix in (process / "environ").read_bytes():
+                if program in its_program and prefix in (process / "environ").read_bytes():
                     found.append(int(process.name))
         return found
 
@@ -349,7 +356,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> List[Path]:
 
 @pytest.fixture
 def installer(windows: Any, versions: List[Path]) -> Iterator[Installer]:
-    argv = [need("Xvfb", "xvfb"), "-displayfd", "1", "-terminate"]
+    argv = [need("Xvfb", "xvfb"), "-displayfd", "1", "-noreset"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as screen:
         assert screen.stdout
         display = f":{screen.stdout.readline().decode().strip()}"
@@ -361,6 +368,8 @@ def installer(windows: Any, versions: List[Path]) -> Iterator[Installer]:
                 installer.remove(msi)
         assert not installer.processes()
         screen.terminate()
+    # The next one has a screen of its own, and so has what shows windows there.
+    wait_for(lambda: not installer.processes(rb"\explorer.exe"), 30)
 
 
 @on_windows
