@@ -543,8 +543,10 @@ def test_without_a_taskbar_it_serves_and_says_so(desktop: Desktop) -> None:
 def test_what_the_installer_keeps_below_its_key_stops_no_removal(desktop: Desktop) -> None:
     key = r"HKCU\Software\ssh-agent-proxy"
     desktop.windows.wine("reg", "add", rf"{key}\installed", "/v", "x", "/f")
-    desktop.windows.wine("reg", "add", key, "/v", "ListenOn", "/d", "this computer", "/f")
+    desktop.start()
+    desktop.logged("listening on")
     try:
+        assert "ListenOn" in desktop.peek()
         assert desktop.start("--remove").wait(20) == 0
         assert "ListenOn" not in desktop.peek()
     finally:
