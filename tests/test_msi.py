@@ -357,17 +357,20 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> List[Path]:
 @pytest.fixture
 def installer(windows: Any, versions: List[Path]) -> Iterator[Installer]:
     argv = [need("Xvfb", "xvfb"), "-displayfd", "1", "-noreset"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as screen:
-        assert screen.stdout
-        display = f":{screen.stdout.readline().decode().strip()}"
-        windows.restart()
-        installer = Installer(windows, display, *versions)
+    screen = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert screen.stdout
+    display = f":{screen.stdout.readline().decode().strip()}"
+    windows.restart()
+    installer = Installer(windows, display, *versions)
+    try:
         yield installer
         for msi in (installer.new, installer.old):
             if installer.folder.exists():
                 installer.remove(msi)
-        assert not installer.processes()
+        wait_for(lambda: not installer.processes(), message="the tray's end")
+    finally:
         screen.terminate()
+        screen.communicate(timeout=10)
     # The next one has a screen of its own, and so has what shows windows there.
     wait_for(lambda: not installer.processes(rb"\explorer.exe"), 30)
 
