@@ -55,7 +55,8 @@ PYTEST = "$(VENV)/bin/python" -m pytest -c /dev/null --rootdir=. \
 # swallowed, security, and what can be said more simply.
 RUFF = --isolated --target-version py39 --line-length 100 \
     --select E,W,F,I,B,UP,BLE,C4,ISC,LOG,PGH,PIE,PLE,RET,RSE,RUF,S,SIM,T10 \
-    --ignore $(RUFF_IGNORE) --per-file-ignores 'tests/*.py:S'
+    --ignore $(RUFF_IGNORE) --per-file-ignores 'tests/*.py:S,tests/*.py:I'
+# I, in tests: what a test takes of conftest.py would be a name a line, and a page before the first.
 # UP006, UP007, UP035, UP045: X | Y fails on 3.9 at run time, so typing's names it is throughout.
 # S603: every start of a program would be one. RUF012, SIM102, SIM105: a matter of taste.
 RUFF_IGNORE = UP006,UP007,UP035,UP045,S603,RUF012,SIM102,SIM105

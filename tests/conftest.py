@@ -19,19 +19,9 @@ import time
 import unicodedata
 from pathlib import Path
 from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    NamedTuple,
-    NoReturn,
-    Optional,
-    Sequence,
-    Tuple,
+    Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple,
     Union,
-)
+)  # fmt: skip
 
 import pytest
 

@@ -18,33 +18,10 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import pytest
 from conftest import (
-    FINGERPRINT,
-    PROXY,
-    ROOT,
-    TEXTS,
-    Agent,
-    Answer,
-    Keys,
-    Repository,
-    can_be_seen,
-    clean_env,
-    commit,
-    connect,
-    fingerprint,
-    get,
-    message,
-    need,
-    parse_answer,
-    post,
-    private_file,
-    push,
-    read_message,
-    rows,
-    run,
-    short_folder,
-    tag,
-    wait_for,
-)
+    FINGERPRINT, PROXY, ROOT, TEXTS, Agent, Answer, Keys, Repository, can_be_seen, clean_env,
+    commit, connect, fingerprint, get, message, need, parse_answer, post, private_file, push,
+    read_message, rows, run, short_folder, tag, wait_for,
+)  # fmt: skip
 
 MAX_LINE = 4096  # bytes, its end included: what a pipe takes whole
 

@@ -16,26 +16,9 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tu
 
 import pytest
 from conftest import (
-    FINGERPRINT,
-    PROXY,
-    RELAY,
-    Agent,
-    Keys,
-    Proxy,
-    call,
-    cannot_run,
-    clean_env,
-    fingerprint,
-    http,
-    message,
-    need,
-    need_ipv6,
-    one_line,
-    private_file,
-    read_message,
-    rows,
-    run,
-)
+    FINGERPRINT, PROXY, RELAY, Agent, Keys, Proxy, call, cannot_run, clean_env, fingerprint, http,
+    message, need, need_ipv6, one_line, private_file, read_message, rows, run,
+)  # fmt: skip
 
 import ssh_agent_proxy as p
 

@@ -15,25 +15,9 @@ from typing import Callable, Dict, List
 
 import pytest
 from conftest import (
-    PROXY,
-    RELAY,
-    SHIM,
-    Agent,
-    Keys,
-    Proxy,
-    ask,
-    call,
-    cannot_run,
-    clean_env,
-    get,
-    http,
-    need_ipv6,
-    one_line,
-    raw,
-    read_all,
-    rows,
-    run,
-)
+    PROXY, RELAY, SHIM, Agent, Keys, Proxy, ask, call, cannot_run, clean_env, get, http, need_ipv6,
+    one_line, raw, read_all, rows, run,
+)  # fmt: skip
 from test_build import lay_out_modules
 
 import ssh_agent_proxy as p

@@ -12,17 +12,8 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 from conftest import (
-    PROXY,
-    Agent,
-    Keys,
-    Proxy,
-    audited,
-    clean_env,
-    http,
-    one_line,
-    private_file,
-    rows,
-)
+    PROXY, Agent, Keys, Proxy, audited, clean_env, http, one_line, private_file, rows,
+)  # fmt: skip
 
 import ssh_agent_proxy as p
 

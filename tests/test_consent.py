@@ -22,35 +22,10 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 import pytest
 from conftest import (
-    FINGERPRINT,
-    ID,
-    TEXTS,
-    Agent,
-    Answer,
-    Keys,
-    Proxy,
-    Repository,
-    ask,
-    can_be_seen,
-    cannot_run,
-    clean_env,
-    commit,
-    connect,
-    fingerprint,
-    get,
-    message,
-    need,
-    post,
-    private_file,
-    push,
-    read_all,
-    read_message,
-    rows,
-    run,
-    tag,
-    the_one_answer,
-    wait_for,
-)
+    FINGERPRINT, ID, TEXTS, Agent, Answer, Keys, Proxy, Repository, ask, can_be_seen, cannot_run,
+    clean_env, commit, connect, fingerprint, get, message, need, post, private_file, push, read_all,
+    read_message, rows, run, tag, the_one_answer, wait_for,
+)  # fmt: skip
 
 import ssh_agent_proxy as sap
 

@@ -14,18 +14,9 @@ from typing import Callable, List, Set
 
 import pytest
 from conftest import (
-    SHIM,
-    Agent,
-    Keys,
-    Proxy,
-    Repository,
-    fingerprint,
-    message,
-    private_file,
-    read_message,
-    rows,
+    SHIM, Agent, Keys, Proxy, Repository, fingerprint, message, private_file, read_message, rows,
     run,
-)
+)  # fmt: skip
 
 BEGIN = b"-----BEGIN SSH SIGNATURE-----\n"
 COMMITTER = "committer@example.com"

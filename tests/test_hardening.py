@@ -18,18 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple
 
 import pytest
-from conftest import (
-    PROXY,
-    ROOT,
-    Agent,
-    Keys,
-    Proxy,
-    cannot_run,
-    clean_env,
-    http,
-    run,
-    wait_for,
-)
+from conftest import PROXY, ROOT, Agent, Keys, Proxy, cannot_run, clean_env, http, run, wait_for
 
 import ssh_agent_proxy as p
 

@@ -19,39 +19,11 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Se
 
 import pytest
 from conftest import (
-    HOST,
-    PROXY,
-    Agent,
-    Answer,
-    Keys,
-    Proxy,
-    ScriptedAgent,
-    ask,
-    clean_env,
-    connect,
-    get,
-    lines,
-    lines_until_now,
-    log_fields,
-    logged,
-    message,
-    need,
-    parse_answer,
-    post,
-    post_chunked,
-    private_file,
-    raw,
-    read_all,
-    read_message,
-    refused,
-    request_lines,
-    rows,
-    run,
-    short_folder,
-    the_one_answer,
-    tuned,
-    wait_for,
-)
+    HOST, PROXY, Agent, Answer, Keys, Proxy, ScriptedAgent, ask, clean_env, connect, get, lines,
+    lines_until_now, log_fields, logged, message, need, parse_answer, post, post_chunked,
+    private_file, raw, read_all, read_message, refused, request_lines, rows, run, short_folder,
+    the_one_answer, tuned, wait_for,
+)  # fmt: skip
 
 import ssh_agent_proxy as p
 

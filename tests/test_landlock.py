@@ -22,17 +22,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tu
 from unittest import mock
 
 import pytest
-from conftest import (
-    PROXY,
-    RELAY,
-    ROOT,
-    Agent,
-    Proxy,
-    cannot_run,
-    clean_env,
-    http,
-    run,
-)
+from conftest import PROXY, RELAY, ROOT, Agent, Proxy, cannot_run, clean_env, http, run
 
 import ssh_agent_proxy as p
 

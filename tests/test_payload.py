@@ -10,18 +10,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from conftest import (
-    Agent,
-    Keys,
-    Proxy,
-    Repository,
-    ask,
-    fingerprint,
-    post,
-    post_chunked,
-    rows,
-    run,
-    within,
-)
+    Agent, Keys, Proxy, Repository, ask, fingerprint, post, post_chunked, rows, run, within,
+)  # fmt: skip
 from conftest import message as s  # a string of RFC 4251 looks like one
 
 import ssh_agent_proxy as sap

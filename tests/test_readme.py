@@ -15,19 +15,8 @@ from typing import Dict, Iterator, List, Set
 
 import pytest
 from conftest import (
-    PROXY,
-    ROOT,
-    SHIM,
-    Agent,
-    Keys,
-    Proxy,
-    Repository,
-    ask,
-    clean_env,
-    commit,
-    post,
-    run,
-)
+    PROXY, ROOT, SHIM, Agent, Keys, Proxy, Repository, ask, clean_env, commit, post, run,
+)  # fmt: skip
 
 import ssh_agent_proxy
 

@@ -23,28 +23,9 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import pytest
 from conftest import (
-    PROXY,
-    ROOT,
-    Agent,
-    Keys,
-    Proxy,
-    ask,
-    cannot_run,
-    clean_env,
-    get,
-    http,
-    listens,
-    log_fields,
-    parse_answer,
-    post,
-    raw,
-    read_all,
-    request_lines,
-    rows,
-    the_one_answer,
-    tuned,
-    wait_for,
-)
+    PROXY, ROOT, Agent, Keys, Proxy, ask, cannot_run, clean_env, get, http, listens, log_fields,
+    parse_answer, post, raw, read_all, request_lines, rows, the_one_answer, tuned, wait_for,
+)  # fmt: skip
 from test_http import START, Clients, Scripted, clients, gate, gated
 
 import ssh_agent_proxy

@@ -21,21 +21,9 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 
 import pytest
 from conftest import (
-    PROXY,
-    SHIM,
-    Agent,
-    Keys,
-    Proxy,
-    clean_env,
-    fingerprint,
-    message,
-    need,
-    private_file,
-    rows,
-    run,
-    short_folder,
-    wait_for,
-)
+    PROXY, SHIM, Agent, Keys, Proxy, clean_env, fingerprint, message, need, private_file, rows, run,
+    short_folder, wait_for,
+)  # fmt: skip
 
 Done = subprocess.CompletedProcess  # of bytes
 

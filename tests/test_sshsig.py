@@ -17,16 +17,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
 from conftest import (
-    Agent,
-    Keys,
-    ScriptedAgent,
-    message,
-    need,
-    read_message,
-    rows,
-    run,
-    short_folder,
-)
+    Agent, Keys, ScriptedAgent, message, need, read_message, rows, run, short_folder,
+)  # fmt: skip
 
 import ssh_agent_proxy as sap
 

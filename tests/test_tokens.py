@@ -16,33 +16,10 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
 from conftest import (
-    HOST,
-    PROXY,
-    Agent,
-    Answer,
-    Keys,
-    Proxy,
-    ask,
-    call,
-    cannot_run,
-    clean_env,
-    commit,
-    connect,
-    get,
-    log_fields,
-    logged,
-    one_line,
-    post,
-    post_chunked,
-    private_file,
-    read_all,
-    refused,
-    rows,
-    run,
-    short_folder,
-    tag,
-    the_one_answer,
-)
+    HOST, PROXY, Agent, Answer, Keys, Proxy, ask, call, cannot_run, clean_env, commit, connect, get,
+    log_fields, logged, one_line, post, post_chunked, private_file, read_all, refused, rows, run,
+    short_folder, tag, the_one_answer,
+)  # fmt: skip
 from test_http import clean, shared_proxy
 
 import ssh_agent_proxy as p

@@ -15,36 +15,12 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 from conftest import (
-    PROXY,
-    Agent,
-    Proxy,
-    ask,
-    audited,
-    call,
-    cannot_run,
-    clean_env,
-    need,
-    post,
-    private_file,
-    read_all,
-    refused,
-    request_lines,
-    rows,
-    run,
-    the_one_answer,
-    wait_for,
-)
+    PROXY, Agent, Proxy, ask, audited, call, cannot_run, clean_env, need, post, private_file,
+    read_all, refused, request_lines, rows, run, the_one_answer, wait_for,
+)  # fmt: skip
 from test_http import (
-    MIB,
-    PAGE,
-    Clients,
-    Scripted,
-    clients,
-    gate,
-    readable,
-    send_all_before_reading,
-    served,
-)
+    MIB, PAGE, Clients, Scripted, clients, gate, readable, send_all_before_reading, served,
+)  # fmt: skip
 
 import ssh_agent_proxy as p
 

@@ -23,27 +23,9 @@ from typing import Any, Callable, Iterator, List, Sequence, Set, Tuple, Union
 
 import pytest
 from conftest import (
-    RELAY,
-    Agent,
-    Keys,
-    Proxy,
-    ScriptedAgent,
-    clean_env,
-    connect,
-    get,
-    http,
-    listens,
-    message,
-    need,
-    post,
-    post_chunked,
-    read_message,
-    rows,
-    run,
-    short_folder,
-    wait_for,
-    within,
-)
+    RELAY, Agent, Keys, Proxy, ScriptedAgent, clean_env, connect, get, http, listens, message, need,
+    post, post_chunked, read_message, rows, run, short_folder, wait_for, within,
+)  # fmt: skip
 
 import ssh_agent_proxy as sap
 

@@ -22,23 +22,9 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from conftest import (
-    PROXY,
-    ROOT,
-    Proxy,
-    ask,
-    call,
-    clean_env,
-    connect,
-    get,
-    one_line,
-    parse_answer,
-    post,
-    raw,
-    read_all,
-    rows,
-    run,
-    wait_for,
-)
+    PROXY, ROOT, Proxy, ask, call, clean_env, connect, get, one_line, parse_answer, post, raw,
+    read_all, rows, run, wait_for,
+)  # fmt: skip
 from test_http import Scripted, gate
 from test_service import LINE
 
