@@ -162,8 +162,7 @@ def string(value: bytes) -> bytes:
 
 
 class Reader(contextlib.AbstractContextManager["Reader"]):
-    """Reads RFC 4251 section 5's data types off DATA, which is WHAT; WireError where they are not
-    there, and at the end where anything is left over."""
+    """Reads RFC 4251 section 5's data types off DATA, which is WHAT, to its very end; WireError."""
 
     def __init__(self, data: bytes, what: str) -> None:
         self.data = data
@@ -207,13 +206,7 @@ SSH_AGENT_SIGN_RESPONSE = 14
 
 SSH_AGENT_RSA_SHA2_512 = 4
 
-# What OpenSSH's own client takes at most.
-MAX_AGENT_MESSAGE = 256 * 1024
-
-
-def request_identities() -> bytes:
-    """SSH_AGENTC_REQUEST_IDENTITIES (RFC 9987)."""
-    return byte(SSH_AGENTC_REQUEST_IDENTITIES)
+MAX_AGENT_MESSAGE = 256 * 1024  # what OpenSSH's own client takes at most
 
 
 def sign_request(key_blob: bytes, data: bytes, flags: int) -> bytes:
@@ -397,8 +390,7 @@ def armor(blob: bytes) -> bytes:
 
 def check_signature(key: PublicKey, signature: bytes) -> None:
     """WireError unless the agent's SIGNATURE has the form that belongs to KEY (RFC 8709 section 6,
-    RFC 8332 section 3, RFC 5656 section 3.1.2, PROTOCOL.u2f "SSH U2F Signatures"). Whether it is
-    the right one, whoever verifies it finds out."""
+    RFC 8332 section 3, RFC 5656 section 3.1.2, PROTOCOL.u2f); it is not verified here."""
     what = "the agent's signature"
     expected = "rsa-sha2-512" if key.plain_type == "ssh-rsa" else key.plain_type
     with Reader(signature, what) as r:
@@ -463,14 +455,11 @@ _PATTERNS = [
 ]
 
 
-# Unicode's noncharacters are well-formed, and yet no UTF-8 to git (its utf8.c).
-_PLANES_ENDS = "".join(chr(end - 1) + chr(end) for end in range(0xFFFF, 0x110000, 0x10000))
-_NONCHARACTERS = re.compile(f"[\ufdd0-\ufdef{_PLANES_ENDS}]")
-
-
 def _is_utf8_to_git(data: bytes) -> bool:
+    """Unicode's noncharacters are well-formed, and yet no UTF-8 to git (its utf8.c)."""
     with contextlib.suppress(UnicodeDecodeError):
-        return not _NONCHARACTERS.search(data.decode())
+        codes = map(ord, data.decode())
+        return not any(0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE for code in codes)
     return False
 
 
@@ -544,6 +533,7 @@ class Upstream(NamedTuple):
     command: tuple[str, ...] = ()
     role: str = "agent command"
     env: Optional[Mapping[str, str]] = None  # for a command; None: as ours
+    folder: Optional[str] = None  # where a command is started; None: where we are
 
     def __str__(self) -> str:
         if self.command:
@@ -701,6 +691,7 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
             self.process = subprocess.Popen(
                 self.upstream.command, stdin=theirs.fileno(), stdout=theirs.fileno(),
                 stderr=subprocess.PIPE, start_new_session=True, env=self.upstream.env,
+                cwd=self.upstream.folder,
             )  # fmt: skip
             self.groups.add(self.process.pid)
         self.poll.register(self.process.stderr, POLLIN)
@@ -770,8 +761,7 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         return f"{self.what} {how} {when}{where}"
 
     def _log_until_silent(self) -> bool:
-        """Logs a command's stderr to its end, when everybody in its group has gone; False where
-        that is not within EXEC_GRACE."""
+        """Logs a command's stderr until its whole group has gone; False if not in EXEC_GRACE."""
         words = Watch("", time.monotonic() + EXEC_GRACE, None)
         words.poll.register(self.process.stderr, POLLIN)
         with contextlib.suppress(AgentTimeout):
@@ -835,7 +825,7 @@ def count(number: int, noun: str) -> str:
 
 def list_keys(exchange: Exchange) -> list[Listed]:
     """The keys that can be used, in the agent's order; AgentError where there is none."""
-    identities = parse_identities_answer(exchange.ask(request_identities()))
+    identities = parse_identities_answer(exchange.ask(byte(SSH_AGENTC_REQUEST_IDENTITIES)))
     if not identities:  # or it refuses to list them
         raise AgentError("the agent lists no keys (none added, or it is locked)")
     listed = []
@@ -1006,7 +996,7 @@ def by_powershell(upstream: Upstream) -> Upstream:
         programs = powershells(f.read(1 << 20))
     program = next(filter(os.path.isfile, programs), "")
     if not program:
-        tried = ", ".join(map(printable, programs))
+        tried = ", ".join(map(printable, programs[:3]))
         raise AgentError(f"no Windows drive with PowerShell is mounted (tried: {tried})")
     env = dict(upstream.env or {})
     with socket.socket(AF_UNIX) as s:
@@ -1018,12 +1008,12 @@ def by_powershell(upstream: Upstream) -> Upstream:
     script = _RELAY.replace("NAME", upstream.path[len(PIPES) :])  # which has no quote in it
     encoded = base64.b64encode(script.encode("utf-16-le")).decode()
     options = ("-NoProfile", "-NonInteractive", "-InputFormat", "None", "-EncodedCommand", encoded)
-    return upstream._replace(command=(program, *options), env=env)
+    # Windows looks for programs and libraries in the current folder too: none of ours there.
+    return upstream._replace(command=(program, *options), env=env, folder=os.path.dirname(program))
 
 
 def plain_words(said: bytes) -> str:
-    """What PowerShell complained of, as one line; an error that no script has caught comes as
-    CLIXML ([MS-PSRP] 2.2.5)."""
+    """What PowerShell said, as one line; what no script has caught is CLIXML ([MS-PSRP] 2.2.5)."""
     text, mark, xml = said.decode("utf-8", "backslashreplace").partition("#< CLIXML")
     if mark:
         import html  # for this alone: it would cost every start
@@ -1085,8 +1075,8 @@ def reach(upstream: Upstream, deadline: float, client: Optional[socket.socket],
 
 
 class Agents:
-    """The agent that was set, or the first well-known one that answers. Nothing that it says is
-    kept; TIMEOUT, in seconds, bounds the whole exchange of a request."""
+    """The agent that was set, or the first well-known one that answers, for TIMEOUT seconds a
+    request. Nothing that it says is kept."""
 
     def __init__(self, upstream: Optional[Upstream], places: Sequence[str], timeout: float,
                  tell: Callable[[str], None] = lambda state: None) -> None:  # fmt: skip
@@ -1212,25 +1202,26 @@ def choose_key(named: Optional[str], pin: Wanted) -> Wanted:
             wanted = Wanted(parse_key_line(named).key)
         except WireError as e:
             raise RequestError(400, f"SSHSIG-Key: {e}") from e
-    if pin.key:
-        same = wanted.fits(pin.key)
-    elif wanted.key:
-        same = pin.fits(wanted.key)  # with a token's fingerprint, or without a pin
+    known = pin.key or wanted.key
+    if known:
+        same = wanted.fits(known) and pin.fits(known)
     else:
         same = pin.fingerprint in ("", wanted.fingerprint)
     if not same:
         raise RequestError(403, f"this proxy signs with {pin.name} only, not with {wanted.name}: "
                                 f"use that key, or change {pin.pinned}")  # fmt: skip
-    return Wanted(pin.key or wanted.key, wanted.fingerprint, pin.pinned, pin.comment)
+    return Wanted(known, wanted.fingerprint, pin.pinned, pin.comment)
 
 
-def parse_kinds(text: str) -> tuple[str, ...]:
-    """Kinds of payload, as a setting or a leash names them; ConfigError."""
+def parse_kinds(text: str, env: Optional[Mapping[str, str]] = None) -> tuple[str, ...]:
+    """Kinds of payload, as a setting or a leash names them; ConfigError, which quotes no leash."""
     if text == "any":
         return KINDS
     kinds = tuple(map(str.strip, text.split(",")))
     if not set(kinds) <= set(KINDS[:-1]):
-        raise ConfigError(f"payloads are any, or of {', '.join(KINDS[:-1])}, separated by commas")
+        shown = "" if env is None else f"{printable(text)!r}: "
+        some = ", ".join(KINDS[:-1])
+        raise ConfigError(f"{shown}payloads are any, or of {some}, separated by commas")
     return kinds
 
 
@@ -1265,8 +1256,7 @@ def parse_leash(words: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 
 
 def parse_token(line: str, number: int) -> Token:
-    """TOKEN [NAME] [key=SHA256:…] [payloads=KINDS]; ConfigError, which quotes nothing: any of the
-    words may be the token."""
+    """TOKEN [NAME] [key=SHA256:…] [payloads=KINDS]; ConfigError, which quotes no token."""
     token, *words = re.split(r"[ \t]+", line.strip(" \t\r"))
     name = words.pop(0) if words and "=" not in words[0] else ""
     if not _TOKEN.fullmatch(token):
@@ -1332,8 +1322,7 @@ def consent_prompt(payload: Payload, facts: Mapping[str, str]) -> str:
 
 
 def boottime() -> float:
-    """A clock that goes on while the machine is suspended: what was agreed to before a night is
-    over after it. Linux's and macOS's time.monotonic() stand still then, Windows' does not."""
+    """A clock that goes on in suspend: what was agreed to before a night is over after it."""
     if sys.platform == "win32":
         return time.monotonic()
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
@@ -1341,8 +1330,7 @@ def boottime() -> float:
 
 class Consent:
     """Asks a person before each signature, one at a time, through an askpass program. A yes holds
-    HOLD seconds for the same client, kind, namespace and key; one to what was not recognised as
-    anything holds for nothing else."""
+    HOLD seconds for the same client, recognised kind, namespace and key."""
 
     def __init__(self, askpass: Upstream, hold: float, agents: Agents) -> None:
         self.askpass = askpass
@@ -1377,8 +1365,7 @@ class Consent:
 
     def obtain(self, prompt: str, what: tuple[str, ...], seconds: float,
                client: socket.socket) -> None:  # fmt: skip
-        """Returns if the person agrees, as OpenSSH's own askpass is understood; else 403. The yes
-        holds SECONDS for the same WHAT."""
+        """403 unless the person agrees (as OpenSSH understands askpass): SECONDS long, to WHAT."""
         if self.holds(what):
             return  # another's prompt may be open for long
         deadline = time.monotonic() + self.agents.timeout
@@ -1521,8 +1508,7 @@ def _harden_windows(kernel32: Any) -> list[Step]:
     def mitigate(name: str, policy: int, flags: int) -> Step:
         wanted, found = DWORD(flags), DWORD()
         set_policy(policy, ctypes.byref(wanted), ctypes.sizeof(wanted))
-        process = kernel32.GetCurrentProcess()
-        get_policy(process, policy, ctypes.byref(found), ctypes.sizeof(found))
+        get_policy(kernel32.GetCurrentProcess(), policy, ctypes.byref(found), ctypes.sizeof(found))
         return Step(name, found.value & flags == flags, f"policy {policy} has {found.value:#x}")
 
     # No fault is reported to anyone, with a dump of the memory (see UnhandledExceptionFilter).
@@ -1557,17 +1543,14 @@ def harden(platform: str) -> list[Step]:
 
 
 def confine(folders: Sequence[str]) -> Step:
-    """Landlock (Linux, landlock(7)), for this thread and those that it starts from now on.
-
-    No file is written, made or removed any more, but for what is removed in FOLDERS and below; no
-    program file started, no TCP port bound or connected to, no process outside signalled. Reading,
-    what is open already and connecting to sockets in the file system go on. So does running code:
-    a program that needs no loader can be made in memory (memfd_create(2)), confined like this one.
-    """
+    """Landlock (landlock(7)) for this thread and those that it starts from now on: no file written,
+    made or removed, but for what is removed in FOLDERS and below; no program file started, no TCP
+    port bound or connected to, no process outside signalled. Reading, what is open already and
+    sockets in the file system go on. So does code: a program that needs no loader can be made in
+    memory (memfd_create(2)), confined like this one."""
     import ctypes
 
-    # The same numbers on every architecture of today.
-    CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
+    CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # on every architecture of today
     CREATE_RULESET_VERSION, RULE_PATH_BENEATH = 1, 1
     # LANDLOCK_ACCESS_FS_*, by the ABI that brought them: all but READ_FILE and READ_DIR.
     RIGHTS = {1: 0x1FF3, 2: 0x2000, 3: 0x4000, 5: 0x8000}
@@ -1627,13 +1610,6 @@ def parse_host(value: str, env: Env) -> str:
     if not _HOST_NAME.fullmatch(value.removeprefix(".")):
         raise ConfigError(f"{printable(value)!r} is not a host name or .suffix")
     return value.lower().removesuffix(".")
-
-
-def parse_payloads(value: str, env: Env) -> tuple[str, ...]:
-    try:
-        return parse_kinds(value)
-    except ConfigError as e:
-        raise ConfigError(f"{printable(value)!r}: {e}") from e
 
 
 def parse_seconds(value: str, env: Env) -> float:
@@ -1721,14 +1697,11 @@ def parse_upstream(value: str, env: Env) -> Upstream:
 
 
 def parse_pin(value: str, env: Optional[Env] = None) -> Listed:
-    """The one authorized_keys line, which may have comments and empty lines around it. (What is
-    wrong is not quoted: it may be a private key.)"""
+    """The one authorized_keys line among comments and empty ones, quoted in no error either."""
     lines = [line for line in value.splitlines() if line.strip()[:1] not in ("", "#")]
-    if "PRIVATE KEY" in value:
-        raise ConfigError("a private key, where the public one (the .pub file) belongs")
-    if len(lines) != 1:
+    if len(lines) != 1 and "PRIVATE KEY" not in value:
         raise ConfigError(f"one line with a public key is needed, {len(lines)} are there")
-    return parse_key_line(lines[0])
+    return parse_key_line("\n".join(lines))
 
 
 def parse_confirm(value: str, env: Env) -> Upstream:
@@ -1782,9 +1755,8 @@ class File(NamedTuple):
 
 
 class Option(NamedTuple):
-    """A setting: its variable without SSH_AGENT_PROXY_, a row of --help, and how it is read (a
-    ProxyError or ValueError says why it can't be), each of SEVERAL between commas. One with a path
-    only is a File."""
+    """A setting: its variable without SSH_AGENT_PROXY_, a row of --help, how it is read, or each of
+    SEVERAL between commas (ProxyError, ValueError). One with a path only is a File."""
 
     variable: str
     default: str
@@ -1818,7 +1790,7 @@ OPTIONS = (
     Option("PUBKEY_FILE", "", "FILE", "a file with that line, read at each request", expand),
     Option("TOKEN_FILE", "", "FILE", "bearer tokens, one of which every request needs", expand),
     Option("PAYLOADS", "any", "KINDS", "what may be signed: any, or of commit, tag, push",
-           parse_payloads),
+           parse_kinds),
     Option("CONFIRM", "", "PROGRAM", "an askpass; it must agree to every signature", parse_confirm),
     Option("CONFIRM_FOR", "0", "SECONDS", "how long its yes holds for the same client and kind",
            lambda value, env: 0 if value == "0" else parse_seconds(value, env)),
@@ -1922,14 +1894,15 @@ class Config(NamedTuple):
         known |= {PREFIX + name for name in ("URL", "PUBKEY_URL", "CURL")}  # the shim's
         if "token_file" in values:
             known.add(PREFIX + "TOKEN")  # the shim's: without that file it protects nothing
-        runtime = env.get("XDG_RUNTIME_DIR", "")
         config = cls(
             command=tuple(given.command) or ("serve",),
             level=given.level,
             sign=given.sign,
             journal_stream=env.get("JOURNAL_STREAM", ""),
             notify_socket=env.get("NOTIFY_SOCKET", ""),
-            sockets=well_known_sockets(sys.platform, expand("$HOME", env), runtime),
+            sockets=well_known_sockets(
+                sys.platform, expand("$HOME", env), env.get("XDG_RUNTIME_DIR", "")
+            ),
             unknown=tuple(sorted(n for n in env if n.startswith(PREFIX) and n not in known)),
             **values,
         )
@@ -1973,6 +1946,7 @@ class Listener(NamedTuple):
     socket: socket.socket
     name: str
     file: Optional[os.stat_result] = None  # a Unix socket's
+    early: bool = False  # it waits for its address to become one of this machine's
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -1987,8 +1961,7 @@ class Listener(NamedTuple):
 
 
 def listen_unix(address: UnixAddress) -> Listener:
-    """A Unix socket, which has its mode from its first instant and replaces that of a program that
-    has ended; OSError where anything else has its path."""
+    """A Unix socket, with its mode at once, in place of an ended program's; OSError."""
     if os.path.lexists(address.path):
         if not stat.S_ISSOCK(os.lstat(address.path).st_mode):
             raise OSError(errno.EEXIST, "it is there, and no socket")
@@ -2016,12 +1989,18 @@ def listen_tcp(family: int, where: Any) -> Listener:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    if sys.platform == "linux":
+    early = False
+    try:
+        sock.bind(where)
+    except OSError as e:
+        early = sys.platform == "linux" and e.errno == errno.EADDRNOTAVAIL
+        if not early:
+            raise
         # IP_FREEBIND: an address that comes later (docker0, a VPN) can be listed from the start.
         sock.setsockopt(socket.IPPROTO_IP, 15, 1)
-    sock.bind(where)
+        sock.bind(where)
     sock.listen(1024)
-    return Listener(sock, str(Address(*sock.getsockname()[:2])))
+    return Listener(sock, str(Address(*sock.getsockname()[:2])), early=early)
 
 
 def listen(address: Union[Address, UnixAddress]) -> list[Listener]:
@@ -2112,8 +2091,7 @@ def read_line(stream: BinaryIO, limit: int, what: str) -> str:
 
 
 def read_fields(stream: BinaryIO, left: int, what: str) -> Iterator[tuple[str, str]]:
-    """Field lines (RFC 9112 section 5) up to the empty line, LEFT bytes at most: names in lower
-    case, and values."""
+    """Field lines (RFC 9112 section 5), LEFT bytes at most: names in lower case, and values."""
     for _ in range(MAX_FIELDS + 1):
         line = read_line(stream, left, what)
         if not line:
@@ -2128,10 +2106,8 @@ def read_fields(stream: BinaryIO, left: int, what: str) -> Iterator[tuple[str, s
 
 
 def read_head(stream: BinaryIO) -> Head:
-    """A head, the empty line behind it included (RFC 9112); RequestError 400 or 431.
-
-    Strict where the standard library is lenient: whatever RFC 9112 lets a server refuse is refused.
-    """
+    """A head and the empty line behind it; RequestError 400 or 431. Strict where the standard
+    library is lenient: whatever RFC 9112 lets a server refuse is refused."""
     what = "the request's head"
     first = read_line(stream, MAX_HEAD, what)
     match = _REQUEST_LINE.fullmatch(first)
@@ -2301,8 +2277,7 @@ class Handler:
             self.part()
 
     def conclude(self, answer: Answer) -> None:
-        """Gives ANSWER, unless another thread has given one: whoever took the connection's place,
-        or ends the proxy."""
+        """Gives ANSWER, unless another thread has: it took the place, or ends the proxy."""
         with self.proxy.lock:
             answered = self.answered
             self.answered = True
@@ -2481,8 +2456,7 @@ class Handler:
             self.connection.shutdown(socket.SHUT_WR)
 
     def part(self) -> None:
-        """Lets the answer reach a client that is still sending: bytes that nobody has read would
-        make the system throw it away."""
+        """Lets the answer reach a client still sending: unread bytes would have it thrown away."""
         self.client.limit = time.monotonic() + LINGER_SECONDS
         self.client.gap = 0
         with contextlib.suppress(ProxyError):
@@ -2634,8 +2608,7 @@ class OneLine(logging.Formatter):
         super().__init__(layout, "%Y-%m-%dT%H:%M:%S%z")
 
     def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record)
-        return line if line.isprintable() else printable(line, StderrHandler.MAX_LINE)
+        return printable(super().format(record), StderrHandler.MAX_LINE)
 
     def formatException(self, ei: Any) -> str:
         return super().formatException(ei)[-3000:]  # where it happened, and what
@@ -2644,8 +2617,7 @@ class OneLine(logging.Formatter):
 class StderrHandler(logging.Handler):
     """The log on stderr: what would have to wait is dropped and counted, but see emit()."""
 
-    # What a pipe takes whole or not at all, and without waiting where it says that it can be
-    # written to (pipe(7), PIPE_BUF).
+    # What a pipe that can be written to takes whole and at once (pipe(7), PIPE_BUF).
     MAX_LINE = 4096
 
     def __init__(self, journal_stream: str) -> None:
@@ -2659,8 +2631,7 @@ class StderrHandler(logging.Handler):
         if sys.platform == "win32":
             return
         with contextlib.suppress(OSError):
-            # A terminal that nobody reads takes part of a line and then waits; opened for us alone
-            # it can be told not to.
+            # A stopped terminal takes part of a line and then waits: opened for us alone, it won't.
             self.fd = os.open(os.ttyname(2), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -2732,11 +2703,6 @@ class WindowsHandler(StderrHandler):
         super().close()
 
 
-def log_uncaught(kind: Any, error: Any, traceback: Any) -> None:
-    """A fault of ours that ends a thread, in one line like all others."""
-    LOG.error("internal error", exc_info=(kind, error, traceback))
-
-
 def start_log(level: int, handler: logging.Handler) -> None:
     """From now on what LEVEL lets through is HANDLER's, each record a line (OneLine)."""
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # never shown
@@ -2745,8 +2711,9 @@ def start_log(level: int, handler: logging.Handler) -> None:
     LOG.propagate = False
     LOG.setLevel(level)
     LOG.handlers[:] = [handler]
-    sys.excepthook = log_uncaught
-    threading.excepthook = lambda fault: log_uncaught(*fault[:3])
+    # A fault of ours that ends a thread is one line as well.
+    sys.excepthook = lambda *fault: LOG.error("internal error", exc_info=fault)
+    threading.excepthook = lambda fault: LOG.error("internal error", exc_info=fault.exc_value)
 
 
 class ServiceManager:
@@ -2957,10 +2924,9 @@ def listen_on(addresses: Sequence[Union[Address, UnixAddress]]) -> list[Listener
 def serve(config: Config, signals: Optional[socket.socket] = None,
           ready: Callable[[Sequence[str]], object] = tuple, drain: Optional[float] = None,
           ) -> int:  # fmt: skip
-    """Runs until a byte comes from SIGNALS (catch_signals() where it is not given), then finishes
-    what is in flight, within DRAIN seconds (DRAIN_SECONDS); a second byte ends it at once. READY is
-    called with what the listeners are called, once they listen. The exit status; ProxyError and
-    OSError where it can't start. With SIGNALS it runs in any thread."""
+    """Runs until a byte comes from SIGNALS (else catch_signals()), then finishes what is in
+    flight, within DRAIN seconds (DRAIN_SECONDS); a second byte ends it at once. READY is told what
+    the listeners are called. The exit status; ProxyError or OSError where it can't start."""
     steps = harden(sys.platform)
     config.tokens()  # a file that can't be used is a setting that is wrong
     raise_file_limit()
@@ -3045,15 +3011,6 @@ def listens_elsewhere(address: Address) -> str:
         return "" if wanted else ", and at every other address of this machine"
 
 
-def is_here(listener: Listener) -> bool:
-    """Is its address one of this machine's now? On Linux it need not be (IP_FREEBIND)."""
-    host, _, *scope = listener.socket.getsockname()
-    with contextlib.suppress(OSError), socket.socket(listener.socket.family) as probe:
-        probe.bind((host, 0, *scope))
-        return True
-    return False
-
-
 def address_findings(config: Config) -> Iterator[Finding]:
     """Whether the proxy could listen there now, or does already."""
     end = time.monotonic() + 2  # for all who don't answer
@@ -3072,10 +3029,10 @@ def address_findings(config: Config) -> Iterator[Finding]:
             continue
         free.append(address)
         for listener in listeners:
-            if listener.file or is_here(listener):
-                yield logging.INFO, f"{listener.name} is free to listen on"
-            else:
+            if listener.early:
                 yield logging.WARNING, f"{address} is no address of this machine (yet)"
+            else:
+                yield logging.INFO, f"{listener.name} is free to listen on"
             listener.close()
     try:
         for listener in listen_on(free):

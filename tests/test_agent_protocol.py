@@ -13,7 +13,7 @@ IDENTITIES, SIGNED = sap.parse_identities_answer, sap.parse_sign_response
 Parse = Callable[[bytes], Any]
 
 REQUESTS = [
-    ("the keys", sap.request_identities(), "0b"),
+    ("the keys", sap.byte(sap.SSH_AGENTC_REQUEST_IDENTITIES), "0b"),
     ("a signature", sap.sign_request(b"KEY", b"DATA", sap.SSH_AGENT_RSA_SHA2_512),
      "0d 00000003 4b4559 00000004 44415441 00000004"),
 ]  # fmt: skip

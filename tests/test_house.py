@@ -204,7 +204,7 @@ def test_a_pure_section_knows_no_system(section: str) -> None:
 
 
 def test_only_the_agents_own_section_speaks_to_an_agent() -> None:
-    speak = {"request_identities", "sign_request"}
+    speak = {"SSH_AGENTC_REQUEST_IDENTITIES", "sign_request"}
     assert [name for name in PLAN if names_used_in(name) & speak] == ["Upstream"]
 
 
