@@ -740,9 +740,8 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
                 size = int.from_bytes(reply[:4], "big")
                 if not 0 < size <= MAX_AGENT_MESSAGE:
                     raise WireError(f"{self.what} announced a message of {size} bytes")
-        too_many = len(reply) - (4 + size)
-        if too_many:
-            raise WireError(f"{self.what} sent {too_many} bytes more than it announced")
+        if len(reply) > 4 + size:
+            raise WireError(f"{self.what} sent {len(reply) - 4 - size} bytes more than announced")
         return reply[4:]
 
     def _end_and_explain(self, when: str) -> str:
@@ -754,9 +753,7 @@ class Exchange(Watch, contextlib.AbstractContextManager["Exchange"]):
         self.end()
         self._check_end()
         status = self.process.returncode
-        how = f"ended with exit status {status}"
-        if status < 0:
-            how = f"was ended by signal {-status}"
+        how = f"was ended by signal {-status}" if status < 0 else f"ended with exit status {status}"
         where = "; its words are in the proxy's log" if self.stderr_lines else ""
         return f"{self.what} {how} {when}{where}"
 
@@ -947,10 +944,9 @@ POWERSHELL = "Windows/System32/WindowsPowerShell/v1.0/powershell.exe"
 DRIVE = "/mnt/c"
 MOUNTS = "/proc/mounts"
 
-# For Windows PowerShell 5.1 and PowerShell 7: bytes from stdin to the pipe and from the pipe to
-# stdout, and not a value left over, which would be written there too. No cmdlet, for loading its
-# module is reported. Connect says ERROR_SEM_TIMEOUT, 0x80070079, where the pipe is busy, which is
-# worth a wait (of ten minutes at most), and TimeoutException where there is none.
+# For Windows PowerShell 5.1 and PowerShell 7. No value may be left over, for it would be written to
+# stdout too, and no cmdlet is used: for loading one is reported. Connect says TimeoutException
+# where there is no pipe, and ERROR_SEM_TIMEOUT, 0x80070079, where it is busy: ten minutes at most.
 _RELAY = """
 $ProgressPreference = 'SilentlyContinue'
 try {
@@ -1538,8 +1534,7 @@ def harden(platform: str) -> list[Step]:
     import resource
 
     libc = ctypes.CDLL(None, use_errno=True)
-    own_steps = systems[platform](libc)
-    return [_no_core(resource), *own_steps, _lock_memory(libc, resource, platform)]
+    return [_no_core(resource), *systems[platform](libc), _lock_memory(libc, resource, platform)]
 
 
 def confine(folders: Sequence[str]) -> Step:
@@ -2336,8 +2331,7 @@ class Handler:
             raise RequestError(400, "an empty body: there is nothing to sign")
         self.payload = parse_payload(bytes(kept), total, nul)
         self.whole = True
-        digest = f"{hash_algorithm}:{hasher.hexdigest()}"
-        self.noted.update(kind=self.payload.kind, digest=digest)
+        self.noted.update(kind=self.payload.kind, digest=f"{hash_algorithm}:{hasher.hexdigest()}")
         return hasher.digest(), self.payload
 
     def decide(self) -> Answer:

@@ -180,6 +180,8 @@ script = base64.b64decode(command, validate=True).decode("utf-16-le")
 found = re.search(r"::new\\(\\s*'\\.', '([^']+)', 'InOut', 'Asynchronous', '(\\w+)'\\)", script)
 if options != "-NoProfile -NonInteractive -InputFormat None -EncodedCommand".split():
     sys.exit("wrong options: %r" % options)
+if not os.path.samefile(".", os.path.dirname(__file__)):
+    sys.exit("wrong folder")
 if not found or found[2] != "Identification" or "SilentlyContinue" not in script:
     sys.exit("wrong script")
 exec(os.environ.get("TROUBLE", ""))
