@@ -2200,11 +2200,11 @@ class Client(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> Optional[int]:
         """None where nothing is here and gap is 0; RequestError 408, ClientGone."""
-        left = min(self.limit - time.monotonic(), self.gap)
-        if left < 0:
+        left = self.limit - time.monotonic()
+        if left <= 0 or self.gap < 0:  # (a clock that moves in steps meets 0, which is no gap)
             raise RequestError(408, "the request took too long to arrive")
         try:
-            self.socket.settimeout(left)
+            self.socket.settimeout(min(left, self.gap))
             size = self.socket.recv_into(buffer)
         except BlockingIOError:
             return None

@@ -789,6 +789,15 @@ def test_what_drips_is_too_slow_as_a_whole(
         refused(the_one_answer(read_all(s)), 408)
 
 
+def test_a_clock_that_shows_the_very_limit_is_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows' moves in steps of 16 ms, and a wait of 0 would be none."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(p.RequestError, match="took too long"):
+        client = p.Client(ours)
+        monkeypatch.setattr(p.time, "monotonic", lambda: client.limit)
+        client.read(1)
+
+
 def test_a_body_with_short_gaps_is_in_time(quick: Shared) -> None:
     """The head has its time, the body has more: a gap is no sum of gaps."""
     with connect(quick.port) as s:

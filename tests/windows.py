@@ -97,7 +97,6 @@ LEFT_OUT: Dict[str, List[str]] = {
         "test_http.py::test_the_129th_takes_the_place_of_the_one_that_has_been_waited_for*[idle]",
     ],
     "what fails there, and is to be mended": [
-        "test_http.py::*drips*hardly a pause*",
         "test_http.py::test_where_128_wait_for_the_agent_the_129th_is_busy_at_once",
         "test_tokens.py::test_tokens_added_at_once_are_all_there",
     ],
