@@ -123,7 +123,7 @@ def test_each_folder_is_a_component_that_leaves_nothing(msi: Path) -> None:
 
 
 UPGRADE_CODE = "{A86C6E01-FD04-480F-ADC2-B98C619D9DC0}"  # never another one
-TRAY = '-B "[#tray.pyw]"'
+TRAY = '-I -B "[#tray.pyw]"'
 TABLES = {
     "Property": [
         ("Property", "Value"),
@@ -310,11 +310,11 @@ class Installer:
         """What the shortcut names. (Not every Wine opens a shortcut itself.)"""
         content = self.shortcut.read_bytes()
         program = re.search(rb"[A-Z]:\\[^\0]+\.exe", content)
-        argument = re.search(rb'-\0B\0 \0"\0((?:[^"]\0)+)"\0', content)
+        argument = re.search(rb'-\0I\0 \0-\0B\0 \0"\0((?:[^"]\0)+)"\0', content)
         assert program and argument, content
         script = argument.group(1).decode("utf-16-le")
         null = subprocess.DEVNULL
-        argv = ["wine", program.group().decode(), "-B", script]
+        argv = ["wine", program.group().decode(), "-I", "-B", script]
         subprocess.Popen(argv, env=self.env, stdin=null, stdout=null, stderr=null)
         wait_for(self.serving, 30, "the tray")
 

@@ -218,7 +218,7 @@ def test_what_starts_it_at_login_opens_no_console(
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b" / there).touch()
     monkeypatch.setattr(sys, "executable", str(tmp_path / "a b" / "python.exe"))
-    assert tray.command_line() == f'"{tmp_path}/a b/{there}" -B {TRAY}'
+    assert tray.command_line() == f'"{tmp_path}/a b/{there}" -I -B {TRAY}'
 
 
 class Willing:
@@ -295,7 +295,7 @@ class Desktop:
 
     def start(self, *argv: str, **env: Any) -> subprocess.Popen[bytes]:
         # Its output is a pipe: with a file there Python does not start under Wine.
-        words = [*self.windows.python, "-B", self.windows.path(self.script), *argv]
+        words = [*self.windows.python, "-I", "-B", self.windows.path(self.script), *argv]
         process = subprocess.Popen(
             words,
             env={**self.env, **env},

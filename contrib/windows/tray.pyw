@@ -1,7 +1,7 @@
 r"""ssh-agent-proxy behind a tray icon of Windows: the same server, with a menu.
 
-    pythonw tray.pyw            serves until Exit, logoff, or WM_CLOSE to its window
-    pythonw tray.pyw --remove   ends a running one and removes what it has written, without a word
+    pythonw -I -B tray.pyw            serves until Exit, logoff, or WM_CLOSE to its window
+    pythonw -I -B tray.pyw --remove   ends a running one and removes what it has written, silently
 
 It is set as the program on a console is, by SSH_AGENT_PROXY_* variables of the user, and needs
 Windows 10 version 1703 or newer. An installer ends it by WM_CLOSE to the window whose class is
@@ -143,10 +143,11 @@ def environment(choice: str) -> dict[str, str]:
 
 
 def command_line() -> str:
-    """What starts this very file, without a console; the installer's shortcut has the same."""
+    """What starts this very file, without a console; the installer's shortcut has the same. (-I: no
+    PYTHON* variable counts, not even PYTHONINSPECT, which a file python3XX._pth does not stop.)"""
     windowed = os.path.join(os.path.dirname(sys.executable), "pythonw.exe")
     python = windowed if os.path.exists(windowed) else sys.executable
-    return subprocess.list2cmdline([python, "-B", os.path.abspath(__file__)])
+    return subprocess.list2cmdline([python, "-I", "-B", os.path.abspath(__file__)])
 
 
 def log_folder() -> str:
