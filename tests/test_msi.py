@@ -10,6 +10,7 @@ import contextlib
 import getpass
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
-from conftest import PROXY, ROOT, clean_env, copy_tree, http, need, run, wait_for
+from conftest import PROXY, ROOT, Agent, clean_env, copy_tree, http, need, run, wait_for
 from test_make import MAKE, PYTHON, files, make, snapshot
 
 long = pytest.mark.long
@@ -25,8 +26,9 @@ MSI = Path("contrib", "windows", "msi.py")
 VERSION = re.search(r'(?m)^VERSION = "(.+)"', PROXY.read_text("utf-8"))[1]  # type: ignore[index]
 NEXT = "9.9.9"
 INSTALLED = ["LICENSE", "shim.sh", "ssh-agent-proxy.ico", "ssh_agent_proxy.py", "tray.pyw"]
+CONSOLE = "ssh-agent-proxy.exe"
 # A folder that stands in for the Python: names that are no identifiers, folders without files.
-PYTHON_FILES = ["pythonw.exe", "python313.zip", "Lib/a-b/c d.py", "Lib/a-b/" + "e" * 70 + ".py"]
+PYTHON_FILES = ["pythonw.exe", "python313.dll", "Lib/a-b/c d.py", "Lib/a-b/" + "e" * 70 + ".py"]
 
 
 def need_tools() -> None:
@@ -103,7 +105,7 @@ def test_every_file_is_in_it_and_nothing_else(msi: Path, python: Path, home: Pat
     for name in INSTALLED:
         folder = ROOT if (ROOT / name).exists() else ROOT / "contrib" / "windows"
         expected[name] = folder / name
-    assert files(extracted) == sorted([*expected, "python"])
+    assert files(extracted) == sorted([*expected, "python", CONSOLE])
     for name, source in expected.items():
         assert source.is_dir() or (extracted / name).read_bytes() == source.read_bytes()
 
@@ -398,6 +400,34 @@ def test_what_the_shortcut_names_serves_and_writes_nothing_beside_it(installer: 
     assert installer.serving() == VERSION
     assert "ssh-agent-proxy" in installer.registry(RUN)
     assert snapshot(installer.folder) == before
+
+
+@on_windows
+def test_the_console_program_checks_and_makes_tokens(
+    installer: Installer, home: Path, agent_with_key: Agent
+) -> None:
+    installer.install(installer.old)
+    folder = home / "Jürgen ☃"
+    shutil.copytree(installer.folder, folder)
+    before = snapshot(folder)
+    tokens = installer.windows.path(folder.with_name("tökens ☃"))
+    # Python would go on asking, or look for its modules elsewhere, if these counted.
+    env = {**installer.env, "PYTHONINSPECT": "1", "PYTHONHOME": "/tmp"}
+
+    def console(*argv: str) -> Any:
+        return run(["wine", folder / CONSOLE, *argv], env=env, check=False)
+
+    added = console("token", "wsl", "payloads=commit,tag", "--token-file", tokens)
+    line = added.stdout.strip() + b" wsl payloads=commit,tag\n"
+    assert (added.returncode, folder.with_name("tökens ☃").read_bytes()) == (0, line)
+    upstream = installer.windows.pipe(agent_with_key.sock)
+    checked = console("check", "--upstream", upstream)
+    assert (checked.returncode, checked.stderr) == (0, b"")
+    assert f"ok   127.0.0.1:{installer.port} is free".encode() in checked.stdout
+    refused = console("check", "--wrong", 'a "b ☃')
+    assert (refused.returncode, refused.stdout) == (2, b"")
+    assert 'unrecognized arguments: --wrong a "b ☃'.encode() in refused.stderr
+    assert snapshot(folder) == before
 
 
 @on_windows

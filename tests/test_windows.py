@@ -72,7 +72,8 @@ def test_the_carried_python_has_what_the_programs_import(
     script.write_text(IMPORT_ALL)
     programs = [PROXY, *(ROOT / "contrib" / "windows").glob("*.pyw")]
     env = windows.env(home, PYTHONPATH="/tmp", PYTHONINSPECT="1", PYTHONHOME="/tmp")
-    said = windows.wine(carried / "pythonw.exe", script, *programs, env=env).stdout.decode()
+    argv = [carried / "pythonw.exe", "-I", "-B", script, *programs]
+    said = windows.wine(*argv, env=env).stdout.decode()
     missing, path = said.splitlines()
     assert set(missing.split()) <= {"fcntl", "grp", "pwd", "resource"}  # Linux's
     folder = windows.path(carried)
@@ -84,7 +85,8 @@ def test_the_carried_python_runs_the_program(
 ) -> None:
     before = sorted(carried.iterdir())
     argv = ["check", "--addr", "127.0.0.1:0", "--upstream", windows.pipe(agent_with_key.sock)]
-    done = windows.wine(carried / "pythonw.exe", PROXY, *argv, env=windows.env(home))
+    python = [carried / "pythonw.exe", "-I", "-B"]
+    done = windows.wine(*python, PROXY, *argv, env=windows.env(home))
     assert done.stdout.splitlines()[1].startswith(b"ok   it holds ssh-ed25519 "), done.stdout
     assert sorted(carried.iterdir()) == before
 

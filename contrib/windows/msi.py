@@ -1,8 +1,9 @@
 """Writes the installer for Windows: python contrib/windows/msi.py FOLDER PYTHON
 
 FOLDER/ssh-agent-proxy-VERSION.msi holds the proxy, the shim, the tray and the folder PYTHON, a
-Windows Python with a pythonw.exe in it. ssh-agent-proxy.wxs says what it does; here stands what
-depends on the files. Needs wixl (of msitools) and a C compiler for Windows (of mingw-w64).
+Windows Python with a pythonw.exe in it; and ssh-agent-proxy.exe, which runs the proxy in a console.
+ssh-agent-proxy.wxs says what it does; here stands what depends on the files. Needs wixl (of
+msitools) and a C compiler for Windows (of mingw-w64).
 
 The same sources and the same versions of these two make the same bytes. A version has one product
 code, so that it is never installed twice; the package code, by which Windows Installer knows the
@@ -24,6 +25,10 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+sys.dont_write_bytecode = True
+import python as windows_python  # noqa: E402
+
 ROOT = HERE.parent.parent
 SOURCES = (
     ROOT / "LICENSE",
@@ -34,8 +39,9 @@ SOURCES = (
 )
 # Whatever is told apart by a GUID has the one of its name in here.
 NAMESPACE = uuid.UUID("076e8a77-c45e-4617-b693-3ee129acacea")
+CONSOLE = "ssh-agent-proxy.exe"
+PYTHON_DLL = re.compile(r"python3\d+\.dll")
 EPOCH = 315532800  # 1980, where the times of a cabinet begin
-COMPILER = "x86_64-w64-mingw32-gcc"
 
 
 def guid(name: str) -> str:
@@ -60,6 +66,10 @@ def staged(folder: Path, python: Path) -> List[PurePosixPath]:
     for source in SOURCES:
         shutil.copyfile(source, folder / source.name)
     shutil.copytree(python, folder / "python", copy_function=shutil.copyfile)
+    dlls = [path.name for path in python.iterdir() if PYTHON_DLL.fullmatch(path.name)]
+    if len(dlls) != 1:
+        sys.exit(f"msi: there is no python3XX.dll in {python}")
+    windows_python.build_launcher(folder / CONSOLE, dlls[0], "-DSSH_AGENT_PROXY")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         os.utime(path, (EPOCH, EPOCH))
@@ -160,7 +170,7 @@ def build(python: Path) -> bytes:
         work = Path(temporary, "work")
         work.mkdir()
         Path(temporary, "files.wxs").write_text(files_wxs(staged(work, python)), "utf-8")
-        call(work, COMPILER, "-Os", "-s", "-shared", "-nostartfiles", "-Wall", "-Wextra",
+        call(work, windows_python.GCC, "-Os", "-s", "-shared", "-nostartfiles", "-Wall", "-Wextra",
              "-Wl,--no-insert-timestamp,--entry=0", "-o", "msi-actions.dll",
              str(HERE / "msi-actions.c"), "-lmsi", "-luser32")
         call(work, "wixl", "--arch", "x64", "--define", f"VERSION={number}",

@@ -4,7 +4,7 @@
 
 FOLDER is laid out as that package of python.org's is, flat:
 
-    pythonw.exe       runs what it is given, without a console, and isolated: `pythonw tray.pyw`
+    pythonw.exe       runs what it is given, without a console: `pythonw -I -B tray.pyw`
     python3XX.dll     the interpreter; vcruntime140*.dll, libffi-8.dll: what it needs
     *.pyd             extension modules
     python3XX.zip     the standard library, compiled
@@ -102,8 +102,7 @@ def binaries(series: str, cache: Path) -> Iterator[Tuple[str, bytes]]:
                 yield name, archive.read(member)
 
 
-def build_launcher(target: Path, series: str, icon: Optional[Path], *options: str) -> None:
-    dll = f"python{series.replace('.', '')}.dll"
+def build_launcher(target: Path, dll: str, *options: str, icon: Optional[Path] = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         resources = Path(folder, "launcher.rc")
         lines = [f'1 24 "{HERE}/launcher.manifest"'] + ([f'1 ICON "{icon}"'] if icon else [])
@@ -178,8 +177,7 @@ def from_pypi(target: Path, cache: Path) -> None:
     texts = [licences(library), (HERE / "licences.txt").read_text("utf-8")]
     (target / "LICENSE.txt").write_text("\n".join(texts), "utf-8")
     icon = HERE / "ssh-agent-proxy.ico"
-    options = ("-mwindows", "-DISOLATED")
-    build_launcher(target / "pythonw.exe", CARRIED, icon if icon.exists() else None, *options)
+    build_launcher(target / "pythonw.exe", "python313.dll", "-mwindows", icon=icon)
 
 
 # python.org's, by its name and by what is in it.
@@ -257,8 +255,9 @@ def whole_python(target: Path, series: str, python: str, cache: Path) -> None:
         (target / ("" if beside else "DLLs") / name).write_bytes(content)
     unwanted = shutil.ignore_patterns(*UNWANTED)
     shutil.copytree(standard_library(python), target / "Lib", ignore=unwanted)
-    build_launcher(target / "python.exe", series, None)
-    build_launcher(target / "pythonw.exe", series, None, "-mwindows")
+    dll = f"python{series.replace('.', '')}.dll"
+    build_launcher(target / "python.exe", dll)
+    build_launcher(target / "pythonw.exe", dll, "-mwindows")
     # (Modules of both systems are compiled alike.)
     argv = [python, "-m", "compileall", "-q", "-j", "0", str(target / "Lib")]
     subprocess.run(argv, check=False, stdout=subprocess.DEVNULL)
