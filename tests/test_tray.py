@@ -244,6 +244,33 @@ def test_one_that_is_ended_while_it_starts_is_ending(monkeypatch: pytest.MonkeyP
     assert icon.state.ending
 
 
+INTERNAL = "internal error: ZeroDivisionError (see the log)"
+# What is broken, in the course of what; what can't be done then, and what the menu says.
+BROKEN = [
+    ("the first run", "first_run", "begin", "Start at login can't be set", "the server's end"),
+    ("the start", "environment", "begin", "not running", INTERNAL),
+    ("the copy", "public_key", "fetch_key", "No public key was copied", ""),
+]
+
+
+@pytest.mark.parametrize("broken, does, what, trouble", rows(BROKEN))
+def test_an_error_that_nobody_thought_of_is_told_in(
+    broken: str, does: str, what: str, trouble: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(tray, "read_value", lambda *_: None)
+    monkeypatch.setattr(tray, "first_run", lambda: False)
+    monkeypatch.setattr(tray, "run_server", lambda *_: "the server's end")
+    monkeypatch.setattr(tray, broken, lambda *_: 1 // 0)
+    icon = tray.Tray(Willing())
+    getattr(icon, does)()
+    if icon.server or icon.copying:
+        icon.calls.get(timeout=5)()
+    assert f"{what}: {INTERNAL}" in caplog.messages
+    assert "lambda *_: 1 // 0" in caplog.text, "where it happened"
+    assert (icon.state.trouble, icon.copying) == (trouble, False)
+
+
 # ------------------------------------------------------------------------------------ on a screen
 
 # What a Windows program sees of it: values of the registry, and the clipboard.
@@ -468,6 +495,32 @@ def test_one_that_starts_while_another_ends_waits_for_that(desktop: Desktop) -> 
         assert second.poll() is None
 
 
+# Until its standard input ends.
+EVENT = r"""
+import ctypes
+assert ctypes.WinDLL("kernel32").CreateEventW(None, True, False, "Local\\ssh-agent-proxy tray")
+print("made", flush=True)
+input()
+"""
+
+
+@on_a_screen
+def test_another_programs_event_of_that_name_hinders_neither_start_nor_removal(
+    desktop: Desktop,
+) -> None:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    argv = [*desktop.windows.python, "-c", EVENT]
+    with subprocess.Popen(argv, env=desktop.env, **pipes) as other:
+        assert other.stdout and other.stdin
+        assert other.stdout.readline().strip() == b"made"
+        process = desktop.start()
+        desktop.logged("listening on")
+        assert desktop.start().wait(20) == 0
+        assert process.poll() is None
+        assert desktop.start("--remove").wait(20) == process.wait(20) == 0
+        other.stdin.write(b"\n")
+
+
 @on_a_screen
 def test_all_networks_are_listened_on_where_there_are_tokens(desktop: Desktop) -> None:
     tokens = private_file(desktop.folder / "tokens", "0123456789abcdef name\n")
@@ -505,11 +558,12 @@ def test_the_public_key_is_copied(desktop: Desktop, agent: Agent, keys: Keys) ->
 def test_a_busy_port_is_told_and_tried_again(desktop: Desktop) -> None:
     with socket.create_server(("127.0.0.1", desktop.port)):
         process = desktop.start(SSH_AGENT_PROXY_TOKEN_FILE=desktop.windows.path(PROXY))
-        desktop.logged("ERROR SSH_AGENT_PROXY_TOKEN_FILE: ")
+        desktop.logged("ERROR not running: SSH_AGENT_PROXY_TOKEN_FILE: ")
         desktop.choose("x")
         assert process.wait(10) == 0
         process = desktop.start(SSH_AGENT_PROXY_TOKEN_FILE="")
-        desktop.logged(f"ERROR cannot listen on 127.0.0.1:{desktop.port}: port .* is in use")
+        port = f"127.0.0.1:{desktop.port}"
+        desktop.logged(f"ERROR not running: cannot listen on {port}: port .* is in use")
     desktop.choose("l", "t")
     desktop.logged("listening on")
     assert process.poll() is None and desktop.answers()

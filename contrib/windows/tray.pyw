@@ -512,6 +512,16 @@ def start_log() -> None:
         proxy.start_log(logging.INFO, LogFile())
 
 
+def reason(e: Exception) -> str:
+    """Why something can't be done, in a line; what was not thought of goes into the log, whole."""
+    if isinstance(e, proxy.ProxyError):
+        return str(e)
+    if isinstance(e, OSError):
+        return e.strerror or str(e)
+    LOG.error("internal error", exc_info=e)
+    return f"internal error: {type(e).__name__} (see the log)"
+
+
 def run_server(env: Mapping[str, str], signals: socket.socket,
                ready: Callable[[Sequence[str]], None], patience: float) -> str:  # fmt: skip
     """Serves until SIGNALS has a byte; READY is told where, once it does. Returns why it ended, ""
@@ -529,13 +539,10 @@ def run_server(env: Mapping[str, str], signals: socket.socket,
                 # over ("Using SO_REUSEADDR and SO_EXCLUSIVEADDRUSE").
                 if time.monotonic() > deadline or select.select([signals], [], [], 0.25)[0]:
                     raise
-    except (proxy.ProxyError, OSError) as e:
-        why = proxy.failure(e)[1]
-        LOG.error("%s", why)
+    except Exception as e:  # noqa: BLE001  reason() logs it
+        why = reason(e)
+        LOG.error("not running: %s", why)
         return why
-    except Exception as e:
-        LOG.exception("internal error")
-        return f"internal error: {type(e).__name__} (see the log)"
 
 
 def public_key(env: Mapping[str, str]) -> tuple[str, str]:
@@ -602,8 +609,8 @@ class Tray:
         try:
             if first_run():
                 self.balloon("It runs behind this icon: a click on it shows what can be set.")
-        except OSError as e:
-            self.complain("Start at login can't be set", e.strerror)
+        except Exception as e:  # noqa: BLE001  reason() logs it
+            self.complain("Start at login can't be set", reason(e))
         self.start()
 
     def run(self) -> None:
@@ -736,12 +743,19 @@ class Tray:
         self.state = state
         self.update()
 
-    def start(self, again: bool = False) -> None:
+    def start(self, patience: float = 0) -> None:
+        try:
+            self.start_server(patience)
+        except Exception as e:  # noqa: BLE001  reason() logs it
+            why = reason(e)
+            LOG.error("not running: %s", why)
+            self.not_running(why)
+
+    def start_server(self, patience: float) -> None:
         choice = self.choice()[0]
         if choice == HERE_ONLY and read_value(OURS, LISTEN_ON) == EVERYWHERE:
             LOG.warning("listening for this computer alone: %s is no longer set", TOKEN_FILE)
         env = environment(choice)
-        patience = AGAIN_SECONDS if again else 0
         signals, self.stopper = socket.socketpair()
         self.stopping = self.restarting = False
 
@@ -753,8 +767,9 @@ class Tray:
         def ready(names: Sequence[str]) -> None:
             self.later(lambda: self.server_listens(names))
 
-        self.server = threading.Thread(target=serve, daemon=True)
-        self.server.start()
+        server = threading.Thread(target=serve, daemon=True)
+        server.start()
+        self.server = server
         self.become(State())
 
     def stop(self) -> None:
@@ -775,10 +790,13 @@ class Tray:
         if self.state.ending:
             self.win32.DestroyWindow(self.hwnd)
         elif self.restarting:
-            self.start(again=True)
+            self.start(AGAIN_SECONDS)
         else:
-            self.become(State(trouble=why or "it has ended"))
-            self.balloon(f"Nothing can be signed: {self.state.trouble}", NIIF_ERROR)
+            self.not_running(why or "it has ended")
+
+    def not_running(self, why: str) -> None:
+        self.become(State(trouble=why))
+        self.balloon(f"Nothing can be signed: {why}", NIIF_ERROR)
 
     def end(self) -> None:
         if self.state.ending:
@@ -852,14 +870,14 @@ class Tray:
         try:
             start_at_login(not read_login().on)
         except OSError as e:
-            self.complain("Start at login can't be changed", e.strerror)
+            self.complain("Start at login can't be changed", reason(e))
 
     def listen_on(self, choice: str) -> None:
         """From now on; choosing what is chosen already tries again what failed."""
         try:
             write_value(OURS, LISTEN_ON, choice)
         except OSError as e:
-            self.complain("the choice can't be kept", e.strerror)
+            self.complain("the choice can't be kept", reason(e))
         if self.server:
             self.restarting = True
             self.stop()
@@ -868,18 +886,16 @@ class Tray:
 
     def fetch_key(self) -> None:
         env = environment(self.choice()[0])
-        self.copying = True
 
         def work() -> None:
             try:
-                line, fingerprint = public_key(env)
-            except (proxy.ProxyError, OSError) as e:
-                why = proxy.failure(e)[1]
-                self.later(lambda: self.key_fetched("", why))
-            else:
-                self.later(lambda: self.key_fetched(line, fingerprint))
+                line, about = public_key(env)
+            except Exception as e:  # noqa: BLE001  reason() logs it
+                line, about = "", reason(e)
+            self.later(lambda: self.key_fetched(line, about))
 
         threading.Thread(target=work, daemon=True).start()
+        self.copying = True
 
     def key_fetched(self, line: str, about: str) -> None:
         """LINE, and the key's fingerprint; or "", and why there is none."""
@@ -889,7 +905,7 @@ class Tray:
                 raise proxy.ProxyError(about)
             self.copy(line + "\r\n")
         except (proxy.ProxyError, OSError) as e:
-            self.complain("No public key was copied", proxy.failure(e)[1])
+            self.complain("No public key was copied", reason(e))
         else:
             self.balloon(f"The public key was copied: {about}")
 
@@ -924,23 +940,31 @@ class Tray:
         try:
             subprocess.Popen((notepad, os.path.join(log_folder(), "tray.log")))
         except (proxy.ProxyError, OSError) as e:
-            self.complain("Notepad can't show the log", proxy.failure(e)[1])
+            self.complain("Notepad can't show the log", reason(e))
 
 
 # --------------------------------------------------------------------------------------- Start
 
 
+def alone(win32: Win32, mutex: Any) -> bool:
+    """Whether no other one runs in this session, after a moment's wait for its end. MUTEX is ours
+    then, as long as this process is there."""
+    if mutex:
+        return win32.WaitForSingleObject(mutex, 100) in (WAIT_OBJECT_0, WAIT_ABANDONED)
+    # It can't be had: it is an elevated tray's or another user's; or another program has made
+    # something else of that name, an event, say. The window alone tells.
+    time.sleep(0.1)
+    return not win32.FindWindowW(WINDOW_CLASS, None)
+
+
 def is_first(win32: Win32) -> bool:
     """Whether no other one runs in this session; where one does, that is said. One that is about to
     end is waited for."""
-    # It is ours as long as the process is there.
     mutex = win32.CreateMutexW(None, False, MUTEX)
     hello = win32.RegisterWindowMessageW(HELLO)
     deadline = time.monotonic() + 2 * END_SECONDS  # Explorer may be slow to take its icon away
     while time.monotonic() < deadline:
-        if not mutex:  # another user's, or an elevated one's
-            time.sleep(0.1)
-        elif win32.WaitForSingleObject(mutex, 100) in (WAIT_OBJECT_0, WAIT_ABANDONED):
+        if alone(win32, mutex):
             return True
         answer = DWORD_PTR()
         first = win32.FindWindowW(WINDOW_CLASS, None)
@@ -963,7 +987,7 @@ def end_running(win32: Win32) -> None:
     this process is there, no other one begins."""
     mutex, process = win32.CreateMutexW(None, False, MUTEX), None
     deadline = time.monotonic() + 2 * END_SECONDS
-    while mutex and win32.WaitForSingleObject(mutex, 100) not in (WAIT_OBJECT_0, WAIT_ABANDONED):
+    while not alone(win32, mutex):
         window = win32.FindWindowW(WINDOW_CLASS, None)
         if window and not process:
             pid = DWORD()
@@ -1009,10 +1033,10 @@ def main(argv: Sequence[str]) -> int:
         tray = Tray(win32)
         tray.begin()
         tray.run()
-    except (proxy.ProxyError, OSError) as e:
-        status, why = proxy.failure(e)
-        win32.MessageBoxW(None, why, NAME, MB_OK | MB_ICONERROR | MB_SETFOREGROUND)
-        return status
+    except Exception as e:  # noqa: BLE001  reason() logs it
+        box = MB_OK | MB_ICONERROR | MB_SETFOREGROUND
+        win32.MessageBoxW(None, f"cannot run: {reason(e)}", NAME, box)
+        return proxy.failure(e)[0]
     return 0
 
 
