@@ -97,6 +97,7 @@ lint: venv-lint  ## the linters and the type checker, in that venv
 	"$(VENV)/bin/mypy" --cache-dir "$(VENV)/.mypy_cache" $(MYPY) --platform darwin ssh_agent_proxy.py
 	"$(VENV)/bin/mypy" --cache-dir "$(VENV)/.mypy_cache" $(MYPY) --platform win32 ssh_agent_proxy.py \
 	    $(TRAY)
+	"$(VENV)/bin/mypy" --cache-dir "$(VENV)/.mypy_cache" $(MYPY) contrib/windows/*.py
 	PATH="$(VENV)/bin:$$PATH" shellcheck --norc --shell=sh $(SHELL_FILES)
 	PATH="$(VENV)/bin:$$PATH" shellcheck --norc --shell=bash .ci/run
 
