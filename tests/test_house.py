@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import os
 import re
-import symtable
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Dict, Iterator, List, Set, Tuple
+from types import CodeType
+from typing import Dict, List, Set, Tuple
 
 import pytest
 from conftest import PROXY, ROOT, SHIM
@@ -59,43 +60,18 @@ def module_names() -> Dict[str, int]:
     return names
 
 
-class WithoutAnnotations(ast.NodeTransformer):
-    """They are never evaluated, so they may name what comes later."""
-
-    def visit_arg(self, node: ast.arg) -> ast.arg:
-        return ast.arg(arg=node.arg)
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        node.returns = None
-        return self.generic_visit(node)
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        node.annotation = ast.Constant(value=None)
-        return self.generic_visit(node)
-
-
-def scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
-    yield table
-    for child in table.get_children():
-        yield from scopes(child)
-
-
-def names_used(statement: ast.stmt) -> Set[str]:
-    """The module's names that a statement at its top uses, in whatever function inside it."""
-    bare = WithoutAnnotations().visit(ast.parse(ast.unparse(statement)))
-    table = symtable.symtable(ast.unparse(bare), "<statement>", "exec")
-    return {
-        symbol.get_name()
-        for scope in scopes(table)
-        for symbol in scope.get_symbols()
-        if symbol.is_referenced() and (scope is table or symbol.is_global())
-    }
+def names_loaded(code: CodeType) -> Set[str]:
+    """The names that CODE looks up in the module, in whatever function inside it."""
+    looks_up = ("LOAD_GLOBAL", "LOAD_NAME")
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in looks_up}
+    return names.union(*(names_loaded(c) for c in code.co_consts if isinstance(c, CodeType)))
 
 
 @functools.cache
 def names_used_by_each() -> List[Set[str]]:
-    """The same of each statement at the top."""
-    return [names_used(statement) for statement in TREE.body]
+    """The same of each statement at the top. (Annotations, as for this file, are not evaluated.)"""
+    alone = [compile(ast.Module([s], []), "<statement>", "exec") for s in TREE.body]
+    return [names_loaded(code) for code in alone]
 
 
 def names_used_in(section: str) -> Set[str]:
