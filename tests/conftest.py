@@ -515,11 +515,12 @@ def scripted_agent(short: Path) -> Iterator[Callable[..., Path]]:
 class Proxy:
     """`ssh_agent_proxy.py serve` as a process of its own."""
 
-    def __init__(self, argv: List[str], env: Dict[str, str], wait: bool = True) -> None:
+    def __init__(
+        self, argv: List[str], env: Dict[str, str], wait: bool = True, stderr: int = subprocess.PIPE
+    ) -> None:
+        """STDERR, where the log is to go elsewhere, and is not read here."""
         self._log: List[str] = []
-        self.process = subprocess.Popen(
-            argv, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        self.process = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stderr=stderr)
         self.pid = self.process.pid
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -528,8 +529,7 @@ class Proxy:
             self.url = f"http://127.0.0.1:{self.port}"
 
     def _read(self) -> None:
-        assert self.process.stderr
-        for line in self.process.stderr:
+        for line in self.process.stderr or ():
             self._log.append(line.decode("utf-8", "backslashreplace"))
 
     def log(self) -> str:

@@ -8,9 +8,7 @@ import hashlib
 import os
 import re
 import shlex
-import signal
 import socket
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,9 +16,9 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import pytest
 from conftest import (
-    FINGERPRINT, PROXY, ROOT, TEXTS, Agent, Answer, Keys, Repository, can_be_seen, clean_env,
+    FINGERPRINT, PROXY, ROOT, TEXTS, Agent, Answer, Keys, Proxy, Repository, can_be_seen, clean_env,
     commit, connect, fingerprint, get, message, need, parse_answer, post, private_file, push,
-    read_message, rows, run, short_folder, tag, wait_for,
+    read_message, rows, run, short_folder, tag,
 )  # fmt: skip
 
 MAX_LINE = 4096  # bytes, its end included: what a pipe takes whole
@@ -91,8 +89,8 @@ START = "2026-01-31T23:59:59+0100 AUDIT outcome=signed status=200 peer=127.0.0.1
 # ---------------------------------------------------------------- a proxy whose log is a file
 
 
-class Logged:
-    """The proxy as a process of its own; what it has logged can be read without delay."""
+class Logged(Proxy):
+    """Its log is a file: what stands there can be read without delay."""
 
     def __init__(self, folder: Path, *args: Any) -> None:
         folder.mkdir()
@@ -100,21 +98,12 @@ class Logged:
         self.asked = 0
         argv = [sys.executable, PROXY, "--addr", "127.0.0.1:0", *args]
         with self.file.open("wb") as log:
-            self.process = subprocess.Popen(
-                [str(a) for a in argv],
-                env=clean_env(folder / "home"),
-                stdin=subprocess.DEVNULL,
-                stderr=log,
-            )
-        self.port = wait_for(self.listens, message="the proxy listens")
-        self.url = f"http://127.0.0.1:{self.port}/sign"
+            super().__init__(list(map(str, argv)), clean_env(folder / "home"), stderr=log.fileno())
 
-    def listens(self) -> int:
-        assert self.process.poll() is None, self.file.read_text()
-        found = re.search(r"listening on 127\.0\.0\.1:(\d+) ", self.file.read_text())
-        return int(found[1]) if found else 0
+    def log(self) -> str:
+        return self.file.read_text()
 
-    def lines(self, start: int = 0) -> List[Line]:
+    def requests(self, start: int = 0) -> List[Line]:
         """Each request's line, from the byte START of the log on."""
         with self.file.open("rb") as f:
             f.seek(start)
@@ -135,7 +124,7 @@ class Logged:
             if end:
                 s.shutdown(socket.SHUT_WR)
             received = s.recv(1)
-            lines = self.lines(before)
+            lines = self.requests(before)
             peer = "{}:{}".format(*s.getsockname())
             while piece := s.recv(65536):
                 received += piece
@@ -144,14 +133,11 @@ class Logged:
         assert line.fields["status"] == str(answer.status)
         return answer, line
 
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        status = self.process.wait(20)
-        log = self.file.read_text()
-        assert "Traceback" not in log and "internal error" not in log, log
-        assert status == 0
+    def end(self) -> None:
+        assert self.stop() == 0
+        assert "Traceback" not in self.log() and "internal error" not in self.log(), self.log()
         # (Where git asks, the tests do not.)
-        assert not self.asked or len(self.lines()) == self.asked
+        assert not self.asked or len(self.requests()) == self.asked
 
 
 Start = Callable[..., Logged]
@@ -159,21 +145,14 @@ Start = Callable[..., Logged]
 
 @contextlib.contextmanager
 def starting() -> Iterator[Start]:
-    started: List[Logged] = []
-    with short_folder() as folder:
+    with short_folder() as folder, contextlib.ExitStack() as stack:
 
         def start(*args: Any) -> Logged:
-            started.append(Logged(folder / str(len(started)), *args))
-            return started[-1]
+            proxy = Logged(folder / str(len(os.listdir(folder))), *args)
+            stack.callback(proxy.end)
+            return proxy
 
-        try:
-            yield start
-            for proxy in started:
-                proxy.stop()
-        finally:
-            for proxy in started:
-                proxy.process.kill()
-                proxy.process.wait()
+        yield start
 
 
 @pytest.fixture
@@ -452,10 +431,10 @@ def test_each_signed_object_is_on_record_once_with_its_id(
 ) -> None:
     agent.add(keys[kind])
     proxy = start("--upstream", agent.sock)
-    repository = Repository(home, proxy.url, keys[kind].with_suffix(".pub"), id_format)
+    repository = Repository(home, f"{proxy.url}/sign", keys[kind].with_suffix(".pub"), id_format)
     work(repository)
     names = ("id", "kind", "subject")
-    signed = [line for line in proxy.lines() if line.fields["outcome"] == "signed"]
+    signed = [line for line in proxy.requests() if line.fields["outcome"] == "signed"]
     logged = [tuple(line.fields.get(name, "") for name in names) for line in signed]
     found = signed_in(repository)
     assert len(found) > 5
@@ -467,7 +446,7 @@ def test_each_signed_object_is_on_record_once_with_its_id(
 
 @pytest.fixture
 def repository(for_git: Logged, keys: Keys, home: Path) -> Repository:
-    return Repository(home, for_git.url, Path(f"{keys['ed25519']}.pub"))
+    return Repository(home, f"{for_git.url}/sign", Path(f"{keys['ed25519']}.pub"))
 
 
 # ---------------------------------------------------------------- what the pages say of it
@@ -575,7 +554,7 @@ def test_what_was_amended_or_rebased_away_is_no_false_alarm(
     repository.git("branch", "-q", "-D", "main")
     repository.git("reflog", "expire", "--expire=now", "--all")
     repository.git("gc", "-q", "--prune=now")
-    logged = {line.fields.get("id") for line in for_git.lines()}
+    logged = {line.fields.get("id") for line in for_git.requests()}
     assert len(logged - set(signed_in(repository))) > 2
     assert bypassing(repository, for_git) == []
 

@@ -9,7 +9,6 @@ import os
 import pty
 import re
 import select
-import shlex
 import signal
 import socket
 import subprocess
@@ -166,31 +165,22 @@ def test_every_line_has_time_and_level(
 # ---------------------------------------------------------------- where the log goes
 
 
-class Running:
-    """The proxy with a standard error of the test's own making, on a Unix socket."""
+class Running(Proxy):
+    """With a standard error of the test's own making, on a Unix socket."""
 
     def __init__(self, folder: Path, agent: Agent, stderr: int, redirection: str = "",
                  options: Sequence[str] = (), program: Sequence[str] = (sys.executable, str(PROXY)),
                  **env: str) -> None:  # fmt: skip
         self.sock = folder / "proxy"
-        words = [*program, "--addr", f"unix:{self.sock}", "--upstream", str(agent.sock), *options]
-        self.process = subprocess.Popen(
-            ["sh", "-c", f"exec {shlex.join(words)} {redirection}"],
-            env=clean_env(folder / "home", **env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-        )
+        words = ["sh", "-c", f'exec "$@" {redirection}', "sh", *program, *options]
+        words += ["--addr", f"unix:{self.sock}", "--upstream", str(agent.sock)]
+        super().__init__(words, clean_env(folder / "home", **env), wait=False, stderr=stderr)
         wait_for(lambda: listens(self.sock), message="the proxy's socket")
 
     def sign(self, times: int) -> None:
         """Each signature takes far less than the time it is given, unless the log holds it up."""
         for _ in range(times):
             assert ask(self.sock, post(b"x")).status == 200
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(10)
 
 
 Start = Callable[..., Running]
@@ -207,8 +197,7 @@ def run_with(short: Path, agent_with_key: Agent) -> Iterator[Start]:
 
     yield start
     for running in started:
-        running.process.kill()
-        running.process.wait(5)
+        running.stop()
 
 
 def written(fd: int) -> bytes:
