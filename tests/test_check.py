@@ -213,24 +213,13 @@ def test_an_agent_that_is_not_there_is_named_with_the_cause_and_the_setting(
     told.fails(f"'{short}/agent'", "nobody listens on that socket", variable)
 
 
-def empty(agent: Agent, keys: Keys) -> None:
-    pass
-
-
-def locked(agent: Agent, keys: Keys) -> None:
-    agent.add(keys["ed25519"])
-    agent.lock()
-
-
-def gone(agent: Agent, keys: Keys) -> None:
-    agent.stop()
-
-
-@pytest.mark.parametrize("prepare", [empty, locked])
+@pytest.mark.parametrize("locked", [False, True])
 def test_an_agent_without_keys_is_named_with_the_cause_and_the_ways_out(
-    prepare: Callable[[Agent, Keys], None], agent: Agent, keys: Keys
+    locked: bool, agent: Agent, keys: Keys
 ) -> None:
-    prepare(agent, keys)
+    if locked:
+        agent.add(keys["ed25519"])
+        agent.lock()
     told = of_agent("--upstream", agent.sock)
     told.fails("lists no keys", "locked", "ssh-add", NAME + "UPSTREAM")
     assert told.one(" asking ") == f"ok   asking the agent at '{agent.sock}'"
@@ -239,13 +228,14 @@ def test_an_agent_without_keys_is_named_with_the_cause_and_the_ways_out(
     of_agent("--upstream", agent.sock, *argv).fails("lists no keys")
 
 
-@pytest.mark.parametrize("prepare", [empty, locked, gone])
+@pytest.mark.parametrize("gone", [False, True])
 def test_another_well_known_agent_with_keys_is_named_with_the_setting_that_selects_it(
-    prepare: Callable[[Agent, Keys], None], short: Path, start_agent: StartAgent, keys: Keys
+    gone: bool, short: Path, start_agent: StartAgent, keys: Keys
 ) -> None:
     """On a Mac the agent of SSH_AUTH_SOCK is Apple's empty one, and 1Password's is another."""
     first, other = start_agent(), start_agent(short / "ssh-agent.socket")
-    prepare(first, keys)
+    if gone:
+        first.stop()
     environment = {"XDG_RUNTIME_DIR": short, "SSH_AUTH_SOCK": first.sock}
     assert str(other.sock) not in of_agent(**environment).fails()
     other.add(keys["other"])
@@ -546,36 +536,28 @@ def test_each_step_is_a_line_and_in_force_as_it_is_in_serve(
 # ---------------------------------------------------------------- the user service
 
 
-class Systemctl:
-    """A stand-in on PATH, which says what it is told to and notes how it was asked."""
+@pytest.fixture
+def service_is(short: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Report]:
+    """What check says of the service where systemctl, which notes how it was asked, does LINE."""
+    monkeypatch.setenv("PATH", f"{short}:{os.environ['PATH']}")
 
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        self.program = folder / "systemctl"
-        self.asked = folder / "asked"
-        folder.mkdir()
-        patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-    def says(self, line: str) -> Report:
-        """What check says of the service, where systemctl does LINE."""
-        asked = shlex.quote(str(self.asked))
-        self.program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>{asked}\n{line}\n')
-        self.program.chmod(0o755)
+    def service_is(line: str) -> Report:
+        program = short / "systemctl"
+        program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>{short}/asked\n{line}\n')
+        program.chmod(0o755)
         told = part(p.service_findings())
-        assert self.asked.exists()
+        assert (short / "asked").exists()
         return told
 
-
-@pytest.fixture
-def systemctl(short: Path, monkeypatch: pytest.MonkeyPatch) -> Systemctl:
-    return Systemctl(short / "bin", monkeypatch)
+    return service_is
 
 
 @linux
 def test_of_the_running_service_the_kernels_facts_are_told(
-    proxy: Proxy, systemctl: Systemctl
+    proxy: Proxy, service_is: Callable[[str], Report], short: Path
 ) -> None:
-    line = systemctl.says(f"echo {proxy.pid}").one("service")
-    words = systemctl.asked.read_text().split()
+    line = service_is(f"echo {proxy.pid}").one("service")
+    words = (short / "asked").read_text().split()
     assert {"--user", "show", "--property=MainPID"} <= set(words)
     assert words[-1] == p.PROGRAM
     status = Path(f"/proc/{proxy.pid}/status").read_text()
@@ -583,9 +565,9 @@ def test_of_the_running_service_the_kernels_facts_are_told(
     limits = Path(f"/proc/{proxy.pid}/limits").read_text()
     facts.update(re.findall(r"^(Max core file size|Max locked memory) +(\S+)", limits, re.M))
     told = ", ".join(f"{name} {value}" for name, value in facts.items())
-    assert line[5:] == f"the user service runs as PID {proxy.pid}: {told}"
     weak = facts["NoNewPrivs"] != "1" or facts["VmLck"] == "0 kB"
-    assert line[:5] == ("warn " if weak else "ok   ")
+    mark = "warn" if weak else "ok  "
+    assert line == f"{mark} the user service runs as PID {proxy.pid}: {told}"
 
 
 NO_SERVICE = [
@@ -600,8 +582,10 @@ HANGS = pytest.param("exec sleep 60", marks=pytest.mark.long, id="hangs")
 
 @linux
 @pytest.mark.parametrize("line", [*rows(NO_SERVICE), HANGS])
-def test_a_service_that_does_not_run_is_no_line(line: str, systemctl: Systemctl) -> None:
-    assert systemctl.says(line).lines == []
+def test_a_service_that_does_not_run_is_no_line(
+    line: str, service_is: Callable[[str], Report]
+) -> None:
+    assert service_is(line).lines == []
 
 
 # ---------------------------------------------------------------- --sign
@@ -674,12 +658,11 @@ def test_no_test_signature_is_tried_where_no_key_can_make_one(home: Path, agent:
 def test_sign_leaves_nothing_behind_even_without_room_for_a_temporary_file(
     limit: str, home: Path, short: Path, agent_with_key: Agent
 ) -> None:
-    argv = [sys.executable, str(PROXY), "check", "--addr", "127.0.0.1:0", "--sign"]
-    argv += ["--upstream", str(agent_with_key.sock)]
+    argv = ["sh", "-c", f'ulimit -f {limit}; exec "$@"', "sh", sys.executable, PROXY, "check"]
+    argv += ["--addr", "127.0.0.1:0", "--sign", "--upstream", agent_with_key.sock]
     env = clean_env(home)
     before = files(short)
-    limited = ["sh", "-c", f'ulimit -f {limit}; exec "$@"', "sh", *argv]
-    told = parse(run(limited, env=env, check=False, timeout=20))
+    told = parse(run(argv, env=env, check=False, timeout=20))
     line = told.one("test signature")
     assert line.startswith("warn " if limit == "0" else "ok   ")
     assert ("not verified" in line) == (limit == "0")

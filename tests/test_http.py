@@ -504,16 +504,6 @@ PARTS = [
 ]
 
 
-@pytest.mark.parametrize("data", rows(PARTS))
-def test_a_request_that_ends_early_is_malformed(data: bytes, shared: Shared) -> None:
-    shared.agent.asked.clear()
-    with connect(shared.port) as s:
-        s.sendall(data)
-        s.shutdown(socket.SHUT_WR)
-        refused(the_one_answer(read_all(s)), 400)
-    assert shared.agent.asked == []
-
-
 def test_allow_names_the_methods(shared: Shared) -> None:
     for path in ("/healthz", "/publickey", "/shim"):
         assert ask(shared.port, b"PUT" + get(path)[3:]).headers["allow"] == "GET, HEAD"
@@ -759,12 +749,18 @@ def test_a_connection_that_goes_without_a_word_is_no_line_in_the_log(
 
 
 @pytest.mark.parametrize("data", rows(PARTS))
-def test_a_request_that_stalls_is_too_slow(data: bytes, quick: Shared) -> None:
+def test_a_request_that_stalls_is_too_slow_and_one_that_ends_early_malformed(
+    data: bytes, quick: Shared
+) -> None:
     quick.agent.asked.clear()
     received, log = quick.ask(data)
     refused(the_one_answer(received), 408)
-    assert quick.agent.asked == []
     assert [log_fields(line)["status"] for line in log] == ["408"]
+    with connect(quick.port) as s:
+        s.sendall(data)
+        s.shutdown(socket.SHUT_WR)
+        refused(the_one_answer(read_all(s)), 400)
+    assert quick.agent.asked == []
 
 
 @pytest.mark.parametrize(("start", "drop", "pause"), rows([

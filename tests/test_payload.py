@@ -13,6 +13,7 @@ from conftest import (
     Agent, Keys, Proxy, Repository, ask, fingerprint, post, post_chunked, rows, run, within,
 )  # fmt: skip
 from conftest import message as s  # a string of RFC 4251 looks like one
+from test_http import chunks
 
 import ssh_agent_proxy as sap
 
@@ -643,27 +644,6 @@ def test_git_takes_whatever_is_recognised(
 # ---------------------------------------------------------------- through the running proxy
 
 
-@pytest.mark.parametrize("setting", ["any", "tag", "commit,push"])
-def test_only_the_kinds_that_are_allowed_are_signed(
-    setting: str, agent_with_key: Agent, start_proxy: Callable[..., Proxy], good: Good,
-    ssh_keygen: Callable[..., bytes],
-) -> None:  # fmt: skip
-    proxy = start_proxy("--payloads", setting, upstream=agent_with_key.sock)
-    payloads = {of: good(of, "sha256") for of in ("commit", "tag", "push")}
-    for of, payload in {**payloads, "other": b"SSHSIG"}.items():
-        answer = ask(proxy.port, post(payload))
-        if setting == "any" or of in setting:
-            assert answer.body == ssh_keygen(payload), (of, answer)
-            proxy.wait_log(rf" kind={of} ")
-        else:
-            assert answer.status == 403, (of, answer)
-            assert answer.text.startswith(f"a payload of kind {of} is not allowed here: ")
-            assert "SSH_AGENT_PROXY_PAYLOADS" in answer.text and setting in answer.text
-        # The agent, which lacks that key, is asked for what is allowed alone.
-        status = 404 if answer.status == 200 else 403
-        assert ask(proxy.port, post(payload, "SSHSIG-Key: SHA256:" + "A" * 43)).status == status
-
-
 LONG = COMMIT + b"\nSubject\n\n" + b"x" * MIB
 
 
@@ -682,7 +662,6 @@ def test_a_payload_is_recognised_however_it_arrives(
         (40999, LONG + b"\0", 403),  # behind what is kept, and long before the end
         (40999, LONG + b"\0" + LONG, 403),
     ]:
-        pieces = [data[at : at + size] for at in range(0, len(data), size)] + [b""]
-        chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
         assert ask(proxy.port, post(data)).status == status
-        assert ask(proxy.port, post_chunked(chunks)).status == status
+        in_chunks = chunks(data, [size] * (len(data) // size))
+        assert ask(proxy.port, post_chunked(in_chunks)).status == status

@@ -17,8 +17,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 import pytest
 from conftest import (
     HOST, PROXY, Agent, Answer, Keys, Proxy, ask, call, cannot_run, clean_env, commit, connect, get,
-    log_fields, logged, one_line, post, post_chunked, private_file, read_all, refused, rows, run,
-    short_folder, tag, the_one_answer,
+    log_fields, logged, one_line, post, post_chunked, private_file, push, read_all, refused, rows,
+    run, short_folder, tag, the_one_answer,
 )  # fmt: skip
 from test_http import clean, shared_proxy
 
@@ -33,7 +33,7 @@ FINGERPRINT = "SHA256:" + 43 * "a"
 VARIABLE = "SSH_AGENT_PROXY_TOKEN_FILE"
 
 COMMIT = commit()
-PAYLOADS = {"commit": COMMIT, "tag": tag(), "other": b"hello"}
+PAYLOADS = {"commit": COMMIT, "tag": tag(), "push": push(), "other": b"hello"}
 
 
 def bearer(token: str = TOKEN) -> str:
@@ -351,8 +351,8 @@ def test_a_tokens_key_alone_signs_whatever_is_pinned_for_all(
 @pytest.mark.parametrize(("general", "leash", "allowed"), rows([
     ("any, narrowed to two", "any", "tag,commit", {"tag", "commit"}),
     ("commits, replaced by tags", "commit", "tag", {"tag"}),
-    ("commits, widened to all", "commit", "any", {"commit", "tag", "other"}),
-    ("commits, without a leash", "commit", "", {"commit"}),
+    ("commits, widened to all", "commit", "any", {"commit", "tag", "push", "other"}),
+    ("two, without a leash", "commit,push", "", {"commit", "push"}),
 ]))  # fmt: skip
 def test_a_tokens_payloads_replace_the_general_setting(
     general: str, leash: str, allowed: Set[str], open_door: Callable[..., Door]
