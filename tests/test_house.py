@@ -99,7 +99,7 @@ def reachable(graph: List[Set[int]], start: int) -> Set[int]:
 
 
 def test_the_programs_can_be_read_in_an_evening() -> None:
-    assert len(LINES) <= 3250
+    assert len(LINES) <= 3200
     assert len(SHIM.read_text("utf-8").splitlines()) <= 1800
     begins = [number for number, _ in headings()] + [len(LINES)]
     lengths = [end - begin for begin, end in zip(begins, begins[1:])]
