@@ -2042,6 +2042,8 @@ LINGERERS = 16  # connections that have their answer, and whose client may still
 SPARE_THREADS = 16  # beyond those, for each address
 LINGER_SECONDS = 5
 LINGER_GAP = 2
+# Shutting a socket down wakes whoever waits for its bytes, but not on Windows: there they look.
+LOOK_SECONDS = CLIENT_LOOK if sys.platform == "win32" else 3600
 
 # RFC 9110 section 5.6.2 (token) and 5.5 (field-value), RFC 3986 (what a target is made of), and
 # RFC 9112 section 3.2 (a path, also behind http:// and an authority).
@@ -2200,18 +2202,21 @@ class Client(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> Optional[int]:
         """None where nothing is here and gap is 0; RequestError 408, ClientGone."""
-        left = self.limit - time.monotonic()
-        if left <= 0 or self.gap < 0:  # (a clock that moves in steps meets 0, which is no gap)
-            raise RequestError(408, "the request took too long to arrive")
-        try:
-            self.socket.settimeout(min(left, self.gap))
-            size = self.socket.recv_into(buffer)
-        except BlockingIOError:
-            return None
-        except socket.timeout as e:
-            raise RequestError(408, "the request took too long to arrive") from e
-        except OSError as e:
-            raise ClientGone(f"the connection broke: {e.strerror or e}") from e
+        begin = time.monotonic()
+        while True:
+            left = min(self.limit, begin + self.gap) - time.monotonic()
+            if left <= 0 and self.gap:
+                raise RequestError(408, "the request took too long to arrive")
+            try:
+                self.socket.settimeout(max(0, min(left, LOOK_SECONDS)))
+                size = self.socket.recv_into(buffer)
+                break
+            except BlockingIOError:
+                return None
+            except socket.timeout:  # has the gap been changed?
+                continue
+            except OSError as e:
+                raise ClientGone(f"the connection broke: {e.strerror or e}") from e
         self.since = time.monotonic()
         self.begun = self.begun or size > 0
         return size
@@ -2306,6 +2311,7 @@ class Handler:
         """Ends a connection without a request; what comes this moment is still read."""
         if self.client.begun or self.has_sent():
             return False
+        self.client.gap = -1
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RD)
         return True
@@ -2456,8 +2462,8 @@ class Handler:
         with contextlib.suppress(ProxyError):
             if self.whole and not self.stream.peek(1):
                 return
-            self.proxy.linger(self)
             self.client.gap = LINGER_GAP
+            self.proxy.linger(self)
             while self.stream.read1(BUFFER // 4):
                 pass
 
@@ -2559,6 +2565,7 @@ class Server:
             if len(self.lingering) > LINGERERS:
                 oldest = next(iter(self.lingering))
                 del self.lingering[oldest]
+                oldest.client.gap = -1
                 with contextlib.suppress(OSError):
                     oldest.connection.shutdown(socket.SHUT_RDWR)
 

@@ -361,6 +361,14 @@ def console(
 
 
 @windows
+def test_ctrl_c_waits_for_nobody_who_has_asked_for_nothing(console: Console) -> None:
+    with connect(console.port):
+        assert ask(console.port, get("/healthz")).status == 200  # (now that one too is taken)
+        console.press(CTRL_C)
+        assert console.process.wait(5) == 0
+
+
+@windows
 @pytest.mark.parametrize("again, status", [(False, 200), (True, 503)])
 def test_ctrl_c_finishes_what_is_in_flight_and_a_second_ends_it_at_once(
     console: Console, gate: Scripted, again: bool, status: int

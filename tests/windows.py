@@ -93,11 +93,7 @@ LEFT_OUT: Dict[str, List[str]] = {
         "test_commands.py::test_no_locale_gives_a_traceback",
         "test_config.py::test_a_wrong_setting_ends_the_program_with_one_line[no text]",
     ],
-    "the order of what happens within 16 ms, the clock's step before Python 3.13": [
-        "test_http.py::test_the_129th_takes_the_place_of_the_one_that_has_been_waited_for*[idle]",
-    ],
     "what fails there, and is to be mended": [
-        "test_http.py::test_where_128_wait_for_the_agent_the_129th_is_busy_at_once",
         "test_tokens.py::test_tokens_added_at_once_are_all_there",
     ],
     "ssh-keygen, which Wine has not": [
