@@ -37,7 +37,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Optional, Union
 
-ROOT = Path(__file__).resolve().parent.parent
+import pytest
+from conftest import PROXY, ROOT, Agent, FileLogged, Keys, clean_env, listens, run, wait_for
+from conftest import message as string
+
 # Never a version manager's wrapper of that name on the path, which costs time at each start.
 PYTHON = sys.executable
 NAMESPACE = b"git"
@@ -54,14 +57,13 @@ A commit as git hands it to the signer
 
 
 class Failed(Exception):
-    """Something could not be run; the message says what, and why as far as that is known."""
+    """Something could not be run; the message says what, and why as far as that is known.
+
+    (What conftest raises instead does not find its way out of another process.)
+    """
 
 
 # -- One exchange: what a client does, and what it must get ---------------------------------------
-
-
-def string(data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + data
 
 
 class Exchange(NamedTuple):
@@ -114,11 +116,11 @@ def in_turn(rounds: int, *what: Callable[[], float]) -> list[float]:
     """Medians of each, run in turn `rounds` times, so that what slows one down slows all."""
     taken: list[list[float]] = [[] for _ in what]
     for _ in range(max(2, rounds // 10)):
-        for run in what:
-            run()
+        for once in what:
+            once()
     for _ in range(rounds):
-        for times, run in zip(taken, what):
-            times.append(run())
+        for times, once in zip(taken, what):
+            times.append(once())
     return [statistics.median(times) for times in taken]
 
 
@@ -185,75 +187,36 @@ def processes(count: int) -> multiprocessing.pool.Pool:
 # -- The laboratory: everything that is started, and ends with the run ----------------------------
 
 
-class Proxy(NamedTuple):
-    pid: int
-    port: int
-
-
 class Lab:
-    """A temporary directory with keys, an agent, and whatever a figure starts in it."""
+    """A temporary directory with a key, an agent, and whatever a figure starts in it."""
 
-    def __init__(self, home: Path, quick: bool) -> None:
-        self.home, self.quick = home, quick
+    def __init__(self, home: Path, quick: bool, stack: contextlib.ExitStack) -> None:
+        self.home, self.quick, self.stack = home, quick, stack
         # As it is installed: by its name, started by its first line.
         self.shim = Path(shutil.copyfile(ROOT / "shim.sh", home / "ssh-agent-proxy-sign"))
         self.shim.chmod(0o755)
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.env = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(home),
-            "TMPDIR": str(home),
-            "LANG": "C.UTF-8",
-            "GIT_CONFIG_NOSYSTEM": "1",
-        }
-        self.key = home / "key"
-        self.agent = str(home / "agent")
-        self.public = ""
-        self.armor = b""
-        self.common: Optional[Proxy] = None
-
-    def open(self) -> None:
-        home = self.home
-        self.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "bench", "-f", self.key)
-        self.public = " ".join((home / "key.pub").read_text("ascii").split()[:2])
-        self.start(["ssh-agent", "-D", "-a", self.agent], stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL)
-        wait_for(lambda: listens(self.agent), "ssh-agent does not listen")
-        self.env["SSH_AUTH_SOCK"] = self.agent
-        self.run("ssh-add", "-q", self.key)
-        # From here on nothing but the proxy's own setting leads to an agent.
-        del self.env["SSH_AUTH_SOCK"]
+        # Nothing but the proxy's own setting leads to an agent.
+        self.env = clean_env(home)
+        # It tells of each client that leaves early; and see FileLogged.
+        Agent.how = {"stderr": subprocess.DEVNULL, "start_new_session": True}
+        keys = Keys(home)
+        self.key = keys["ed25519"]
+        self.public = " ".join(keys.line("ed25519").split()[:2])
+        agent = Agent(home / "agent")
+        stack.callback(agent.stop)
+        agent.add(self.key)
+        self.agent = str(agent.sock)
         (home / "payload").write_bytes(PAYLOAD)
-        self.run("ssh-keygen", "-q", "-Y", "sign", "-n", "git", "-f", self.key, home / "payload")
-        self.armor = (home / "payload.sig").read_bytes()
-
-    def start(self, argv: list[Any], **how: Any) -> subprocess.Popen[bytes]:
-        # A session of its own: a Ctrl-C reaches this program alone, which ends the others.
-        process = subprocess.Popen(argv, env=self.env, start_new_session=True, **how)
-        self.processes.append(process)
-        return process
-
-    def stop(self, process: subprocess.Popen[bytes]) -> None:
-        with process:  # at its end the pipes are closed, and it is waited for
-            process.terminate()
-            try:
-                process.wait(12)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        self.processes.remove(process)
-
-    def close(self) -> None:
-        while self.processes:
-            self.stop(self.processes[-1])
+        self.armor = self.signed(home / "payload")
+        self.common: Optional[FileLogged] = None
 
     def run(self, *argv: Any) -> None:
-        done = subprocess.run(
-            [str(word) for word in argv], env=self.env, check=False, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        if done.returncode:
-            text = done.stdout.decode("utf-8", "replace").strip()
-            raise Failed(f"{argv[0]} {argv[1]} exited {done.returncode}: {text[-500:]}")
+        run(argv, env=self.env)
+
+    def signed(self, file: Path) -> bytes:
+        """As ssh-keygen does it."""
+        self.run("ssh-keygen", "-q", "-Y", "sign", "-n", "git", "-f", self.key, file)
+        return Path(f"{file}.sig").read_bytes()
 
     def seconds(
         self, *argv: Any, stdin: Path = Path(os.devnull), stdout: Path = Path(os.devnull)
@@ -284,27 +247,14 @@ class Lab:
             raise Failed(f"{' '.join(words[:3])} ... failed: {why}")
         return took
 
-    def serve(self, upstream: str) -> list[Any]:
-        script = ROOT / "ssh_agent_proxy.py"
-        return [PYTHON, script, "--addr", "127.0.0.1:0", "--upstream", upstream]
-
-    def start_proxy(self, upstream: str = "") -> Proxy:
+    def start_proxy(self, upstream: str = "") -> FileLogged:
         """Start one; its log goes to a file, for a reader here would cost the client time."""
-        log = self.home / f"log{len(self.processes)}"
-        with open(log, "wb") as stderr:
-            process = self.start(self.serve(upstream or self.agent), stderr=stderr)
-        found: list[str] = []
+        folder = self.home / f"proxy{len(list(self.home.iterdir()))}"
+        proxy = FileLogged(folder, "--upstream", upstream or self.agent)
+        self.stack.callback(proxy.stop)
+        return proxy
 
-        def listening() -> bool:
-            found[:] = re.findall(r"listening on 127\.0\.0\.1:(\d+) ", log.read_text("utf-8"))
-            if process.poll() is not None:
-                raise Failed(f"the proxy ended: {log.read_text('utf-8', 'replace').strip()}")
-            return bool(found)
-
-        wait_for(listening, "the proxy does not listen")
-        return Proxy(process.pid, int(found[0]))
-
-    def proxy(self) -> Proxy:
+    def proxy(self) -> FileLogged:
         """The one that figures share whose history doesn't matter; the shim's from then on."""
         if self.common is None:
             self.common = self.start_proxy()
@@ -333,20 +283,6 @@ class Lab:
             f"{framing}\r\n\r\n"
         )
         return Exchange(port, head.encode("ascii") + content, armor)
-
-
-def listens(path: str) -> bool:
-    """A socket is there a moment before it takes connections."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        return connection.connect_ex(path) == 0
-
-
-def wait_for(ready: Callable[[], bool], otherwise: str, seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        if time.monotonic() > end:
-            raise Failed(f"{otherwise} within {seconds:g} s")
-        time.sleep(0.005)
 
 
 def resident(pid: int) -> float:
@@ -440,7 +376,7 @@ def slow(lab: Lab) -> Iterator[Figure]:
     direct = lab.direct(path)
     with processes(2) as helpers:
         helpers.apply_async(slow_agent, (path, delay, direct.request, direct.ends_with))
-        wait_for(lambda: listens(path), "the slow agent does not listen")
+        wait_for(lambda: listens(Path(path)), message="the slow agent listens")
         proxy = lab.start_proxy(path)
         through = lab.sign(proxy.port)
         healthz = Exchange(
@@ -550,8 +486,7 @@ def body(lab: Lab) -> Iterator[Figure]:
     pieces = [data[at:at + cut] for at in range(0, len(data), cut)]
     chunked = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
     (lab.home / "body").write_bytes(data)
-    lab.run("ssh-keygen", "-q", "-Y", "sign", "-n", "git", "-f", lab.key, lab.home / "body")
-    armor = (lab.home / "body.sig").read_bytes()
+    armor = lab.signed(lab.home / "body")
 
     def hashing() -> float:
         began = time.perf_counter()
@@ -596,22 +531,24 @@ def start(lab: Lab) -> Iterator[Figure]:
     def until(said: bytes, *argv: Any) -> float:
         """Until it says so, or has ended when that is nothing."""
         began = time.perf_counter()
-        process = lab.start(argv, stderr=subprocess.PIPE)
         lines = [b""]
-        while not said or said not in lines[-1]:
-            lines.append(process.stderr.readline())
-            if not lines[-1]:
-                break
-        took = time.perf_counter() - began
+        with subprocess.Popen(argv, env=lab.env, stderr=subprocess.PIPE) as process:
+            assert process.stderr
+            while not said or said not in lines[-1]:
+                lines.append(process.stderr.readline())
+                if not lines[-1]:
+                    break
+            took = time.perf_counter() - began
+            process.terminate()
         if said not in lines[-1]:
             raise Failed(f"{argv[1]} ended: {b''.join(lines)!r}")
-        lab.stop(process)
         return took
 
-    script, built = lab.serve(lab.agent), lab.home / "ssh-agent-proxy"
+    words = ["--addr", "127.0.0.1:0", "--upstream", lab.agent]
+    built = lab.home / "ssh-agent-proxy"
     # Its first line is not used: PYTHON runs it.
     lab.run(PYTHON, ROOT / "contrib/build.py", built, "/usr/bin/python3")
-    zipapp = [PYTHON, "-I", built, *script[2:]]
+    script, zipapp = [PYTHON, PROXY, *words], [PYTHON, "-I", built, *words]
     imported, listens, zipped = in_turn(
         8 if lab.quick else 40,
         lambda: until(b"", PYTHON, "-c", "import http.server"),
@@ -710,25 +647,24 @@ def main(argv: list[str]) -> int:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     signal.signal(signal.SIGALRM, hangs)
     # /tmp, for a Unix socket's path has room for some 100 bytes and TMPDIR may have more.
-    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as home:
-        lab = Lab(Path(home), args.quick)
+    with contextlib.ExitStack() as stack:
+        home = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp"))
         try:
             print(machine(), end="\n\n")
             print(f"{'figure':<34} {'measured':>9}  {'limit':<7} {'':<4} medians", flush=True)
-            lab.open()
+            lab = Lab(Path(home), args.quick, stack)
             for name in args.figures or FIGURES:
                 signal.alarm(FIGURE_SECONDS)
                 for figure in FIGURES[name](lab):
                     print(figure.line(), flush=True)
         except KeyboardInterrupt:
             return 130
-        except (Failed, OSError) as error:
+        except (Failed, OSError, pytest.fail.Exception) as error:
             print(f"bench.py: {error}", file=sys.stderr)
             return 1
         finally:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
                 signal.signal(number, signal.SIG_IGN)
-            lab.close()
     return 0
 
 

@@ -358,6 +358,8 @@ def listens(sock: Path) -> bool:
 class Agent:
     """A real `ssh-agent`, in the foreground, ended by PID."""
 
+    how: Dict[str, Any] = {}  # to start it besides: see Popen
+
     def __init__(self, sock: Path, **env: str) -> None:
         self.sock = sock
         self.env = dict(os.environ, SSH_AUTH_SOCK=str(sock))
@@ -369,6 +371,7 @@ class Agent:
             ["ssh-agent", "-D", "-a", str(self.sock)],
             stdout=subprocess.DEVNULL,
             env=self.its_env,
+            **self.how,
         )
         self.pid = self.process.pid
         wait_for(lambda: listens(self.sock), message="ssh-agent's socket")
@@ -516,11 +519,12 @@ class Proxy:
     """`ssh_agent_proxy.py serve` as a process of its own."""
 
     def __init__(
-        self, argv: List[str], env: Dict[str, str], wait: bool = True, stderr: int = subprocess.PIPE
+        self, argv: List[str], env: Dict[str, str], wait: bool = True, **how: Any
     ) -> None:
-        """STDERR, where the log is to go elsewhere, and is not read here."""
+        """HOW: see Popen; with a stderr, the log goes there and is not read here."""
         self._log: List[str] = []
-        self.process = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stderr=stderr)
+        how = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, **how}
+        self.process = subprocess.Popen(argv, env=env, **how)
         self.pid = self.process.pid
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -562,6 +566,22 @@ class Proxy:
             status = self.process.wait(5)
         self._reader.join(5)
         return status
+
+
+class FileLogged(Proxy):
+    """Its log is a file in FOLDER, which it makes: what stands there can be read without delay."""
+
+    def __init__(self, folder: Path, *args: Any) -> None:
+        folder.mkdir()
+        self.file = folder / "log"
+        argv = [sys.executable, PROXY, "--addr", "127.0.0.1:0", *args]
+        with self.file.open("wb") as log:
+            # Where a system shares its processors by session, it has its own share.
+            super().__init__(list(map(str, argv)), clean_env(folder / "home"), stderr=log,
+                             start_new_session=True)  # fmt: skip
+
+    def log(self) -> str:
+        return self.file.read_text()
 
 
 TUNED = """

@@ -9,16 +9,15 @@ import os
 import re
 import shlex
 import socket
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import pytest
 from conftest import (
-    FINGERPRINT, PROXY, ROOT, TEXTS, Agent, Answer, Keys, Proxy, Repository, can_be_seen, clean_env,
-    commit, connect, fingerprint, get, message, need, parse_answer, post, private_file, push,
-    read_message, rows, run, short_folder, tag,
+    FINGERPRINT, ROOT, TEXTS, Agent, Answer, FileLogged, Keys, Repository, can_be_seen, commit,
+    connect, fingerprint, get, message, need, parse_answer, post, private_file, push, read_message,
+    rows, run, short_folder, tag,
 )  # fmt: skip
 
 MAX_LINE = 4096  # bytes, its end included: what a pipe takes whole
@@ -89,19 +88,12 @@ START = "2026-01-31T23:59:59+0100 AUDIT outcome=signed status=200 peer=127.0.0.1
 # ---------------------------------------------------------------- a proxy whose log is a file
 
 
-class Logged(Proxy):
-    """Its log is a file: what stands there can be read without delay."""
+class Logged(FileLogged):
+    """What it has logged can be told request by request."""
 
     def __init__(self, folder: Path, *args: Any) -> None:
-        folder.mkdir()
-        self.file = folder / "log"
+        super().__init__(folder, *args)
         self.asked = 0
-        argv = [sys.executable, PROXY, "--addr", "127.0.0.1:0", *args]
-        with self.file.open("wb") as log:
-            super().__init__(list(map(str, argv)), clean_env(folder / "home"), stderr=log.fileno())
-
-    def log(self) -> str:
-        return self.file.read_text()
 
     def requests(self, start: int = 0) -> List[Line]:
         """Each request's line, from the byte START of the log on."""
