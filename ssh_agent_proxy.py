@@ -473,8 +473,7 @@ class Payload(NamedTuple):
     data: bytes  # the first KEPT bytes
 
     def object_id(self, block: bytes) -> str:
-        """The id of the commit or tag that BLOCK, the armored signature, completes; "" if neither,
-        if larger than KEPT, or if git will not make it of these bytes."""
+        """The id of the commit or tag that BLOCK, the armored signature, completes; else ""."""
         named = self.fields.get("tree") or self.fields.get("object")
         if not named or self.size > len(self.data):
             return ""
@@ -866,7 +865,7 @@ def request_signature(exchange: Exchange, wanted: Wanted, namespace: str, hash_a
 
 PIPES = "//./pipe/"  # \\.\pipe\ as it survives a shell, an env file and a message
 WINDOWS_AGENT = PIPES + "openssh-ssh-agent"
-CLIENT_LOOK = 0.25  # seconds between two looks whether the client is still there
+CLIENT_LOOK = 0.25  # seconds between two looks whether there is still a client to wait for
 
 # Why a pipe can't be had, by the Windows error; it is also the script's exit status.
 _NO_PIPE = {
@@ -1025,7 +1024,6 @@ class WslExchange(Exchange):
     said = b""
 
     def _spawn(self) -> None:
-        self.upstream = by_powershell(self.upstream)
         try:
             super()._spawn()
         except OSError as e:
@@ -1066,19 +1064,18 @@ def reach(upstream: Upstream, deadline: float, client: Optional[socket.socket],
         raise AgentError(f"SSH_AUTH_SOCK is '{printable(upstream.path)}', which no Windows program "
                          f"can reach: SSH_AGENT_PROXY_UPSTREAM={WINDOWS_AGENT} is Windows' own")
     if upstream.path and upstream.command:
-        return WslExchange(upstream, deadline, client, groups)
+        return WslExchange(by_powershell(upstream), deadline, client, groups)
     return Exchange(upstream, deadline, client, groups)
 
 
 class Agents:
-    """The agent that was set, or the first well-known one that answers, for TIMEOUT seconds a
-    request. Nothing that it says is kept."""
+    """The agent that was set, or the first well-known one that answers; nothing it says is kept."""
 
     def __init__(self, upstream: Optional[Upstream], places: Sequence[str], timeout: float,
                  tell: Callable[[str], None] = lambda state: None) -> None:  # fmt: skip
         self.upstream = upstream
         self.places = places  # the well-known sockets
-        self.timeout = timeout
+        self.timeout = timeout  # seconds, for the whole exchange of a request
         self.tell = tell  # the service manager
         self.last: Optional[Upstream] = None  # the agent in use, as the log last named it
         self.groups = ProcessGroups()
@@ -1614,8 +1611,7 @@ def parse_seconds(value: str, env: Env) -> float:
 
 
 def expand(path: str, env: Env) -> str:
-    """PATH with a leading ~ or %h/ and with $VAR expanded: a systemd env file expands nothing. On
-    Windows %VAR% too, in whatever case, as everywhere there."""
+    """PATH with ~ or %h/, $VAR, on Windows %VAR%, expanded: a systemd env file expands nothing."""
     home = env.get("HOME") or env.get("USERPROFILE") or os.path.expanduser("~")
     slash = r"[/\\]" if sys.platform == "win32" else "/"
     path = re.sub(f"^(~|%h){slash}", "$HOME/", path)
@@ -1768,11 +1764,6 @@ class Option(NamedTuple):
     def flag(self) -> str:
         return "--" + self.field.replace("_", "-")
 
-    def read(self, text: str, env: Env) -> Any:
-        if self.several:
-            return tuple(self.parse(part.strip(), env) for part in text.split(","))
-        return self.parse(text, env)
-
 
 OPTIONS = (
     Option("ADDR", "127.0.0.1:7221", "HOST:PORT", "where to listen, or unix:/path; several are "
@@ -1838,9 +1829,11 @@ def read_settings(env: Env, given: argparse.Namespace) -> dict[str, Any]:
         if not text:
             continue
         try:
-            value = option.read(text, env)
+            parts = map(str.strip, text.split(",")) if option.several else [text]
+            parsed = tuple(option.parse(part, env) for part in parts)
         except (ProxyError, ValueError) as e:
             raise ConfigError(f"{name}: {e}") from e
+        value: Any = parsed if option.several else parsed[0]
         values[option.field] = File(value, name) if option.parse is expand else value
     if given.pubkey_file and not given.pubkey:  # an option wins, over that variable too
         values.pop("pubkey", None)
@@ -2042,8 +2035,6 @@ LINGERERS = 16  # connections that have their answer, and whose client may still
 SPARE_THREADS = 16  # beyond those, for each address
 LINGER_SECONDS = 5
 LINGER_GAP = 2
-# Shutting a socket down wakes whoever waits for its bytes, but not on Windows: there they look.
-LOOK_SECONDS = CLIENT_LOOK if sys.platform == "win32" else 3600
 
 # RFC 9110 section 5.6.2 (token) and 5.5 (field-value), RFC 3986 (what a target is made of), and
 # RFC 9112 section 3.2 (a path, also behind http:// and an authority).
@@ -2134,8 +2125,7 @@ def read_head(stream: BinaryIO) -> Head:
 
 
 def chunk_sizes(stream: BinaryIO) -> Iterator[int]:
-    """The chunks' sizes of a chunked body (RFC 9112 section 7.1), each of which is to be read off
-    STREAM before the next is asked for; RequestError 400, 413 or 431."""
+    """A body's chunk sizes (RFC 9112 7.1), each read off STREAM before the next; 400, 413, 431."""
     total = 0
     while True:
         line = read_line(stream, MAX_LINE, "a chunk's size")
@@ -2208,13 +2198,13 @@ class Client(io.RawIOBase):
             if left <= 0 and self.gap:
                 raise RequestError(408, "the request took too long to arrive")
             try:
-                self.socket.settimeout(max(0, min(left, LOOK_SECONDS)))
+                self.socket.settimeout(max(0, min(left, CLIENT_LOOK)))
                 size = self.socket.recv_into(buffer)
                 break
             except BlockingIOError:
                 return None
-            except socket.timeout:  # has the gap been changed?
-                continue
+            except socket.timeout:
+                continue  # has the gap been changed? (A shutdown wakes nobody here on Windows.)
             except OSError as e:
                 raise ClientGone(f"the connection broke: {e.strerror or e}") from e
         self.since = time.monotonic()
@@ -2663,8 +2653,7 @@ class StderrHandler(logging.Handler):
 
 
 class WindowsHandler(StderrHandler):
-    """The same by a thread: Windows can't say whether a write would have to wait, as it does for a
-    console as long as text is selected there."""
+    """The same by a thread: Windows can't say if a write would wait, as while text is selected."""
 
     def __init__(self, journal_stream: str) -> None:
         import queue  # for Windows alone
@@ -2998,13 +2987,12 @@ def who_listens(address: Union[Address, UnixAddress], patience: float) -> str:
 
 
 def listens_elsewhere(address: Address) -> str:
-    """What is to be said where the proxy that answers at ADDRESS listens at more or less than that.
-    Linux alone shows it: nobody's address can be listened on there, until all are taken."""
+    """What to add where the proxy at ADDRESS listens at more than that, or less; Linux shows it."""
     if sys.platform != "linux":
         return ""
     family, *_, (host, *_) = socket.getaddrinfo(*address)[0]
     wanted = ipaddress.ip_address(host).is_unspecified
-    nobodys = "2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1"
+    nobodys = "2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1"  # until all are taken
     try:
         listen_tcp(family, (nobodys, address.port)).close()
         return ", but not at every address of this machine" if wanted else ""
