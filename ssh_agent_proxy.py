@@ -3114,6 +3114,11 @@ def add_token(config: Config, name: str, *leash: str) -> int:
     try:
         os.makedirs(os.path.dirname(file.path) or ".", exist_ok=True)
         with open(file.path, "ab", 0, opener=_open_at_once) as f:
+            if sys.platform == "win32":  # to append is to seek and to write there: one at a time
+                import msvcrt
+
+                f.seek(1 << 30)  # behind all that is read, for what is locked nobody can read
+                msvcrt.locking(f.fileno(), msvcrt.LK_LOCK, 1)  # waits, 10 s at most
             added = file.read(ending, private=True).encode()
             size = os.fstat(f.fileno()).st_size
             if size + len(added) > MAX_FILE:

@@ -459,6 +459,43 @@ def test_a_user_whose_name_is_not_ascii_has_a_token_file(home: Path, short: Path
     assert "Jörg ☃" in one_line(done.stderr)
 
 
+# Windows' LK_LOCK tries again after a second, ten times; Wine's after a millisecond. And what is
+# added while another's token is not yet printed would be too early.
+IN_TURN = f"""
+import msvcrt, os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import ssh_agent_proxy as p
+lock, output = msvcrt.locking, p.output
+def patient_lock(*words):
+    for second in range(9):
+        try:
+            return lock(*words)
+        except OSError:
+            time.sleep(1)
+    return lock(*words)
+def slow_output(data):
+    size = os.path.getsize(sys.argv[-1])
+    time.sleep(0.5)
+    assert os.path.getsize(sys.argv[-1]) == size
+    return output(data)
+msvcrt.locking, p.output = patient_lock, slow_output
+sys.exit(p.main(sys.argv[1:]))
+"""
+
+
+@windows
+def test_tokens_are_added_in_turn(home: Path) -> None:
+    """Windows' C library seeks to the end and writes there, and two would write to one place."""
+    file = home / "tokens"
+    argv = [sys.executable, "-c", IN_TURN, "token", "box", "--token-file", str(file)]
+    started = [
+        subprocess.Popen(argv, env=clean_env(home), stdout=subprocess.PIPE) for _ in range(2)
+    ]
+    printed = [process.communicate(timeout=30)[0].decode().strip() for process in started]
+    lines = file.read_text().splitlines()
+    assert sorted(lines) == sorted(f"{token} box" for token in printed)
+
+
 @windows
 def test_there_each_step_of_hardening_is_a_line_and_what_is_not_in_force_is_said(
     home: Path
