@@ -44,45 +44,38 @@ def section_of(line: int) -> str:
     return ["Head", *(name for number, name in headings() if number <= line)][-1]
 
 
-def module_names() -> Dict[str, int]:
-    """What the module defines or imports, and the index of the first statement that does."""
-    names: Dict[str, int] = {}
-    for index, statement in enumerate(TREE.body):
-        if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
-            names.setdefault(statement.name, index)
-        elif isinstance(statement, (ast.Import, ast.ImportFrom)):
-            for alias in statement.names:
-                names.setdefault(alias.asname or alias.name.split(".")[0], index)
-        else:
-            for node in ast.walk(statement):
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                    names.setdefault(node.id, index)
-    return names
-
-
-def names_loaded(code: CodeType) -> Set[str]:
+def looked_up(code: CodeType) -> Set[str]:
     """The names that CODE looks up in the module, in whatever function inside it."""
-    looks_up = ("LOAD_GLOBAL", "LOAD_NAME")
-    names = {i.argval for i in dis.get_instructions(code) if i.opname in looks_up}
-    return names.union(*(names_loaded(c) for c in code.co_consts if isinstance(c, CodeType)))
+    instructions = dis.get_instructions(code)
+    names = {i.argval for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return names.union(*(looked_up(c) for c in code.co_consts if isinstance(c, CodeType)))
 
 
 @functools.cache
-def names_used_by_each() -> List[Set[str]]:
-    """The same of each statement at the top. (Annotations, as for this file, are not evaluated.)"""
-    alone = [compile(ast.Module([s], []), "<statement>", "exec") for s in TREE.body]
-    return [names_loaded(code) for code in alone]
+def compiled() -> List[CodeType]:
+    """Each statement at the top. (Annotations, as for this file, are not evaluated.)"""
+    return [compile(ast.Module([s], []), "<statement>", "exec") for s in TREE.body]
+
+
+def module_names() -> Dict[str, int]:
+    """What the module defines or imports, and the index of the first statement that does."""
+    names: Dict[str, int] = {}
+    for index, code in enumerate(compiled()):
+        for instruction in dis.get_instructions(code):
+            if instruction.opname == "STORE_NAME":
+                names.setdefault(instruction.argval, index)
+    return names
 
 
 def names_used_in(section: str) -> Set[str]:
-    used = zip(TREE.body, names_used_by_each())
+    used = zip(TREE.body, map(looked_up, compiled()))
     return set().union(*(names for s, names in used if section_of(s.lineno) == section))
 
 
 def uses() -> List[Set[int]]:
     """For each statement at the top: the indices of those that define what it uses."""
     defined = module_names()
-    return [{defined[name] for name in names & set(defined)} for names in names_used_by_each()]
+    return [{defined[name] for name in looked_up(c) & set(defined)} for c in compiled()]
 
 
 def reachable(graph: List[Set[int]], start: int) -> Set[int]:
