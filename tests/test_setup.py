@@ -92,13 +92,17 @@ class Place:
         self.argv[0] = need("dash", "dash")
         self.env["PATH"] = str(folder)
 
+    def wrap(self, program: str, script: str) -> str:
+        """A PATH on which SCRIPT is run before that program."""
+        wrapper = self.shim.parent / program
+        wrapper.write_text(f'#!/bin/sh\n{script}\nexec {need(program, program)} "$@"\n')
+        wrapper.chmod(0o755)
+        return f"{wrapper.parent}:{self.env['PATH']}"
+
     def git_says(self, version: str) -> None:
         """It is then that of another, by its own word."""
-        git = self.shim.parent / "git"
         said = f'[ "$2" != version ] || exec echo "git version {version}"'
-        git.write_text(f'#!/bin/sh\n{said}\nexec {need("git", "git")} "$@"\n')
-        git.chmod(0o755)
-        self.env["PATH"] = f"{git.parent}:{self.env['PATH']}"
+        self.env["PATH"] = self.wrap("git", said)
 
     def refuses(self, told: str, *options: str, **more: Any) -> Report:
         report = self(*options, **more)
@@ -201,11 +205,9 @@ def test_what_another_undo_is_writing_is_not_taken_for_all_of_it(one: Place) -> 
     one.is_well()
     before = one.config.read_text()
     for program in ("cat", "sed"):  # to these it is empty, as it is to a reader just then
-        wrapper = one.shim.parent / program
         empty = '[ "${2:-$1}" != "$HOME/.gitconfig" ] || set -- ${2+"$1"} /dev/null'
-        wrapper.write_text(f'#!/bin/sh\n{empty}\nexec {need(program, "coreutils")} "$@"\n')
-        wrapper.chmod(0o755)
-    one("--undo", PATH=f"{wrapper.parent}:{one.env['PATH']}")
+        path = one.wrap(program, empty)
+    one("--undo", PATH=path)
     assert one.config.read_text() == before
 
 
@@ -638,11 +640,8 @@ def test_without_ssh_keygen_it_signs_unverified(one: Place, keys: Keys, missing:
 
 
 def test_a_user_of_a_number_alone_signs_unverified(one: Place) -> None:
-    keygen = one.shim.parent / "ssh-keygen"
-    keygen.write_text("#!/bin/sh\necho No user exists for uid 1234 >&2\nexit 255\n")
-    keygen.chmod(0o755)
-    verdict = f"{UNVERIFIED}ssh-keygen takes a user that /etc/passwd knows"
-    one.is_well(verdict=verdict, PATH=f"{keygen.parent}:{one.env['PATH']}")
+    path = one.wrap("ssh-keygen", "echo No user exists for uid 1234 >&2; exit 255")
+    one.is_well(verdict=f"{UNVERIFIED}ssh-keygen takes a user that /etc/passwd knows", PATH=path)
 
 
 @on_linux
