@@ -274,18 +274,11 @@ def test_demo_uses_no_setting_of_the_users(start_demo: Any, home: Path) -> None:
     config = home / "gitconfig"
     config.write_text('[gpg "ssh"]\nprogram = /nonexistent\n[core]\nhooksPath = /nonexistent\n')
     (home / "hashlib.py").write_text("raise SystemExit('not the real one')\n")
-    demo = start_demo(
-        GIT_CONFIG_GLOBAL=str(config),
-        GIT_DIR="/nonexistent",
-        PYTHONPATH=str(home),
-        SSH_AUTH_SOCK="/nonexistent",
-        SSH_AGENT_PROXY_ADDR="nonsense",
-        SSH_AGENT_PROXY_NAMESPACE="file",
-        SSH_AGENT_PROXY_URL="http://127.0.0.1:9/sign",
-        http_proxy="http://127.0.0.1:9",
-        HTTP_PROXY="http://127.0.0.1:9",
-    )
-    demo.signs_all()
+    nowhere = dict.fromkeys(["GIT_DIR", "SSH_AUTH_SOCK"], "/nonexistent")
+    nobody = dict.fromkeys(["SSH_AGENT_PROXY_URL", "http_proxy", "HTTP_PROXY"], "http://127.0.0.1:9")
+    wrong = {"SSH_AGENT_PROXY_ADDR": "nonsense", "SSH_AGENT_PROXY_NAMESPACE": "file"}
+    theirs = {"GIT_CONFIG_GLOBAL": str(config), "PYTHONPATH": str(home)}
+    start_demo(**nowhere, **nobody, **wrong, **theirs).signs_all()
 
 
 def interrupt(home: Path, moment: str, kind: Any) -> str:
@@ -356,18 +349,19 @@ def test_demo_whose_reader_goes_away_leaves_nothing(start_demo: Any) -> None:
     assert demo.process.returncode != 0
 
 
-# What is broken, and how; what is told then.
-PROXY_BREAKS = "ssh_agent_proxy.py", "raise SystemExit('no proxy today')\n"
-SIGN_BREAKS = "shim.sh", 'case $* in *"-Y sign"*) echo "no signature today" >&2; exit 1 ;; esac\n'
-BROKEN = {
-    "proxy": (*PROXY_BREAKS, ["the proxy did not start", "no proxy today"]),
-    "git": (*SIGN_BREAKS, ["no signature today", "listening on"]),  # of the proxy's log
-}
+# What is broken, and how; what is told then, the last of it by the proxy's log.
+BROKEN = [
+    ("ssh_agent_proxy.py", "raise SystemExit('no proxy today')\n",
+     ["the proxy did not start", "no proxy today"]),
+    ("shim.sh", 'case $* in *"-Y sign"*) echo "no signature today" >&2; exit 1 ;; esac\n',
+     ["no signature today", "listening on"]),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("who", BROKEN)
-def test_demo_shows_why_it_failed(start_demo: Any, tree: Path, who: str) -> None:
-    name, script, told = BROKEN[who]
+@pytest.mark.parametrize(("name", "script", "told"), BROKEN)
+def test_demo_shows_why_it_failed(
+    start_demo: Any, tree: Path, name: str, script: str, told: List[str]
+) -> None:
     first_line, _, rest = (tree / name).read_text().partition("\n")
     (tree / name).write_text(f"{first_line}\n{script}{rest}")
     demo = start_demo()
@@ -549,7 +543,13 @@ def test_a_folder_in_a_programs_place_is_not_filled(tree: Path, home: Path, name
     assert files(home / "bin" / name) == []
 
 
+# The tool that is interrupted, and when; by what.
 HALF = 'for word; do from=$to to=$word; done; head -c 1000 "$from" >"$to"'
+INSTALLING = {
+    "half copied": ("install", f"{HALF}\nINTERRUPTION\nREAL"),
+    "copied": ("mv", "INTERRUPTION\nREAL"),
+    "moved": ("mv", "REAL\nINTERRUPTION"),
+}
 INTERRUPTIONS = {
     "ctrl-c": "kill -INT 0",
     "sigterm": 'until [ -s "$PID_FILE" ]; do :; done; kill -TERM $(cat "$PID_FILE")',
@@ -563,20 +563,14 @@ INTERRUPTIONS = {
 def test_an_interrupted_install_leaves_the_old_or_the_new(
     tree: Path, home: Path, short: Path, program: str, moment: str, how: str
 ) -> None:
-    bindir = short / "bin"
+    bindir, pid_file = short / "bin", home / "pid"
     bindir.mkdir()
     for name in INSTALLED:
         (bindir / name).write_text("old")
-    tool = "install" if moment == "half copied" else "mv"
-    real = f"'{shutil.which(tool)}' \"$@\""
-    steps = {
-        "half copied": [HALF, INTERRUPTIONS[how], real],
-        "copied": [INTERRUPTIONS[how], real],
-        "moved": [real, INTERRUPTIONS[how]],
-    }
-    met = f"case $* in */.{program}.new*) ;; *) exec {real} ;; esac"
-    path = stand_in(home / "interrupting", tool, "\n".join([met, *steps[moment]]))
-    pid_file = home / "pid"
+    tool, steps = INSTALLING[moment]
+    met = f"case $* in */.{program}.new*) ;; *) exec REAL ;; esac\n{steps}"
+    met = met.replace("REAL", f"'{shutil.which(tool)}' \"$@\"")
+    path = stand_in(home / "interrupting", tool, met.replace("INTERRUPTION", INTERRUPTIONS[how]))
     argv = [MAKE, "install", f"PYTHON={PYTHON}", f"BINDIR={bindir}"]
     process = start(argv, tree, clean_env(home, PATH=path, PID_FILE=pid_file))
     pid_file.write_text(str(process.pid))
