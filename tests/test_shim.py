@@ -68,19 +68,11 @@ class Shim:
         self.file()
 
     def __call__(
-        self,
-        *args: Union[str, Path],
-        input: Optional[bytes] = None,
-        env: Optional[Dict[str, str]] = None,
-        before: Sequence[str] = (),
-    ) -> Done[bytes]:
-        return run(
-            [*before, *self.argv, *args],
-            env={**self.env, **(env or {})},
-            cwd=self.folder,
-            input=input,
-            check=False,
-        )
+        self, *args: Union[str, Path], input: Optional[bytes] = None,
+        env: Optional[Dict[str, str]] = None, before: Sequence[str] = (),
+    ) -> Done[bytes]:  # fmt: skip
+        argv, env = [*before, *self.argv, *args], {**self.env, **(env or {})}
+        return run(argv, env=env, cwd=self.folder, input=input, check=False)
 
     def sign(self, *args: Union[str, Path], **more: Any) -> Done[bytes]:
         return self("-Y", "sign", "-n", "git", *args, **more)
