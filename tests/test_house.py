@@ -119,7 +119,7 @@ def standard_library() -> Set[str]:
     if sys.version_info >= (3, 10):
         return set(sys.stdlib_module_names)
     files = Path(sysconfig.get_paths()["stdlib"]).iterdir()
-    extensions = {"select", "binascii", "resource"}
+    extensions = {"select", "binascii", "resource", "_winapi"}
     return set(sys.builtin_module_names) | {file.stem for file in files} | extensions
 
 
