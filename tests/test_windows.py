@@ -91,6 +91,11 @@ def test_the_carried_python_runs_the_program(
     assert sorted(carried.iterdir()) == before
 
 
+def test_its_launcher_is_called_by_our_name(carried: Path) -> None:
+    found = "FileDescription\0ssh-agent-proxy\0".encode("utf-16-le")
+    assert found in (carried / "pythonw.exe").read_bytes().replace(bytes(4), bytes(2))
+
+
 EMBEDDABLES = rows([
     ("another name", "python-3.13.11-amd64.exe", {}, "not "),
     ("no archive", "python-3.13.11-embed-amd64.zip", None, "not a zip file"),

@@ -102,11 +102,30 @@ def binaries(series: str, cache: Path) -> Iterator[Tuple[str, bytes]]:
                 yield name, archive.read(member)
 
 
+# What Windows calls a program by, in a notification and in Task Manager (VERSIONINFO resource;
+# 0x0409, 1200: English, Unicode).
+RESOURCES = """
+1 24 "{here}/launcher.manifest"
+1 VERSIONINFO
+BEGIN
+    BLOCK "StringFileInfo" BEGIN
+        BLOCK "040904B0" BEGIN
+            VALUE "FileDescription", "{name}"
+            VALUE "ProductName", "{name}"
+        END
+    END
+    BLOCK "VarFileInfo" BEGIN
+        VALUE "Translation", 0x0409, 1200
+    END
+END
+"""
+
+
 def build_launcher(target: Path, dll: str, *options: str, icon: Optional[Path] = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         resources = Path(folder, "launcher.rc")
-        lines = [f'1 24 "{HERE}/launcher.manifest"'] + ([f'1 ICON "{icon}"'] if icon else [])
-        resources.write_text("\n".join(lines) + "\n", "utf-8")
+        text = RESOURCES.format(here=HERE, name="ssh-agent-proxy")
+        resources.write_text(text + (f'1 ICON "{icon}"\n' if icon else ""), "utf-8")
         compiled = str(Path(folder, "launcher.o"))
         subprocess.run([WINDRES, str(resources), compiled], check=True)
         # (No time of the build in it: the same sources make the same bytes.)
