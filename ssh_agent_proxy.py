@@ -31,7 +31,6 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
     # The script's own directory: a file named hmac.py beside it is not ours to run.
     del sys.path[0]
 
-# (No `from __future__` either: it would come first.)
 import argparse
 import base64
 import contextlib
@@ -458,7 +457,7 @@ _PATTERNS = [
 def _is_utf8_to_git(data: bytes) -> bool:
     """Unicode's noncharacters are well-formed, and yet no UTF-8 to git (its utf8.c)."""
     with contextlib.suppress(UnicodeDecodeError):
-        codes = map(ord, data.decode())
+        codes = [] if data.isascii() else map(ord, data.decode())
         return not any(0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE for code in codes)
     return False
 
@@ -1024,6 +1023,7 @@ class WslExchange(Exchange):
     said = b""
 
     def _spawn(self) -> None:
+        self.upstream = by_powershell(self.upstream)
         try:
             super()._spawn()
         except OSError as e:
@@ -1064,7 +1064,7 @@ def reach(upstream: Upstream, deadline: float, client: Optional[socket.socket],
         raise AgentError(f"SSH_AUTH_SOCK is '{printable(upstream.path)}', which no Windows program "
                          f"can reach: SSH_AGENT_PROXY_UPSTREAM={WINDOWS_AGENT} is Windows' own")
     if upstream.path and upstream.command:
-        return WslExchange(by_powershell(upstream), deadline, client, groups)
+        return WslExchange(upstream, deadline, client, groups)
     return Exchange(upstream, deadline, client, groups)
 
 
@@ -1358,7 +1358,7 @@ class Consent:
 
     def obtain(self, prompt: str, what: tuple[str, ...], seconds: float,
                client: socket.socket) -> None:  # fmt: skip
-        """403 unless the person agrees (as OpenSSH understands askpass): SECONDS long, to WHAT."""
+        """403 unless the person agrees, as OpenSSH understands it: SECONDS long, for that WHAT."""
         if self.holds(what):
             return  # another's prompt may be open for long
         deadline = time.monotonic() + self.agents.timeout
