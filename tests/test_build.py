@@ -16,12 +16,10 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 from conftest import (
-    PROXY, SHIM, Agent, Proxy, cannot_run, clean_env, copy_tree, http, need, run, short_folder,
-    wait_for,
+    PROXY, SHIM, Agent, Proxy, bound_by_modes, cannot_run, clean_env, copy_tree, http, need, run,
+    short_folder, wait_for,
 )  # fmt: skip
-from test_make import (
-    MAKE, PYTHON, bound_by_modes, files, link_venv, long_rows, make, mode, stand_in,
-)  # fmt: skip
+from test_make import MAKE, PYTHON, files, link_venv, long_rows, make, mode, stand_in
 
 BUILD = Path("contrib", "build.py")
 FORMS = ["zipapp", *long_rows("shiv")]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
-from conftest import ROOT, clean_env, need, run, wait_for
+from conftest import ROOT, bound_by_modes, clean_env, need, run, wait_for
 
 MAKE = shutil.which("make") or "make"
 # Not the venv's link: its path may be long or have a blank in it, where the project's has.
@@ -87,14 +87,6 @@ def stand_in(folder: Path, name: str, script: str) -> str:
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     return f"{folder}:{os.environ['PATH']}"
-
-
-def bound_by_modes() -> List[str]:
-    """In front of a command: file modes bind it, as they bind everybody but root."""
-    if os.geteuid() != 0:
-        return []
-    powers = "--bounding-set=-dac_override,-dac_read_search"
-    return [need("setpriv", "util-linux"), powers, "--inh-caps=-all"]
 
 
 # ---------------------------------------------------------------- help

@@ -21,8 +21,8 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 
 import pytest
 from conftest import (
-    PROXY, SHIM, Agent, Keys, Proxy, clean_env, fingerprint, message, need, private_file, rows, run,
-    short_folder, wait_for,
+    PROXY, SHIM, Agent, Keys, Proxy, bound_by_modes, clean_env, fingerprint, message, need,
+    private_file, rows, run, short_folder, wait_for,
 )  # fmt: skip
 
 Done = subprocess.CompletedProcess  # of bytes
@@ -874,18 +874,6 @@ NO_TOKEN_IN = {
 }
 
 
-def as_nobody(shim: Shim, *reached: Path) -> List[str]:
-    """In front of a command: as someone whom file modes bind, which root is not; REACHED and the
-    shim's folder can be."""
-    if os.geteuid() != 0:
-        return []
-    folders = {parent for path in (shim.folder, *reached) for parent in (path, *path.parents)}
-    for folder in folders:
-        if stat.S_IMODE(folder.stat().st_mode) & 0o001 == 0:
-            folder.chmod(stat.S_IMODE(folder.stat().st_mode) | 0o011)
-    return [need("setpriv", "util-linux"), "--reuid=65534", "--regid=65534", "--clear-groups"]
-
-
 # The one that is looked for unasked: what is there, and what is said of it once a token is missed.
 HOME_TOKENS = {
     "missing": f"(SSH_AGENT_PROXY_TOKEN is not set, and PATH: {NO_SUCH})",
@@ -1082,14 +1070,13 @@ def test_a_socket_that_does_not_answer_is_told_why(
     here.mkdir()
     (here / "folder").mkdir()
     (here / "agent").symlink_to(served.agent.sock)
-    # The agent's is root's own.
-    before = as_nobody(shim, here) if name != "agent" else []
     with socket.socket(socket.AF_UNIX) as stale, socket.socket(socket.AF_UNIX) as not_ours:
         for one, socket_name in ((stale, "stale"), (not_ours, "not ours")):
             one.bind(str(here / socket_name))
             (here / socket_name).chmod(0o666 if one is stale else 0)
         not_ours.listen(1)
-        line = said(shim("pubkey", env={URL: f"unix:{here}/{name}"}, before=before))
+        done = shim("pubkey", env={URL: f"unix:{here}/{name}"}, before=bound_by_modes())
+    line = said(done)
     assert line.startswith(UNANSWERED[name].replace("HERE", str(here)))
 
 
@@ -1469,7 +1456,6 @@ def test_what_cannot_be_read_or_written_is_an_error_before_anyone_is_asked(
     shim: Shim, liar: Any, argv: List[str], token_file: str, told: str
 ) -> None:
     server = liar(served_key(LINE))
-    shim.folder.chmod(0o755)
     for folder in ("folder", "n.sig", "shut", "closed folder"):
         (shim.folder / folder).mkdir()
     for name, content in {"empty": "", "comments": "# x\n\n \n", "n": "x", "shut/m": "x"}.items():
@@ -1479,7 +1465,7 @@ def test_what_cannot_be_read_or_written_is_an_error_before_anyone_is_asked(
     for folder, mode in (("closed folder", 0), ("shut", 0o555)):
         (shim.folder / folder).chmod(mode)
     env = {**server.env, "SSH_AGENT_PROXY_TOKEN_FILE": token_file}
-    assert said(shim(*argv, env=env, before=as_nobody(shim))) == told
+    assert said(shim(*argv, env=env, before=bound_by_modes())) == told
     for folder in ("closed folder", "shut"):
         (shim.folder / folder).chmod(0o755)
     assert server.requests == []
