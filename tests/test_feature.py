@@ -95,27 +95,22 @@ def test_the_package_holds_what_is_installed(tmp_path: Path, feature: Path) -> N
     assert listed["version"] == ssh_agent_proxy.VERSION
 
 
-def test_without_git_and_curl_it_says_what_to_install(busybox: Image) -> None:
-    done = busybox.run("/feature/install.sh")
-    assert done.returncode == 1
-    assert b"missing: git curl ssh-keygen. Put them into the image (packages git," in done.stderr
-    assert not (busybox.root / "usr/local/bin/ssh-agent-proxy-sign").exists()
-
-
 @pytest.mark.parametrize(("remote_only", "version", "why"), rows([
+    ("none", "false", "", "missing: git curl ssh-keygen. Put them into the image (packages git,"),
     ("too old to sign", "false", "2.33.9", "git is 2.33.9, and SSH signatures need 2.34 or newer"),
     ("too old for remotes", "true", "2.35.1", "git is 2.35.1, and remoteOnly needs 2.36 or newer"),
 ]))  # fmt: skip
-def test_a_git_that_is_too_old_is_named(
+def test_a_git_that_is_missing_or_too_old_is_named_before_anything_is_installed(
     busybox: Image, remote_only: str, version: str, why: str
 ) -> None:
-    for program in ("git", "curl"):
+    for program in ("git", "curl") if version else ():
         path = busybox.root / "usr/bin" / program
         path.write_text(f"#!/bin/sh\necho git version {version}\n")
         path.chmod(0o755)
     done = busybox.run("/feature/install.sh", REMOTEONLY=remote_only)
     assert done.returncode == 1
     assert why in done.stderr.decode()
+    assert not (busybox.root / "usr/local/bin/ssh-agent-proxy-sign").exists()
 
 
 @pytest.mark.parametrize(("remote_only", "signed"), [("false", True), ("true", False)])
