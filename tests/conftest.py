@@ -156,22 +156,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def run(
-    argv: Sequence[Any],
-    env: Optional[Dict[str, str]] = None,
-    cwd: Optional[Path] = None,
-    input: Optional[bytes] = None,
-    check: bool = True,
-    timeout: float = 120,
-) -> subprocess.CompletedProcess[bytes]:
+    argv: Sequence[Any], env: Optional[Dict[str, str]] = None, cwd: Optional[Path] = None,
+    input: Optional[bytes] = None, check: bool = True, timeout: float = 120,
+) -> subprocess.CompletedProcess[bytes]:  # fmt: skip
     done = subprocess.run(
-        [str(a) for a in argv],
-        env=env,
-        cwd=cwd,
-        input=input,
-        stdin=subprocess.DEVNULL if input is None else None,
-        capture_output=True,
-        timeout=timeout,
-    )
+        [str(a) for a in argv], env=env, cwd=cwd, input=input,
+        stdin=subprocess.DEVNULL if input is None else None, capture_output=True, timeout=timeout,
+    )  # fmt: skip
     if check and done.returncode:
         words = " ".join(str(a) for a in argv)
         pytest.fail(f"{words}: exit {done.returncode}\n{done.stdout!r}\n{done.stderr.decode()}")
@@ -375,11 +366,9 @@ class Agent:
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            ["ssh-agent", "-D", "-a", str(self.sock)],
-            stdout=subprocess.DEVNULL,
-            env=self.its_env,
+            ["ssh-agent", "-D", "-a", str(self.sock)], stdout=subprocess.DEVNULL, env=self.its_env,
             **self.how,
-        )
+        )  # fmt: skip
         self.pid = self.process.pid
         wait_for(lambda: listens(self.sock), message="ssh-agent's socket")
 
@@ -411,6 +400,9 @@ class Agent:
             self.process.wait(10)
 
 
+StartAgent = Callable[..., Agent]
+
+
 @pytest.fixture
 def start_agent(short: Path) -> Iterator[Callable[..., Agent]]:
     started: List[Agent] = []
@@ -426,7 +418,7 @@ def start_agent(short: Path) -> Iterator[Callable[..., Agent]]:
 
 
 @pytest.fixture
-def agent(start_agent: Callable[..., Agent]) -> Agent:
+def agent(start_agent: StartAgent) -> Agent:
     return start_agent()
 
 
@@ -458,6 +450,12 @@ def read_message(connection: socket.socket) -> bytes:
 def message(payload: bytes) -> bytes:
     """A message of the agent protocol; a string of RFC 4251 looks the same."""
     return len(payload).to_bytes(4, "big") + payload
+
+
+def listing(*entries: Tuple[bytes, bytes]) -> bytes:
+    """An agent's answer that lists these keys, each with its comment."""
+    keys = b"".join(message(key) + message(comment) for key, comment in entries)
+    return message(b"\x0c" + len(entries).to_bytes(4, "big") + keys)
 
 
 class ScriptedAgent:
@@ -505,6 +503,9 @@ with socket.socket(socket.AF_UNIX) as s:
 """
 
 
+StartScripted = Callable[..., Path]
+
+
 @pytest.fixture
 def scripted_agent(short: Path) -> Iterator[Callable[..., Path]]:
     """Starts a ScriptedAgent with the handler given; its path."""
@@ -525,9 +526,7 @@ def scripted_agent(short: Path) -> Iterator[Callable[..., Path]]:
 class Proxy:
     """`ssh_agent_proxy.py serve` as a process of its own."""
 
-    def __init__(
-        self, argv: List[str], env: Dict[str, str], wait: bool = True, **how: Any
-    ) -> None:
+    def __init__(self, argv: List[str], env: Dict[str, str], wait: bool = True, **how: Any) -> None:
         """HOW: see Popen; with a stderr, the log goes there and is not read here."""
         self._log: List[str] = []
         how = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, **how}
@@ -607,18 +606,18 @@ def tuned(**constants: float) -> List[str]:
     return [sys.executable, "-c", TUNED, json.dumps(constants)]
 
 
+StartProxy = Callable[..., Proxy]
+
+
 @pytest.fixture
 def start_proxy(home: Path) -> Iterator[Callable[..., Proxy]]:
     started: List[Proxy] = []
 
     def start(
-        *args: Any,
-        env: Optional[Dict[str, str]] = None,
-        upstream: Any = None,
-        python: Union[str, Sequence[str]] = sys.executable,
-        wait: bool = True,
+        *args: Any, env: Optional[Dict[str, str]] = None, upstream: Any = None,
+        python: Union[str, Sequence[str]] = sys.executable, wait: bool = True,
         addr: Optional[str] = "127.0.0.1:0",
-    ) -> Proxy:
+    ) -> Proxy:  # fmt: skip
         """PYTHON: a program, or a command line, which the script and its arguments follow."""
         argv = [python] if isinstance(python, str) else list(python)
         argv += [str(PROXY)]
@@ -636,7 +635,7 @@ def start_proxy(home: Path) -> Iterator[Callable[..., Proxy]]:
 
 
 @pytest.fixture
-def proxy(agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]) -> Proxy:
+def proxy(agent: Agent, keys: Keys, start_proxy: StartProxy) -> Proxy:
     agent.add(keys["ed25519"])
     return start_proxy(upstream=agent.sock)
 
@@ -680,13 +679,9 @@ def raw(port: int, data: bytes, seconds: float = 10) -> bytes:
 
 
 def http(
-    port: int,
-    method: str,
-    path: str,
-    body: Optional[bytes] = None,
-    headers: Optional[Dict[str, str]] = None,
-    seconds: float = 30,
-) -> Answer:
+    port: int, method: str, path: str, body: Optional[bytes] = None,
+    headers: Optional[Dict[str, str]] = None, seconds: float = 30,
+) -> Answer:  # fmt: skip
     fields = {"Host": f"127.0.0.1:{port}"}
     if body is not None:
         fields["Content-Length"] = str(len(body))
@@ -705,11 +700,9 @@ WHEN = b" 1700000000 +0100\n"
 
 
 def commit(
-    subject: bytes = b"Subject",
-    author: bytes = AUTHOR,
-    committer: bytes = COMMITTER,
+    subject: bytes = b"Subject", author: bytes = AUTHOR, committer: bytes = COMMITTER,
     id: bytes = ID,
-) -> bytes:
+) -> bytes:  # fmt: skip
     """A commit without parents, as git hands it to its signer."""
     head = b"tree " + id + b"\nauthor " + author + WHEN + b"committer " + committer + WHEN
     return head + b"\n" + subject + b"\n"
@@ -940,15 +933,15 @@ def logged(proxy: Proxy, where: Union[int, Path], data: bytes) -> Tuple[bytes, L
 # ---------------------------------------------------------------- what OpenSSH makes of it
 
 
+Keygen = Callable[..., bytes]
+
+
 @pytest.fixture
 def ssh_keygen(keys: Keys) -> Callable[..., bytes]:
     """What `ssh-keygen -Y sign` makes of a payload."""
 
     def sign(
-        payload: bytes,
-        hash_algorithm: str = "sha512",
-        key: str = "ed25519",
-        namespace: str = "git",
+        payload: bytes, hash_algorithm: str = "sha512", key: str = "ed25519", namespace: str = "git"
     ) -> bytes:
         argv = ["ssh-keygen", "-q", "-Y", "sign", "-n", namespace, "-f", keys[key]]
         return run([*argv, "-O", f"hashalg={hash_algorithm}"], input=payload).stdout

@@ -16,8 +16,9 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tu
 
 import pytest
 from conftest import (
-    FINGERPRINT, PROXY, RELAY, Agent, Keys, Proxy, call, cannot_run, clean_env, fingerprint, http,
-    message, need, need_ipv6, one_line, private_file, read_message, rows, run,
+    FINGERPRINT, PROXY, RELAY, Agent, Keys, Proxy, StartAgent, StartProxy, StartScripted, call,
+    cannot_run, clean_env, fingerprint, http, listing, message, need, need_ipv6, one_line,
+    private_file, read_message, rows, run,
 )  # fmt: skip
 
 import ssh_agent_proxy as p
@@ -27,9 +28,6 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
 NAME = "SSH_AGENT_PROXY_"
 SERVER = f"{p.PROGRAM}/{p.VERSION}"
 SECRET = "c2VjcmV0LXRva2VuLW9mLXRoZS10ZXN0"
-StartAgent = Callable[..., Agent]
-StartProxy = Callable[..., Proxy]
-Scripted = Callable[..., Path]
 Handler = Callable[[socket.socket], Any]
 
 # ---------------------------------------------------------------- running it, reading it
@@ -245,21 +243,15 @@ def test_another_well_known_agent_with_keys_is_named_with_the_setting_that_selec
     of_agent(**environment, **{match[1]: match[2]}).works()
 
 
-def identities(line: str, comment: bytes) -> bytes:
-    """The answer that lists that key."""
-    blob = p.parse_key_line(line).key.blob
-    return message(b"\x0c" + p.uint32(1) + p.string(blob) + p.string(comment))
-
-
 HOSTILE = "a\x1b[31m\r\nFAIL b\u202e\u200bc\x9b\udcff"
 ESCAPED = r"a\x1b[31m\r\nFAIL b\u202e\u200bc\x9b"
 
 
 def test_hostile_text_is_escaped_on_its_line_and_cut(
-    short: Path, scripted_agent: Scripted, keys: Keys
+    short: Path, scripted_agent: StartScripted, keys: Keys
 ) -> None:
     comment = HOSTILE.encode("utf-8", "surrogateescape") + 100_000 * b"x"
-    listed = identities(keys.line("ed25519"), comment)
+    listed = listing((p.parse_key_line(keys.line("ed25519")).key.blob, comment))
     path = scripted_agent(lambda c: (read_message(c), c.sendall(listed)))
     line = of_agent("--upstream", path).one(" holds ")
     assert ESCAPED in line
@@ -342,7 +334,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("handler", rows(OTHERS))
 def test_a_socket_of_another_program_is_told_with_the_setting_and_left(
-    handler: Handler, scripted_agent: Scripted
+    handler: Handler, scripted_agent: StartScripted
 ) -> None:
     path = scripted_agent(handler)
     before = files(path.parent)
@@ -379,7 +371,7 @@ def test_a_proxy_that_listens_elsewhere_than_it_is_set_to_is_told_apart(
     assert of_addresses(f"{asked}:{port}").lines == [line]
 
 
-def test_a_server_that_takes_our_name_is_escaped(scripted_agent: Scripted) -> None:
+def test_a_server_that_takes_our_name_is_escaped(scripted_agent: StartScripted) -> None:
     evil = b"\x1b[31m\xe2\x80\xae\x07\xff" + 3000 * b"x"
     head = b"HTTP/1.0 200 OK\r\nServer: " + SERVER.encode() + evil + b"\r\n\r\n"
     path = scripted_agent(saying(head))
@@ -618,9 +610,9 @@ WRONG_SIGNATURES = [
 
 @pytest.mark.parametrize(("answers", "cause"), rows(WRONG_SIGNATURES))
 def test_a_wrong_signature_is_exit_1_and_none_is_asked_for_without_sign(
-    answers: List[bytes], cause: str, home: Path, scripted_agent: Scripted, keys: Keys
+    answers: List[bytes], cause: str, home: Path, scripted_agent: StartScripted, keys: Keys
 ) -> None:
-    listed = identities(keys.line("ed25519"), b"x")
+    listed = listing((p.parse_key_line(keys.line("ed25519")).key.blob, b"x"))
     asked = []
 
     def handle(connection: socket.socket) -> None:

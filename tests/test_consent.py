@@ -22,9 +22,9 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 import pytest
 from conftest import (
-    FINGERPRINT, ID, TEXTS, Agent, Answer, Keys, Proxy, Repository, ask, can_be_seen, cannot_run,
-    clean_env, commit, connect, fingerprint, get, message, need, post, private_file, push, read_all,
-    read_message, rows, run, tag, the_one_answer, wait_for,
+    FINGERPRINT, ID, TEXTS, Agent, Answer, Keys, Proxy, Repository, StartProxy, StartScripted, ask,
+    can_be_seen, cannot_run, clean_env, commit, connect, fingerprint, get, message, need, post,
+    private_file, push, read_all, read_message, rows, run, tag, the_one_answer, wait_for,
 )  # fmt: skip
 
 import ssh_agent_proxy as sap
@@ -138,9 +138,7 @@ Confirming = Callable[..., Proxy]
 
 
 @pytest.fixture
-def confirming(
-    agent_with_key: Agent, askpass: Askpass, start_proxy: Callable[..., Proxy]
-) -> Confirming:
+def confirming(agent_with_key: Agent, askpass: Askpass, start_proxy: StartProxy) -> Confirming:
     """Starts a proxy that asks ASKPASS, in front of an agent with one key."""
 
     def start(*args: Any, **more: Any) -> Proxy:
@@ -400,7 +398,7 @@ Watched = Tuple[Proxy, List[int]]
 
 
 @pytest.fixture
-def watched(scripted_agent: Callable[..., Path], confirming: Confirming) -> Watched:
+def watched(scripted_agent: StartScripted, confirming: Confirming) -> Watched:
     """A proxy, and what its agent is asked, which refuses everything."""
     asked: List[int] = []
 
@@ -624,9 +622,7 @@ def test_a_no_is_not_remembered_and_ends_no_yes_to_something_else(
     assert len(askpass.asked()) == 4
 
 
-def test_a_yes_that_holds_waits_for_no_other_prompt(
-    askpass: Askpass, holding: Proxy
-) -> None:
+def test_a_yes_that_holds_waits_for_no_other_prompt(askpass: Askpass, holding: Proxy) -> None:
     """Else a rebase fails because another container's question is left open."""
     signed(Request(holding))
     askpass.does(WAITS)
@@ -637,9 +633,7 @@ def test_a_yes_that_holds_waits_for_no_other_prompt(
     signed(other)
 
 
-def test_those_in_the_queue_ride_on_the_first_yes(
-    askpass: Askpass, confirming: Confirming
-) -> None:
+def test_those_in_the_queue_ride_on_the_first_yes(askpass: Askpass, confirming: Confirming) -> None:
     proxy = confirming("--confirm-for", "600")
     requests = [Request(proxy, commit(b"%d" % n)) for n in range(5)]
     askpass.wait()
@@ -790,9 +784,8 @@ def screen(short: Path) -> Iterator[Screen]:
     ("no, hostile", False, "-h " + 100 * "W \u202e " + "\v".join(30 * ["author: Someone Else"])),
 ]))  # fmt: skip
 def test_a_real_askpass_shows_the_prompt_and_its_button_decides(
-    agent_with_key: Agent, screen: Screen, start_proxy: Callable[..., Proxy], yes: bool,
-    subject: str,
-) -> None:  # fmt: skip
+    agent_with_key: Agent, screen: Screen, start_proxy: StartProxy, yes: bool, subject: str
+) -> None:
     proxy = start_proxy("--confirm", screen.askpass, upstream=agent_with_key.sock, env=screen.env)
     request = Request(proxy, commit(subject.encode()))
     window = wait_for(screen.window, message="a window that is seen")

@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tu
 from unittest import mock
 
 import pytest
-from conftest import PROXY, RELAY, ROOT, Agent, Proxy, cannot_run, clean_env, http, run
+from conftest import PROXY, RELAY, ROOT, Agent, Proxy, StartProxy, cannot_run, clean_env, http, run
 
 import ssh_agent_proxy as p
 
@@ -312,7 +312,7 @@ def test_what_the_proxy_needs_goes_on(name: str, results: Dict[str, Dict[str, st
 
 @pytest.fixture
 def start_inside(
-    world: World, agent_with_key: Agent, start_proxy: Callable[..., Proxy]
+    world: World, agent_with_key: Agent, start_proxy: StartProxy
 ) -> Callable[..., Proxy]:
     """start_inside(mode="with", *args, **options): with the hook, in front of a real agent."""
 

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from conftest import (
-    Agent, Keys, Proxy, Repository, ask, fingerprint, post, post_chunked, rows, run, within,
+    Agent, Keys, Repository, StartProxy, ask, fingerprint, post, post_chunked, rows, run, within,
 )  # fmt: skip
 from conftest import message as s  # a string of RFC 4251 looks like one
 from test_http import chunks
@@ -648,7 +648,7 @@ LONG = COMMIT + b"\nSubject\n\n" + b"x" * MIB
 
 
 def test_a_payload_is_recognised_however_it_arrives(
-    agent_with_key: Agent, start_proxy: Callable[..., Proxy], good: Good
+    agent_with_key: Agent, start_proxy: StartProxy, good: Good
 ) -> None:
     proxy = start_proxy("--payloads", "commit", upstream=agent_with_key.sock)
     payload = good("commit", "sha256")

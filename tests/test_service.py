@@ -22,8 +22,9 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import pytest
 from conftest import (
-    PROXY, ROOT, Agent, Keys, Proxy, ask, cannot_run, clean_env, get, http, listens, log_fields,
-    parse_answer, post, raw, read_all, request_lines, rows, the_one_answer, tuned, wait_for,
+    PROXY, ROOT, Agent, Keys, Proxy, StartAgent, StartProxy, StartScripted, ask, cannot_run,
+    clean_env, get, http, listens, log_fields, parse_answer, post, raw, read_all, request_lines,
+    rows, the_one_answer, tuned, wait_for,
 )  # fmt: skip
 from test_http import START, Clients, Scripted, clients, gate, gated
 
@@ -76,9 +77,8 @@ def test_a_second_signal_ends_it_at_once_and_says_so(
 
 
 def test_what_does_not_end_is_waited_for_with_a_bound(
-    gate: Scripted, scripted_agent: Callable[..., Path], start_proxy: Callable[..., Proxy],
-    clients: Clients,
-) -> None:  # fmt: skip
+    gate: Scripted, scripted_agent: StartScripted, start_proxy: StartProxy, clients: Clients
+) -> None:
     assert ssh_agent_proxy.DRAIN_SECONDS == 10
     proxy = start_proxy(upstream=scripted_agent(gate), python=tuned(DRAIN_SECONDS=0.5))
     begin(proxy, gate, clients)
@@ -89,7 +89,7 @@ def test_what_does_not_end_is_waited_for_with_a_bound(
 
 
 def test_a_signal_during_the_start_is_no_traceback(
-    agent_with_key: Agent, start_proxy: Callable[..., Proxy]
+    agent_with_key: Agent, start_proxy: StartProxy
 ) -> None:
     # Wherever it hits: as soon as the process is there, and some milliseconds later each time.
     for pause in range(0, 100, 20):
@@ -140,9 +140,7 @@ def test_threads_are_used_again(proxy: Proxy) -> None:
 # ---------------------------------------------------------------- the log
 
 
-def test_every_line_has_time_and_level(
-    agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]
-) -> None:
+def test_every_line_has_time_and_level(agent: Agent, keys: Keys, start_proxy: StartProxy) -> None:
     agent.add(keys["ed25519"])
     proxy = start_proxy("-v", upstream=agent.sock)
     hostile = "x\u202e\u200b\x9b\xff".encode()
@@ -549,7 +547,7 @@ def manager(request: pytest.FixtureRequest, short: Path) -> Iterator[Manager]:
 
 
 @pytest.fixture
-def start_notifying(start_proxy: Callable[..., Proxy], manager: Manager) -> Callable[..., Proxy]:
+def start_notifying(start_proxy: StartProxy, manager: Manager) -> Callable[..., Proxy]:
     """Nothing but the message says that it is ready; PORT is what that names, where it is one."""
 
     def start(*args: Any, **options: Any) -> Proxy:
@@ -580,7 +578,7 @@ def test_ready_is_told_once_it_answers_at_all_addresses(
 @linux
 @either
 def test_another_agent_changes_the_status_under_landlock_too(
-    manager: Manager, start_notifying: Callable[..., Proxy], start_agent: Callable[..., Agent],
+    manager: Manager, start_notifying: Callable[..., Proxy], start_agent: StartAgent,
     keys: Keys, short: Path,
 ) -> None:  # fmt: skip
     (short / "gcr").mkdir()
@@ -598,7 +596,7 @@ def test_another_agent_changes_the_status_under_landlock_too(
 
 
 def test_what_is_wrong_with_the_agent_is_told_until_it_is_mended(
-    manager: Manager, start_notifying: Callable[..., Proxy], start_agent: Callable[..., Agent],
+    manager: Manager, start_notifying: Callable[..., Proxy], start_agent: StartAgent,
     keys: Keys, short: Path,
 ) -> None:  # fmt: skip
     proxy = start_notifying(upstream=short / "later")
@@ -626,7 +624,7 @@ def test_a_line_break_in_a_path_tells_nothing_of_its_own(
 
 def test_the_end_is_told_while_requests_are_finished(
     manager: Manager, start_notifying: Callable[..., Proxy], gate: Scripted,
-    scripted_agent: Callable[..., Path], clients: Clients,
+    scripted_agent: StartScripted, clients: Clients,
 ) -> None:  # fmt: skip
     proxy = start_notifying(upstream=scripted_agent(gate))
     client = begin(proxy, gate, clients)
@@ -642,7 +640,7 @@ def test_the_end_is_told_while_requests_are_finished(
 
 @linux
 def test_a_manager_that_does_not_read_holds_up_nothing_and_hears_of_ready_at_last(
-    manager: Manager, start_proxy: Callable[..., Proxy], agent_with_key: Agent
+    manager: Manager, start_proxy: StartProxy, agent_with_key: Agent
 ) -> None:
     assert ssh_agent_proxy.READY_SECONDS == 5
     with flooded(manager):

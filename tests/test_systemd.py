@@ -53,10 +53,8 @@ class Manager:
         run(["chown", "-R", f"{UID}:{UID}", self.folder])
         self.process = subprocess.Popen(
             [ROOT / "tests/systemd-user", "-u", str(UID), *mount, *options, str(self.folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
         assert self.process.stdout
         ready = self.process.stdout.readline().split()
         if not ready:

@@ -23,14 +23,13 @@ from typing import Any, Callable, Iterator, List, Sequence, Set, Tuple, Union
 
 import pytest
 from conftest import (
-    RELAY, Agent, Keys, Proxy, ScriptedAgent, clean_env, connect, get, http, listens, message, need,
-    post, post_chunked, read_message, rows, run, short_folder, wait_for, within,
+    RELAY, Agent, Keys, Proxy, ScriptedAgent, StartAgent, StartProxy, clean_env, connect, get, http,
+    listens, listing, message, need, post, post_chunked, read_message, rows, run, short_folder,
+    wait_for, within,
 )  # fmt: skip
 
 import ssh_agent_proxy as sap
 
-StartAgent = Callable[..., Agent]
-StartProxy = Callable[..., Proxy]
 
 s = message  # a string of RFC 4251 looks like a message of the agent protocol
 DIGEST = hashlib.sha512(b"payload").digest()
@@ -46,11 +45,9 @@ def nothing_is_waited_for_without_end() -> Iterator[None]:
 
 
 def sign(
-    upstream: Union[Path, sap.Upstream, None],
-    wanted: sap.Wanted = ANY,
-    timeout: float = 20,
+    upstream: Union[Path, sap.Upstream, None], wanted: sap.Wanted = ANY, timeout: float = 20,
     places: Sequence[Path] = (),
-) -> Tuple[bytes, bytes]:
+) -> Tuple[bytes, bytes]:  # fmt: skip
     """The key blob that signs and the armored signature, asked for as a request is."""
     if isinstance(upstream, Path):
         upstream = sap.Upstream(str(upstream))
@@ -497,11 +494,6 @@ def test_for_a_pinned_key_no_other_agent_is_hinted_at(
 
 
 # ---------------------------------------------------------------- an agent that lies
-
-
-def listing(*entries: Tuple[bytes, bytes]) -> bytes:
-    keys = b"".join(s(key) + s(comment) for key, comment in entries)
-    return message(b"\x0c" + struct.pack(">I", len(entries)) + keys)
 
 
 def response(signature: bytes) -> bytes:
