@@ -35,10 +35,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import pytest
-from conftest import PROXY, ROOT, Agent, FileLogged, Keys, clean_env, listens, run, wait_for
+from conftest import PROXY, ROOT, Agent, FileLogged, Keys, clean_env, listens, run, wait_for, within
 from conftest import message as string
 
 # Never a version manager's wrapper of that name on the path, which costs time at each start.
@@ -630,11 +630,6 @@ def machine() -> str:
     )
 
 
-def hangs(_number: int, _frame: Any) -> NoReturn:
-    # The clients' sockets have no time limits of their own: they would cost a system call each.
-    raise Failed(f"no end within {FIGURE_SECONDS} s")
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=", ".join(FIGURES))
@@ -645,7 +640,6 @@ def main(argv: list[str]) -> int:
         parser.error(f"no figure is called {unknown[0]!r}; there are {', '.join(FIGURES)}")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    signal.signal(signal.SIGALRM, hangs)
     # /tmp, for a Unix socket's path has room for some 100 bytes and TMPDIR may have more.
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp"))
@@ -654,16 +648,17 @@ def main(argv: list[str]) -> int:
             print(f"{'figure':<34} {'measured':>9}  {'limit':<7} {'':<4} medians", flush=True)
             lab = Lab(Path(home), args.quick, stack)
             for name in args.figures or FIGURES:
-                signal.alarm(FIGURE_SECONDS)
-                for figure in FIGURES[name](lab):
-                    print(figure.line(), flush=True)
+                # The clients' sockets have no limits of their own: a system call each.
+                with within(FIGURE_SECONDS):
+                    for figure in FIGURES[name](lab):
+                        print(figure.line(), flush=True)
         except KeyboardInterrupt:
             return 130
         except (Failed, OSError, pytest.fail.Exception) as error:
             print(f"bench.py: {error}", file=sys.stderr)
             return 1
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
     return 0
 

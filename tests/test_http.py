@@ -744,17 +744,18 @@ def test_a_connection_that_goes_without_a_word_is_no_line_in_the_log(
 
 @pytest.mark.parametrize("data", rows(PARTS))
 def test_a_request_that_stalls_is_too_slow_and_one_that_ends_early_malformed(
-    data: bytes, quick: Shared
+    data: bytes, quick: Shared, shared: Shared
 ) -> None:
-    quick.agent.asked.clear()
+    for one in (quick, shared):
+        one.agent.asked.clear()
     received, log = quick.ask(data)
     refused(the_one_answer(received), 408)
     assert [log_fields(line)["status"] for line in log] == ["408"]
-    with connect(quick.port) as s:
+    with connect(shared.port) as s:
         s.sendall(data)
         s.shutdown(socket.SHUT_WR)
         refused(the_one_answer(read_all(s)), 400)
-    assert quick.agent.asked == []
+    assert quick.agent.asked == shared.agent.asked == []
 
 
 @pytest.mark.parametrize(("start", "drop", "pause"), rows([
