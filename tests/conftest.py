@@ -535,7 +535,8 @@ class Proxy:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if wait:
-            self.port = int(self.wait_log(r"listening on \S+:(\d+) ").group(1))
+            # (Wine's start takes long on a machine that is busy.)
+            self.port = int(self.wait_log(r"listening on \S+:(\d+) ", 30).group(1))
             self.url = f"http://127.0.0.1:{self.port}"
 
     def _read(self) -> None:

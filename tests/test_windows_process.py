@@ -344,7 +344,7 @@ class Console(Proxy):
         os.close(screen)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.port = int(self.wait_log(r"listening on \S+:(\d+) ").group(1))
+        self.port = int(self.wait_log(r"listening on \S+:(\d+) ", 30).group(1))
 
     def press(self, keys: bytes) -> None:
         os.write(self.keyboard, keys)
@@ -501,7 +501,7 @@ def test_there_each_step_of_hardening_is_a_line_and_what_is_not_in_force_is_said
     home: Path
 ) -> None:
     """Wine takes each policy and has none in force: its word alone is not taken."""
-    said = call(home, "check", "--addr", "127.0.0.1:0").stdout.decode()
-    found = re.findall(r"(?m)^(.*in force) \(.*0x", said)
+    done = call(home, "check", "--addr", "127.0.0.1:0")
+    found = re.findall(r"(?m)^(.*in force) \(.*0x", done.stdout.decode())
     told = [f"ok   {STEPS[0]}: in force", *(f"warn {step}: not in force" for step in STEPS[1:])]
-    assert found == told
+    assert found == told, done
