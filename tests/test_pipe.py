@@ -6,19 +6,24 @@ how Windows' own agent and 1Password's behave. Here a relay stands in front of a
 
 from __future__ import annotations
 
+import functools
 import secrets
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, NamedTuple
+from typing import Any, Callable, Iterator, List, Tuple
 
 import pytest
-from conftest import ROOT, Proxy, ask, call, connect, get, one_line, post, rows, run
+from conftest import (
+    ROOT, Proxy, ask, call, connect, get, one_line, parse_answer, post, read_all, rows, run,
+    wait_for,
+)  # fmt: skip
+from test_http import Clients, Scripted, clients, gate, gated
 from test_upstream import HONEST, LIST, SIG, Liar, Step, cut, drip, liar, send, stall
 
-__all__ = ["liar"]
+__all__ = ["clients", "gate", "gated", "liar"]  # fixtures
 
 pytestmark = pytest.mark.windows
 
@@ -28,16 +33,14 @@ WINDOWS_OWN = "SSH_AGENT_PROXY_UPSTREAM=//./pipe/openssh-ssh-agent"
 
 # ---------------------------------------------------------------- settings
 
-WRONG = [
+
+@pytest.mark.parametrize("name, value", rows([
     ("a Unix path", "UPSTREAM", "/tmp/agent.sock"),
     ("a command", "UPSTREAM", "exec:ssh-agent"),
     ("another machine's pipe", "UPSTREAM", r"\\host\pipe\x"),
     ("backslashes that an env file has eaten", "UPSTREAM", r"\.pipeopenssh-ssh-agent"),
     ("an askpass program", "CONFIRM", "askpass.exe"),
-]
-
-
-@pytest.mark.parametrize("name, value", rows(WRONG))
+]))  # fmt: skip
 def test_what_does_not_work_on_windows_is_a_wrong_setting(
     home: Path, name: str, value: str
 ) -> None:
@@ -134,22 +137,12 @@ def test_a_client_that_goes_away_ends_the_exchange_within_a_second(
     assert time.monotonic() - before < 1.5
 
 
-def test_requests_run_side_by_side(start_proxy: StartProxy, liar: Liar) -> None:
-    all_asked = threading.Barrier(24)
-    proxy = start_proxy(upstream=liar.be(HONEST))
-    proxy.wait_log("signing with")
-    liar.be([send(LIST), lambda c: (all_asked.wait(20), c.sendall(SIG))])
-    answers: List[int] = []
-    threads = [
-        threading.Thread(target=lambda: answers.append(ask(proxy.port, POST).status))
-        for _ in range(all_asked.parties)
-    ]
-    for thread in threads:
-        thread.start()
-    assert ask(proxy.port, get("/healthz")).status == 200
-    for thread in threads:
-        thread.join(30)
-    assert answers == [200] * all_asked.parties
+def test_requests_run_side_by_side(gate: Scripted, gated: Proxy, clients: Clients) -> None:
+    waiting = clients.open(gated.port, POST, 24)
+    wait_for(lambda: gate.signing == 24, message="all are at the agent")
+    assert ask(gated.port, get("/healthz")).status == 200
+    gate.gate.set()
+    assert [parse_answer(read_all(client)).status for client in waiting] == [200] * 24
 
 
 # ---------------------------------------------------------------- the pipe itself
@@ -171,68 +164,62 @@ sys.stdin.readline()
 """
 
 
-class Busy(NamedTuple):
-    name: str
-    let_go: Callable[[], Any]
-
-
 @pytest.fixture
-def busy() -> Iterator[Busy]:
+def busy() -> Iterator[Tuple[str, Callable[[], Any]]]:
+    """A pipe's name, and what ends that it is taken."""
     name = rf"\\.\pipe\busy-{secrets.token_hex(8)}"
     argv = [sys.executable, "-c", BUSY, name, LIST.hex(), SIG.hex()]
     ends = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(argv, bufsize=0, stderr=subprocess.DEVNULL, **ends) as process:
         assert process.stdin and process.stdout
         assert process.stdout.read(5) == b"taken"
-        yield Busy(name, lambda: process.stdin and process.stdin.write(b"\n"))
+        yield name, functools.partial(process.stdin.write, b"\n")
         process.kill()
 
 
 def test_a_busy_pipe_is_waited_for_until_its_turn_or_the_end_of_the_time(
-    start_proxy: StartProxy, busy: Busy
+    start_proxy: StartProxy, busy: Tuple[str, Callable[[], Any]]
 ) -> None:
-    proxy = start_proxy("--timeout", "4", upstream=busy.name)
+    name, let_go = busy
+    proxy = start_proxy("--timeout", "4", upstream=name)
     answer = ask(proxy.port, POST)
     assert answer.status == 504
     assert ", whose pipe was busy, did not answer in time" in answer.text
-    threading.Timer(1, busy.let_go).start()
+    threading.Timer(1, let_go).start()
     assert ask(proxy.port, POST).status == 200
 
 
 def test_a_client_that_goes_away_before_a_busy_pipe_is_noticed(
-    start_proxy: StartProxy, busy: Busy
+    start_proxy: StartProxy, busy: Tuple[str, Callable[[], Any]]
 ) -> None:
-    proxy = start_proxy(upstream=busy.name)
+    proxy = start_proxy(upstream=busy[0])
     with connect(proxy.port) as client:
         client.sendall(POST)
         time.sleep(0.5)
     proxy.wait_log("outcome=gone", 2)
 
 
-# In the Windows Python: what the program opens and closes, before a server that takes these steps.
+# In the Windows Python: what the program opens, before a server that takes these steps.
 INSIDE = """
-import _winapi as w, os, sys, threading, time
+import _winapi as w, ctypes, os, sys, threading, time
 sys.path.insert(0, os.getcwd())
 import ssh_agent_proxy as sap
 NAME = "//./pipe/inside-%d" % os.getpid()
 LIST, SIG = map(bytes.fromhex, sys.argv[1:3])
-opened, left, create, close = [], [], w.CreateFile, w.CloseHandle
-def CreateFile(*args):
-    opened.append(args)
-    left.append(create(*args))
-    return left[-1]
-def CloseHandle(handle):
-    if handle in left:
-        left.remove(handle)
-    close(handle)
-w.CreateFile, w.CloseHandle = CreateFile, CloseHandle
+opened, create = [], w.CreateFile
+w.CreateFile = lambda *args: opened.append(args) or create(*args)
+def handles():
+    count = ctypes.c_ulong()
+    process = ctypes.c_void_p(w.GetCurrentProcess())
+    assert ctypes.windll.kernel32.GetProcessHandleCount(process, ctypes.byref(count))
+    return count.value
 def serve(pipe, steps):
     w.ConnectNamedPipe(pipe, overlapped=True).GetOverlappedResult(True)
     for step in steps:
         w.ReadFile(pipe, 4096, overlapped=True)[0].GetOverlappedResult(True)
         time.sleep(0 if step else 0.7)
         w.WriteFile(pipe, step or bytes(4), overlapped=True)[0].GetOverlappedResult(True)
-    close(pipe)
+    w.CloseHandle(pipe)
 def sign(*steps):
     mode = w.PIPE_ACCESS_DUPLEX | w.FILE_FLAG_OVERLAPPED
     pipe = w.CreateNamedPipe(NAME.replace("/", chr(92)), mode, 0, 255, 64, 64, 0, w.NULL)
@@ -252,7 +239,7 @@ def sign(*steps):
 def inside(code: str) -> str:
     """What CODE prints there."""
     argv = [sys.executable, "-c", INSIDE + code, LIST.hex(), SIG.hex()]
-    return run(argv, cwd=ROOT).stdout.decode().replace("\r\n", "\n")
+    return run(argv, cwd=ROOT).stdout.decode()
 
 
 def test_the_pipe_is_opened_so_that_its_server_cannot_act_as_the_user() -> None:
@@ -264,5 +251,10 @@ def test_the_pipe_is_opened_so_that_its_server_cannot_act_as_the_user() -> None:
 
 
 def test_no_exchange_costs_a_handle() -> None:
-    ends = "[(LIST, SIG), (), (LIST[:9],), (LIST,), (LIST + LIST,), (None,), (bytes(4),)]"
-    assert inside(f"for steps in {ends}: sign(*steps)\nprint(len(opened), left)") == "7 []\n"
+    count = """
+ends = [(LIST, SIG), (), (LIST[:9],), (LIST,), (LIST + LIST,), (None,), (bytes(4),)]
+for _ in range(3):
+    print([sign(*steps) for steps in ends], handles())
+"""
+    first, *others = inside(count).splitlines()
+    assert others == 2 * [first]
