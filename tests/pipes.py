@@ -11,7 +11,6 @@ import os
 import socket
 import sys
 import threading
-from typing import Any
 
 PIPE_UNLIMITED_INSTANCES = 255
 BUFFER = 65536
@@ -20,13 +19,12 @@ BUFFER = 65536
 def serve(name: str, port: int) -> None:
     """The instance that waits is there already when another's client is served."""
     mode = _winapi.PIPE_ACCESS_DUPLEX | _winapi.FILE_FLAG_OVERLAPPED
-    instances = PIPE_UNLIMITED_INSTANCES
-    pipe = _winapi.CreateNamedPipe(name, mode, 0, instances, BUFFER, BUFFER, 0, _winapi.NULL)
+    how = (mode, 0, PIPE_UNLIMITED_INSTANCES, BUFFER, BUFFER, 0, _winapi.NULL)
+    pipe = _winapi.CreateNamedPipe(name, *how)
     print("serve", name, flush=True)
     while True:
         _winapi.ConnectNamedPipe(pipe, overlapped=True).GetOverlappedResult(True)
-        client = pipe
-        pipe = _winapi.CreateNamedPipe(name, mode, 0, instances, BUFFER, BUFFER, 0, _winapi.NULL)
+        client, pipe = pipe, _winapi.CreateNamedPipe(name, *how)
         threading.Thread(target=Relay(client, name, port).run, daemon=True).start()
 
 
@@ -36,7 +34,6 @@ class Relay:
         self.server = socket.create_connection(("127.0.0.1", port))
         self.server.sendall(f"{name}\n".encode())
         self.over = False
-        self.reading: Any = None
 
     def run(self) -> None:
         """From the server to the client, until either has closed its side."""
@@ -47,8 +44,6 @@ class Relay:
                 writing, _ = _winapi.WriteFile(self.pipe, data, overlapped=True)
                 writing.GetOverlappedResult(True)
         self.over = True
-        if self.reading:
-            self.reading.cancel()
         to_server.join()
         # What is still in the pipe the client can read (DisconnectNamedPipe would drop it).
         _winapi.CloseHandle(self.pipe)
@@ -57,12 +52,12 @@ class Relay:
     def to_server(self) -> None:
         with contextlib.suppress(OSError):
             while not self.over:
-                self.reading, _ = _winapi.ReadFile(self.pipe, BUFFER, overlapped=True)
-                while _winapi.WaitForMultipleObjects([self.reading.event], False, 100):
-                    if self.over:  # before there was anything to cancel
-                        self.reading.cancel()
-                size, _ = self.reading.GetOverlappedResult(True)
-                self.server.sendall(self.reading.getbuffer()[:size])
+                reading, _ = _winapi.ReadFile(self.pipe, BUFFER, overlapped=True)
+                while _winapi.WaitForMultipleObjects([reading.event], False, 100):
+                    if self.over:
+                        reading.cancel()
+                size, _ = reading.GetOverlappedResult(True)
+                self.server.sendall(reading.getbuffer()[:size])
         with contextlib.suppress(OSError):
             self.server.shutdown(socket.SHUT_RDWR)
 

@@ -29,14 +29,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Set
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import pytest
 
@@ -104,14 +103,19 @@ LEFT_OUT: Dict[str, List[str]] = {
 }
 
 
-def left_out_by(pattern: str, names: Iterable[str]) -> Set[str]:
-    """Those that the pattern of LEFT_OUT leaves out."""
-    words = ".*".join(map(re.escape, pattern.split("*"))) + r"(\[.*\])?"
-    return {name for name in names if re.fullmatch(words, name, re.DOTALL)}
-
-
 def name_of(item: pytest.Item) -> str:
     return item.nodeid.rpartition("tests/")[2]
+
+
+def left_out(items: List[pytest.Item]) -> Dict[Tuple[str, str], Set[str]]:
+    """The names that each pattern of LEFT_OUT leaves out, by its reason and itself."""
+    found = {}
+    for reason, patterns in LEFT_OUT.items():
+        for pattern in patterns:
+            words = ".*".join(map(re.escape, pattern.split("*"))) + r"(\[.*\])?"
+            matches = re.compile(words, re.DOTALL).fullmatch
+            found[reason, pattern] = set(filter(matches, map(name_of, items)))
+    return found
 
 
 class Lab:
@@ -130,7 +134,8 @@ class Lab:
         return self.add_to(clean_env(home, **more) if home else dict(os.environ))
 
     def add_to(self, env: Dict[str, str]) -> Dict[str, str]:
-        wine = {
+        return {
+            **env,
             "WINEPREFIX": str(self.folder / "prefix"),
             "WINEDEBUG": "-all",
             # It has neither .NET nor a browser, and no window is to say so; no menu of Linux is
@@ -139,7 +144,6 @@ class Lab:
             # Where Wine's processes find each other.
             "TMPDIR": str(self.folder / "tmp"),
         }
-        return {**env, **wine}
 
     def wine(self, *argv: Any, **options: Any) -> subprocess.CompletedProcess[bytes]:
         from conftest import run
@@ -178,7 +182,7 @@ class Pipes:
     """Each Unix socket that is asked for as a pipe, by one Windows process (pipes.py)."""
 
     def __init__(self, lab: Lab) -> None:
-        self.names: Dict[str, str] = {}
+        self.served: Set[str] = set()
         self.lock = threading.Lock()
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         threading.Thread(target=self._accept, daemon=True).start()
@@ -192,14 +196,13 @@ class Pipes:
         self._say("ready")
 
     def leading_to(self, sock: str) -> str:
+        """(A pipe's name has no slash in it, and a socket's here no exclamation mark.)"""
+        name = sock.replace("/", "!")
         with self.lock:
-            for name, path in self.names.items():
-                if path == sock:
-                    return "//./pipe/" + name
-            name = f"test-{secrets.token_hex(8)}"
-            self.names[name] = sock
-            self._say(f"serve \\\\.\\pipe\\{name}")
-            return "//./pipe/" + name
+            if name not in self.served:
+                self._say(f"serve \\\\.\\pipe\\{name}")
+                self.served.add(name)
+        return "//./pipe/" + name
 
     def _say(self, words: str) -> None:
         """And waits until it is done."""
@@ -219,7 +222,7 @@ class Pipes:
             name = b""
             while not name.endswith(b"\n"):
                 name += client.recv(1)
-            server.connect(self.names[name.decode().strip().rpartition("\\")[2]])
+            server.connect(name.decode().strip().rpartition("\\")[2].replace("!", "/"))
             threading.Thread(target=copy, args=(client, server), daemon=True).start()
             copy(server, client)
 
@@ -280,43 +283,37 @@ counts: Dict[str, int] = {}
 
 def inside(items: List[pytest.Item]) -> List[pytest.Item]:
     """Those that run in the Windows Python itself."""
-    names = [name_of(item) for item in items]
-    unwanted = set().union(*(left_out_by(p, names) for ps in LEFT_OUT.values() for p in ps))
-    wanted = [item for item in items if name_of(item) not in unwanted]
-    return [item for item in wanted if not is_of_linux(item)]
+    unwanted = set().union(*left_out(items).values())
+    return [item for item in items if name_of(item) not in unwanted and not is_of_linux(item)]
+
+
+def has_mark(item: pytest.Item, name: str) -> bool:
+    return item.get_closest_marker(name) is not None
 
 
 def is_of_linux(item: pytest.Item) -> bool:
-    asks = item.get_closest_marker("skipif") is not None
-    return asks or bool(LINUX_ALONE & set(getattr(item, "fixturenames", ())))
+    fixtures = getattr(item, "fixturenames", ())
+    return has_mark(item, "skipif") or not LINUX_ALONE.isdisjoint(fixtures)
 
 
 def is_driven(item: pytest.Item) -> bool:
-    of_windows = item.get_closest_marker("windows") is not None
-    return of_windows or (item.path.name in DRIVEN and is_of_linux(item))
+    return has_mark(item, "windows") or (item.path.name in DRIVEN and is_of_linux(item))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
-    names = [name_of(item) for item in items]
+    files = {item.path.name for item in items}
     unwanted: Set[str] = set()
-    for reason, patterns in LEFT_OUT.items():
-        for pattern in patterns:
-            found = left_out_by(pattern, names)
-            of_file = [name for name in names if name.startswith(pattern.partition("::")[0])]
-            if of_file and not found and not any("::" in arg for arg in config.args):
-                counts[f"left out, and not there: {pattern}"] = 0
-            counts[f"left out: {reason}"] = counts.get(f"left out: {reason}", 0) + len(found)
-            unwanted |= found
+    for (reason, pattern), found in left_out(items).items():
+        of_file = pattern.partition("::")[0] in files
+        if of_file and not found and not any("::" in arg for arg in config.args):
+            counts[f"left out, and not there: {pattern}"] = 0
+        counts[f"left out: {reason}"] = counts.get(f"left out: {reason}", 0) + len(found)
+        unwanted |= found
     # Each test with a screen has a Wine begun anew, which leaves no room for another's.
     screen = config.getoption("screen")
-    items[:] = [
-        item
-        for item in items
-        if name_of(item) not in unwanted
-        and is_driven(item)
-        and screen == (item.get_closest_marker("alone") is not None)
-    ]
+    wanted = (item for item in items if is_driven(item) and name_of(item) not in unwanted)
+    items[:] = [item for item in wanted if has_mark(item, "alone") == screen]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
