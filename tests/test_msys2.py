@@ -6,6 +6,7 @@ own, and know C:/Users alone. Here ./C: is a link to /, so that both spellings n
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Dict, List
 
@@ -51,10 +52,8 @@ class Windows:
         self.log.touch()
         self.program("curl", CURL.replace("REAL", need("curl", "curl")))
         self.program("cygpath", CYGPATH)
-        path = clean_env(folder)["PATH"]
-        self.env = {
-            "MSYSTEM": "MINGW64", "PATH": f"{self.bin}:{path}", "CYGPATH_LOG": str(self.log)
-        }  # fmt: skip
+        path = f"{self.bin}:{os.environ['PATH']}"
+        self.env = {"MSYSTEM": "MINGW64", "PATH": path, "CYGPATH_LOG": str(self.log)}
 
     def program(self, name: str, script: str) -> None:
         (self.bin / name).write_text(script)
@@ -78,17 +77,15 @@ def env(windows: Windows, served: Served, shim: Shim) -> Dict[str, str]:
 
 # ---------------------------------------------------------------- what is signed
 
+
+@pytest.mark.parametrize("shim", SHELLS, indirect=True)
 # How FILE is spelled, and whether a program has to be started for it.
-SPELLED = [
+@pytest.mark.parametrize("spelled, started", rows([
     ("as git does", "C:FOLDER/.git_signing_buffer_tmpAb3dEf", False),
     ("as a person does", "C:FOLDER/a b", False),
     ("as sh does", "FOLDER/m", True),
     ("not in whole", "m", False),
-]
-
-
-@pytest.mark.parametrize("shim", SHELLS, indirect=True)
-@pytest.mark.parametrize("spelled, started", rows(SPELLED))
+]))  # fmt: skip
 @pytest.mark.parametrize("forbidden", ["", "MSYS_NO_PATHCONV", "MSYS2_ARG_CONV_EXCL"])
 def test_a_file_is_signed_however_its_path_is_spelled(
     shim: Shim, env: Dict[str, str], windows: Windows, spelled: str, started: bool, forbidden: str
@@ -118,16 +115,14 @@ def test_a_path_with_backslashes_is_asked_about(
 
 # ---------------------------------------------------------------- keys, tokens and URLs
 
+
+@pytest.mark.parametrize("shim", SHELLS, indirect=True)
 # As Windows' programs write them: Notepad, PowerShell 5.1's > and Out-File -Encoding utf8.
-ENCODED = [
+@pytest.mark.parametrize("encoding, mark", rows([
     ("lines of Windows", "utf-8", ""),
     ("UTF-8 with a mark", "utf-8", "\ufeff"),
     ("UTF-16", "utf-16-le", "\ufeff"),
-]
-
-
-@pytest.mark.parametrize("shim", SHELLS, indirect=True)
-@pytest.mark.parametrize("encoding, mark", rows(ENCODED))
+]))  # fmt: skip
 def test_a_file_that_a_program_of_windows_wrote_is_read(
     shim: Shim, guarded: Served, keys: Keys, windows: Windows, encoding: str, mark: str
 ) -> None:
@@ -137,8 +132,8 @@ def test_a_file_that_a_program_of_windows_wrote_is_read(
     shim.file("k", text("# mine", keys.line("ed25519") + " me"))
     shim.file("bare", text(keys.line("ed25519")))
     shim.file("t", text(TOKENS["file"]))
+    env = {**guarded, **windows.env, "SSH_AGENT_PROXY_TOKEN_FILE": "t"}
     for key in ("k", "bare"):
-        env = {**guarded, **windows.env, "SSH_AGENT_PROXY_TOKEN_FILE": "t"}
         done = shim.sign("-f", key, "m", env=env)
         assert (done.returncode, done.stderr) == (0, b"")
 
