@@ -249,16 +249,6 @@ def test_on_windows_too_no_line_is_cut_and_what_was_lost_is_counted(piped: Piped
     assert sum(map(int, lost)) == 1000 - len(lines) > 0
 
 
-def test_on_windows_too_a_signature_s_line_is_written_before_its_answer_leaves(
-    piped: Piped
-) -> None:
-    handler, reader = piped
-    os.set_blocking(reader, False)
-    for number in range(200):
-        say(handler, f"outcome=signed {number}")
-        assert os.read(reader, 65536).endswith(f"outcome=signed {number}\n".encode())
-
-
 def test_at_the_end_what_is_on_its_way_is_waited_for(piped: Piped) -> None:
     handler, reader = piped
     os.write(handler.fd, bytes(65536))  # as much as Linux lets wait in a pipe
