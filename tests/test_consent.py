@@ -18,7 +18,7 @@ import time
 import tracemalloc
 import types
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import pytest
 from conftest import (
@@ -134,11 +134,8 @@ def askpass(short: Path) -> Iterator[Askpass]:
     askpass.end()
 
 
-Confirming = Callable[..., Proxy]
-
-
 @pytest.fixture
-def confirming(agent_with_key: Agent, askpass: Askpass, start_proxy: StartProxy) -> Confirming:
+def confirming(agent_with_key: Agent, askpass: Askpass, start_proxy: StartProxy) -> StartProxy:
     """Starts a proxy that asks ASKPASS, in front of an agent with one key."""
 
     def start(*args: Any, **more: Any) -> Proxy:
@@ -257,7 +254,7 @@ def test_no_answer_in_time_is_a_no_and_nothing_runs_on_nor_takes_memory(
 
 @pytest.mark.parametrize("mode", [None, 0o644, 0o755])
 def test_a_program_that_is_gone_later_is_a_no(
-    askpass: Askpass, confirming: Confirming, mode: Optional[int]
+    askpass: Askpass, confirming: StartProxy, mode: Optional[int]
 ) -> None:
     """Or can't be run, or is none."""
     proxy = confirming()
@@ -272,7 +269,7 @@ def test_a_program_that_is_gone_later_is_a_no(
 # ---------------------------------------------------------------- one at a time
 
 
-def test_no_two_prompts_are_open_at_once(askpass: Askpass, confirming: Confirming) -> None:
+def test_no_two_prompts_are_open_at_once(askpass: Askpass, confirming: StartProxy) -> None:
     """Else a person's click answers another question than the one that was read."""
     askpass.does(f'mkdir "$here/open" || touch "$here/overlap"; {WAITS}')
     proxy = confirming()
@@ -288,7 +285,7 @@ def test_no_two_prompts_are_open_at_once(askpass: Askpass, confirming: Confirmin
     assert sorted(subjects) == list("01234")
 
 
-def test_the_time_in_the_queue_counts(askpass: Askpass, confirming: Confirming) -> None:
+def test_the_time_in_the_queue_counts(askpass: Askpass, confirming: StartProxy) -> None:
     askpass.does("sleep 0.4")
     proxy = confirming("--timeout", "1")
     answers = [r.answer() for r in [Request(proxy) for _ in range(20)]]
@@ -301,7 +298,7 @@ def test_the_time_in_the_queue_counts(askpass: Askpass, confirming: Confirming) 
 
 @pytest.mark.parametrize("ignores", ["", "trap '' TERM; "])
 def test_a_client_that_goes_away_takes_its_prompt_along_and_the_next_is_asked(
-    ignores: str, askpass: Askpass, confirming: Confirming
+    ignores: str, askpass: Askpass, confirming: StartProxy
 ) -> None:
     askpass.does(f"{ignores}sleep 600 & {WAITS}")
     proxy = confirming()
@@ -342,7 +339,7 @@ def test_a_click_on_its_way_to_a_prompt_that_goes_hits_no_other(
 
 
 def test_those_that_leave_the_queue_are_never_asked_for(
-    short: Path, askpass: Askpass, confirming: Confirming
+    short: Path, askpass: Askpass, confirming: StartProxy
 ) -> None:
     """Neither while it stands nor as it moves on."""
     proxy = confirming(addr=f"127.0.0.1:0,unix:{short}/socket")
@@ -363,7 +360,7 @@ def test_those_that_leave_the_queue_are_never_asked_for(
 
 
 def test_an_open_prompt_holds_up_nothing_else_and_nothing_else_is_asked_about(
-    short: Path, askpass: Askpass, keys: Keys, confirming: Confirming
+    short: Path, askpass: Askpass, keys: Keys, confirming: StartProxy
 ) -> None:
     tokens = private_file(short / "tokens", "a-secret-of-20-bytes laptop\n")
     proxy = confirming("--token-file", tokens, "--payloads", "commit",
@@ -398,7 +395,7 @@ Watched = Tuple[Proxy, List[int]]
 
 
 @pytest.fixture
-def watched(scripted_agent: StartScripted, confirming: Confirming) -> Watched:
+def watched(scripted_agent: StartScripted, confirming: StartProxy) -> Watched:
     """A proxy, and what its agent is asked, which refuses everything."""
     asked: List[int] = []
 
@@ -441,7 +438,7 @@ def stop(proxy: Proxy, signals: int) -> None:
 
 @pytest.mark.parametrize("signals", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_the_end_of_the_proxy_is_the_end_of_the_prompt_and_no_other_comes(
-    askpass: Askpass, confirming: Confirming, signals: int
+    askpass: Askpass, confirming: StartProxy, signals: int
 ) -> None:
     askpass.does(f"sleep 600 & {WAITS}")
     proxy = confirming()
@@ -472,7 +469,7 @@ def test_a_prompt_that_the_end_of_the_proxy_closes_is_no_yes(
 
 
 def test_a_rebase_asks_once_and_a_tag_within_once_more(
-    home: Path, askpass: Askpass, keys: Keys, confirming: Confirming
+    home: Path, askpass: Askpass, keys: Keys, confirming: StartProxy
 ) -> None:
     askpass.does("exit 0")
     proxy = confirming("--confirm-for", "600")
@@ -495,7 +492,7 @@ def test_a_rebase_asks_once_and_a_tag_within_once_more(
 
 
 @pytest.fixture
-def holding(short: Path, askpass: Askpass, confirming: Confirming) -> Proxy:
+def holding(short: Path, askpass: Askpass, confirming: StartProxy) -> Proxy:
     """A yes holds, for longer than any test takes; the person agrees to all."""
     askpass.does("exit 0")
     addr = f"127.0.0.1:0,unix:{short}/socket"
@@ -524,7 +521,7 @@ def test_a_yes_holds_for_the_same_kind_namespace_and_address_and_for_nothing_els
 
 @pytest.mark.parametrize("named", [False, True])
 def test_the_key_that_was_shown_signs_and_a_yes_to_it_is_none_to_another(
-    named: bool, agent: Agent, keys: Keys, askpass: Askpass, confirming: Confirming
+    named: bool, agent: Agent, keys: Keys, askpass: Askpass, confirming: StartProxy
 ) -> None:
     """Else a person agrees to one key, and another signs: the first in the list may change."""
     agent.add(keys["ed25519"])
@@ -543,7 +540,7 @@ def test_the_key_that_was_shown_signs_and_a_yes_to_it_is_none_to_another(
 
 
 def test_where_no_key_could_sign_nobody_is_asked(
-    agent: Agent, askpass: Askpass, confirming: Confirming
+    agent: Agent, askpass: Askpass, confirming: StartProxy
 ) -> None:
     assert Request(confirming(upstream=agent.sock)).answer().status == 503
     assert askpass.started() == []
@@ -591,7 +588,7 @@ def test_a_yes_to_a_unix_peer_holds_for_its_uid_and_not_for_another_uid_or_an_ad
 
 
 def test_a_yes_holds_for_one_token_wherever_it_comes_from_and_the_prompt_names_it(
-    short: Path, askpass: Askpass, confirming: Confirming
+    short: Path, askpass: Askpass, confirming: StartProxy
 ) -> None:
     askpass.does("exit 0")
     secrets = [f"secret-of-20-bytes-{n}" for n in range(3)]
@@ -633,7 +630,7 @@ def test_a_yes_that_holds_waits_for_no_other_prompt(askpass: Askpass, holding: P
     signed(other)
 
 
-def test_those_in_the_queue_ride_on_the_first_yes(askpass: Askpass, confirming: Confirming) -> None:
+def test_those_in_the_queue_ride_on_the_first_yes(askpass: Askpass, confirming: StartProxy) -> None:
     proxy = confirming("--confirm-for", "600")
     requests = [Request(proxy, commit(b"%d" % n)) for n in range(5)]
     askpass.wait()

@@ -311,9 +311,7 @@ def test_what_the_proxy_needs_goes_on(name: str, results: Dict[str, Dict[str, st
 
 
 @pytest.fixture
-def start_inside(
-    world: World, agent_with_key: Agent, start_proxy: StartProxy
-) -> Callable[..., Proxy]:
+def start_inside(world: World, agent_with_key: Agent, start_proxy: StartProxy) -> StartProxy:
     """start_inside(mode="with", *args, **options): with the hook, in front of a real agent."""
 
     def start(*args: Any, mode: str = "with", **options: Any) -> Proxy:
@@ -325,7 +323,7 @@ def start_inside(
 
 @pytest.mark.parametrize(("mode", "expected"), [("with", "EACCES"), ("without", "")])
 def test_each_thread_is_refused(
-    mode: str, expected: str, world: World, start_inside: Callable[..., Proxy]
+    mode: str, expected: str, world: World, start_inside: StartProxy
 ) -> None:
     world.plan(("writing", "own"), name="plan.threads")
     proxy = start_inside(mode=mode)
@@ -341,7 +339,7 @@ def test_each_thread_is_refused(
 
 
 def test_in_the_folders_of_sockets_one_by_a_link_files_can_be_removed_and_no_more(
-    world: World, start_inside: Callable[..., Proxy]
+    world: World, start_inside: StartProxy
 ) -> None:
     for folder in ("one", "really/own"):
         world.place(folder)
@@ -363,7 +361,7 @@ def test_in_the_folders_of_sockets_one_by_a_link_files_can_be_removed_and_no_mor
 
 @pytest.mark.parametrize("setting", ["SSH_AGENT_PROXY_UPSTREAM", "SSH_AGENT_PROXY_CONFIRM"])
 def test_where_a_program_has_to_be_run_it_is_run_and_the_price_is_told(
-    setting: str, world: World, agent_with_key: Agent, start_inside: Callable[..., Proxy]
+    setting: str, world: World, agent_with_key: Agent, start_inside: StartProxy
 ) -> None:
     env = {setting: "true", "SSH_AGENT_PROXY_UPSTREAM": str(agent_with_key.sock)}
     if setting == "SSH_AGENT_PROXY_UPSTREAM":

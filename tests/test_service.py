@@ -546,7 +546,7 @@ def manager(request: pytest.FixtureRequest, short: Path) -> Iterator[Manager]:
 
 
 @pytest.fixture
-def start_notifying(start_proxy: StartProxy, manager: Manager) -> Callable[..., Proxy]:
+def start_notifying(start_proxy: StartProxy, manager: Manager) -> StartProxy:
     """Nothing but the message says that it is ready; PORT is what that names, where it is one."""
 
     def start(*args: Any, **options: Any) -> Proxy:
@@ -563,7 +563,7 @@ def start_notifying(start_proxy: StartProxy, manager: Manager) -> Callable[..., 
 @linux
 @either
 def test_ready_is_told_once_it_answers_at_all_addresses(
-    manager: Manager, start_notifying: Callable[..., Proxy], agent: Agent, short: Path
+    manager: Manager, start_notifying: StartProxy, agent: Agent, short: Path
 ) -> None:
     proxy = start_notifying(upstream=agent.sock, addr=f"127.0.0.1:0,unix:{short}/s")
     assert http(proxy.port, "GET", "/healthz").status == 200
@@ -577,9 +577,8 @@ def test_ready_is_told_once_it_answers_at_all_addresses(
 @linux
 @either
 def test_another_agent_changes_the_status_under_landlock_too(
-    manager: Manager, start_notifying: Callable[..., Proxy], start_agent: StartAgent,
-    keys: Keys, short: Path,
-) -> None:  # fmt: skip
+    manager: Manager, start_notifying: StartProxy, start_agent: StartAgent, keys: Keys, short: Path
+) -> None:
     (short / "gcr").mkdir()
     first, second = start_agent(short / "ssh-agent.socket"), start_agent(short / "gcr/ssh")
     for agent in (first, second):
@@ -595,9 +594,8 @@ def test_another_agent_changes_the_status_under_landlock_too(
 
 
 def test_what_is_wrong_with_the_agent_is_told_until_it_is_mended(
-    manager: Manager, start_notifying: Callable[..., Proxy], start_agent: StartAgent,
-    keys: Keys, short: Path,
-) -> None:  # fmt: skip
+    manager: Manager, start_notifying: StartProxy, start_agent: StartAgent, keys: Keys, short: Path
+) -> None:
     proxy = start_notifying(upstream=short / "later")
     where = f"listening on 127.0.0.1:{proxy.port}, "
     manager.wait_status(f"{where}.*no such socket.*")
@@ -613,7 +611,7 @@ def test_what_is_wrong_with_the_agent_is_told_until_it_is_mended(
 
 
 def test_a_line_break_in_a_path_tells_nothing_of_its_own(
-    manager: Manager, start_notifying: Callable[..., Proxy], short: Path
+    manager: Manager, start_notifying: StartProxy, short: Path
 ) -> None:
     start_notifying(upstream=f"{short}/x\nMAINPID=1")
     manager.wait_status(r"listening on .*MAINPID=1.*")
@@ -622,7 +620,7 @@ def test_a_line_break_in_a_path_tells_nothing_of_its_own(
 
 
 def test_the_end_is_told_while_requests_are_finished(
-    manager: Manager, start_notifying: Callable[..., Proxy], gate: Scripted,
+    manager: Manager, start_notifying: StartProxy, gate: Scripted,
     scripted_agent: StartScripted, clients: Clients,
 ) -> None:  # fmt: skip
     proxy = start_notifying(upstream=scripted_agent(gate))
