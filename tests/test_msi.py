@@ -320,14 +320,14 @@ class Installer:
         subprocess.Popen(argv, env=self.env, stdin=null, stdout=null, stderr=null)
         wait_for(self.serving, 30, "the tray")
 
-    def processes(self, program: bytes = TRAY_PROGRAM) -> List[int]:
-        """Those of PROGRAM. (A tray that starts is not serving yet.)"""
+    def processes(self) -> List[int]:
+        """The tray's. (One that starts is not serving yet.)"""
         prefix = f"WINEPREFIX={self.env['WINEPREFIX']}\0".encode()
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 its_program = (process / "cmdline").read_bytes().split(b"\0")[0]
-                if program in its_program and prefix in (process / "environ").read_bytes():
+                if TRAY_PROGRAM in its_program and prefix in (process / "environ").read_bytes():
                     found.append(int(process.name))
         return found
 
@@ -337,10 +337,6 @@ class Installer:
             return http(self.port, "GET", "/healthz").headers["server"].rpartition("/")[2]
         except ConnectionRefusedError:
             return ""
-
-    def registry(self, key: str) -> str:
-        query = ["reg", "query", key, "/s"]
-        return self.windows.wine(*query, check=False, input=b"").stdout.decode(errors="replace")
 
 
 @pytest.fixture(scope="module")
@@ -358,32 +354,13 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> List[Path]:
 
 @pytest.fixture
 def installer(windows: Any, versions: List[Path]) -> Iterator[Installer]:
-    argv = [need("Xvfb", "xvfb"), "-displayfd", "1", "-noreset"]
-    screen = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert screen.stdout
-    display = f":{screen.stdout.readline().decode().strip()}"
-    windows.restart()
-    installer = Installer(windows, display, *versions)
-    try:
+    with windows.screen() as display:
+        installer = Installer(windows, display, *versions)
         yield installer
         for msi in (installer.new, installer.old):
             if installer.folder.exists():
                 installer.remove(msi)
         wait_for(lambda: not installer.processes(), message="the tray's end")
-    finally:
-        screen.terminate()
-        screen.communicate(timeout=10)
-    # The next one has a screen of its own, and so has what shows windows there.
-    wait_for(lambda: not installer.processes(rb"\explorer.exe"), 30)
-
-
-@on_windows
-def test_a_quiet_installation_starts_nothing(installer: Installer) -> None:
-    assert installer.install(installer.old) == 0
-    assert set(INSTALLED) < set(files(installer.folder))
-    assert (installer.folder / "ssh_agent_proxy.py").read_bytes() == PROXY.read_bytes()
-    assert not installer.processes()
-    assert "ssh-agent-proxy" not in installer.registry(RUN)
 
 
 @on_windows
@@ -398,7 +375,7 @@ def test_what_the_shortcut_names_serves_and_writes_nothing_beside_it(installer: 
     before = snapshot(installer.folder)
     installer.start()
     assert installer.serving() == VERSION
-    assert "ssh-agent-proxy" in installer.registry(RUN)
+    assert "ssh-agent-proxy" in installer.windows.registry(RUN)
     assert snapshot(installer.folder) == before
 
 
@@ -432,8 +409,9 @@ def test_the_console_program_checks_and_makes_tokens(
 
 @on_windows
 @pytest.mark.parametrize("running", [True, False])
-def test_an_upgrade_starts_what_it_has_ended(installer: Installer, running: bool) -> None:
-    installer.install(installer.old)
+def test_a_quiet_upgrade_starts_what_it_has_ended(installer: Installer, running: bool) -> None:
+    assert installer.install(installer.old) == 0
+    assert set(INSTALLED) < set(files(installer.folder))
     if running:
         installer.start()
     assert installer.install(installer.new) == 0
@@ -441,8 +419,10 @@ def test_an_upgrade_starts_what_it_has_ended(installer: Installer, running: bool
         assert wait_for(installer.serving, 30, "the tray") == NEXT
     else:
         assert not installer.processes()
+        assert "ssh-agent-proxy" not in installer.windows.registry(RUN)
     assert f'VERSION = "{NEXT}"' in (installer.folder / "ssh_agent_proxy.py").read_text("utf-8")
-    assert re.findall(r"DisplayVersion +REG_SZ +(\S+)", installer.registry(UNINSTALL)) == [NEXT]
+    shown = installer.windows.registry(UNINSTALL)
+    assert re.findall(r"DisplayVersion +REG_SZ +(\S+)", shown) == [NEXT]
 
 
 @on_windows
@@ -462,7 +442,7 @@ def test_removal_ends_a_running_tray_and_leaves_nothing(installer: Installer) ->
     assert installer.remove(installer.old) == 0
     assert not installer.processes()
     assert not [path for path in (installer.folder, installer.shortcut, log) if path.exists()]
-    told = [installer.registry(key) for key in (KEY, RUN, UNINSTALL)]
+    told = [installer.windows.registry(key) for key in (KEY, RUN, UNINSTALL)]
     assert not [line for line in told if "ssh-agent-proxy" in line]
 
 
@@ -472,9 +452,9 @@ def test_what_removes_it_for_an_upgrade_keeps_what_the_tray_wrote(installer: Ins
     installer.start()
     assert installer.remove(installer.old, "UPGRADINGPRODUCTCODE={AN-UPGRADE}") == 0
     assert not installer.folder.exists()
-    assert "ListenOn" in installer.registry(KEY)
-    assert "installed" not in installer.registry(KEY)
-    assert "ssh-agent-proxy" in installer.registry(RUN)
+    assert "ListenOn" in installer.windows.registry(KEY)
+    assert "installed" not in installer.windows.registry(KEY)
+    assert "ssh-agent-proxy" in installer.windows.registry(RUN)
     assert files(installer.local / "ssh-agent-proxy") == ["tray.log"]
     installer.install(installer.old)  # so that it is removed
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.machinery
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -174,30 +173,31 @@ def test_a_text_fits_into_windows_structures(text: str, fits: str) -> None:
 # ------------------------------------------------------------------------------------------- log
 
 
-def test_the_log_is_rotated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
+    return tmp_path / "ssh-agent-proxy"
+
+
+def test_the_log_is_rotated_once(local: Path) -> None:
     handler = tray.LogFile()
     record = logging.LogRecord("x", logging.INFO, "", 0, "x" * 3000, (), None)
     for _ in range(1000):
         handler.emit(record)
     handler.close()
-    folder = tmp_path / "ssh-agent-proxy"
-    assert sorted(os.listdir(folder)) == ["tray.log", "tray.log.1"]
-    assert 1 << 19 < (folder / "tray.log.1").stat().st_size <= 1 << 20
+    assert sorted(os.listdir(local)) == ["tray.log", "tray.log.1"]
+    assert 1 << 19 < (local / "tray.log.1").stat().st_size <= 1 << 20
 
 
-def test_a_log_that_cannot_be_renamed_is_written_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
+def test_a_log_that_cannot_be_renamed_is_written_on(local: Path) -> None:
     handler = tray.LogFile()
     handler.maxBytes = 100
-    (tmp_path / "ssh-agent-proxy/tray.log.1/held open").mkdir(parents=True)
+    (local / "tray.log.1/held open").mkdir(parents=True)
     for number in range(9):
         handler.emit(logging.LogRecord("x", logging.INFO, "", 0, f"line {number}", (), None))
     handler.close()
-    text = (tmp_path / "ssh-agent-proxy/tray.log").read_text()
-    assert [line[-1] for line in text.splitlines()] == list("012345678")
+    lines = (local / "tray.log").read_text().splitlines()
+    assert [line[-1] for line in lines] == list("012345678")
 
 
 @pytest.mark.parametrize("place", [None, "", "relative"])
@@ -273,25 +273,17 @@ def test_an_error_that_nobody_thought_of_is_told_in(
 
 # ------------------------------------------------------------------------------------ on a screen
 
-# What a Windows program sees of it: values of the registry, and the clipboard.
-PEEK = r"""
-import ctypes, ctypes.wintypes, json, winreg
-found = {}
-for key in (r"Software\Microsoft\Windows\CurrentVersion\Run", r"Software\ssh-agent-proxy"):
-    try:
-        with winreg.OpenKey(winreg.HKEY_CURRENT_USER, key) as opened:
-            for number in range(winreg.QueryInfoKey(opened)[1]):
-                name, value, _ = winreg.EnumValue(opened, number)
-                found[name] = value
-    except FileNotFoundError:
-        pass
+RUN = r"HKCU\Software\Microsoft\Windows\CurrentVersion\Run"
+KEY = r"HKCU\Software\ssh-agent-proxy"
+# What a Windows program pastes, as Python writes a text.
+PASTE = r"""
+import ctypes, ctypes.wintypes
 user32, kernel32 = ctypes.WinDLL("user32"), ctypes.WinDLL("kernel32")
 user32.GetClipboardData.restype = ctypes.wintypes.HANDLE
 kernel32.GlobalLock.argtypes = [ctypes.wintypes.HANDLE]
 kernel32.GlobalLock.restype = ctypes.c_wchar_p
 if user32.OpenClipboard(None) and (data := user32.GetClipboardData(13)):
-    found["clipboard"] = kernel32.GlobalLock(data)
-print(json.dumps(found))
+    print(ascii(kernel32.GlobalLock(data)))
 """
 
 # Takes the icon away, as an Explorer that ends does, and then says what a new one says.
@@ -344,9 +336,11 @@ class Desktop:
     def logged(self, pattern: str, times: int = 1) -> None:
         wait_for(lambda: len(re.findall(pattern, self.log())) >= times, 20, self.log)
 
-    def peek(self) -> Dict[str, str]:
-        done = run([*self.windows.python, "-c", PEEK], env=self.env)
-        return dict(json.loads(done.stdout))
+    def at_login(self) -> bool:
+        return str(self.script).replace("/", "\\") in self.windows.registry(RUN)
+
+    def paste(self) -> str:
+        return run([*self.windows.python, "-c", PASTE], env=self.env).stdout.decode().strip()
 
     def tell(self, *words: str) -> str:
         return run([need("xdotool", "xdotool"), *words], env=self.env, check=False).stdout.decode()
@@ -385,29 +379,17 @@ class Desktop:
         assert self.start("--remove").wait(30) == 0
         for process in self.started:
             process.wait(10)
-        left = self.peek()
-        assert "ssh-agent-proxy" not in left and "ListenOn" not in left
+        assert not self.at_login()
+        assert "ListenOn" not in self.windows.registry(KEY)
         assert self.log_folders() == []
 
 
 @pytest.fixture
 def desktop(windows: Any, tmp_path: Path) -> Iterator[Desktop]:
-    # (It ends by itself with the last of Windows' programs that shows something on it.)
-    argv = [need("Xvfb", "xvfb"), "-displayfd", "1", "-screen", "0", "1280x1024x24", "-terminate"]
-    screen = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert screen.stdout
-    windows.restart()
-    desktop = Desktop(windows, tmp_path, f":{screen.stdout.readline().decode().strip()}")
-    try:
+    with windows.screen() as display:
+        desktop = Desktop(windows, tmp_path, display)
         yield desktop
         desktop.close()
-    finally:
-        for process in desktop.started:
-            process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            screen.wait(3)
-        screen.terminate()
-        screen.wait(10)
 
 
 def on_a_screen(test: Any) -> Any:
@@ -419,11 +401,11 @@ def test_a_first_run_listens_and_starts_at_login_until_told_not_to(desktop: Desk
     desktop.start()
     desktop.logged(f"listening on 127.0.0.1:{desktop.port} ")
     assert desktop.answers()
-    assert str(desktop.script).replace("/", "\\") in desktop.peek()["ssh-agent-proxy"]
+    assert desktop.at_login()
     desktop.choose("s")
-    wait_for(lambda: "ssh-agent-proxy" not in desktop.peek())
+    wait_for(lambda: not desktop.at_login())
     desktop.choose("s")
-    wait_for(lambda: "ssh-agent-proxy" in desktop.peek())
+    wait_for(desktop.at_login)
 
 
 ENDINGS = [
@@ -551,7 +533,7 @@ def test_the_public_key_is_copied(desktop: Desktop, agent: Agent, keys: Keys) ->
     agent.add(keys["ed25519"])
     desktop.choose("c")
     line = keys.line("ed25519") + "\r\n"
-    wait_for(lambda: desktop.peek().get("clipboard") == line, 20)
+    wait_for(lambda: desktop.paste() == ascii(line), 20)
 
 
 @on_a_screen
@@ -595,13 +577,12 @@ def test_without_a_taskbar_it_serves_and_says_so(desktop: Desktop) -> None:
 
 @on_a_screen
 def test_what_the_installer_keeps_below_its_key_stops_no_removal(desktop: Desktop) -> None:
-    key = r"HKCU\Software\ssh-agent-proxy"
-    desktop.windows.wine("reg", "add", rf"{key}\installed", "/v", "x", "/f")
+    desktop.windows.wine("reg", "add", rf"{KEY}\installed", "/v", "x", "/f")
     desktop.start()
     desktop.logged("listening on")
     try:
-        assert "ListenOn" in desktop.peek()
+        assert "ListenOn" in desktop.windows.registry(KEY)
         assert desktop.start("--remove").wait(20) == 0
-        assert "ListenOn" not in desktop.peek()
+        assert "ListenOn" not in desktop.windows.registry(KEY)
     finally:
-        desktop.windows.wine("reg", "delete", rf"{key}\installed", "/f")
+        desktop.windows.wine("reg", "delete", rf"{KEY}\installed", "/f")

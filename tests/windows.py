@@ -1,4 +1,4 @@
-"""The tests on Windows: what `make test-windows` adds to conftest (pytest --windows=FOLDER).
+r"""The tests on Windows: what `make test-windows` adds to conftest (pytest --windows=FOLDER).
 
 FOLDER is what contrib/windows/wine.py makes: a real Windows Python, with pytest, and a Wine prefix
 of its own. Three kinds of tests run then:
@@ -12,8 +12,9 @@ of its own. Three kinds of tests run then:
   holds for them too, so that start_proxy, call and run give them the program on Windows. Those that
   write to the registry or need the screen carry the mark `alone` as well, and are run by --screen,
   in one process. The fixture `windows` is the Lab below:
-      windows.restart()                    ends what runs: a new screen is met by a new Wine
+      windows.screen()                     a screen, met by a new Wine, as long as it is entered
       windows.wine("msiexec", "/i", path)  any program of Windows', to its end
+      windows.registry(r"HKCU\...")        what a key and those below it hold, as text
       windows.env(home)                    the environment that starts one, for a Popen
       windows.path(path)                   a path as a Windows program has to be given it
       windows.pipe(sock)                   the pipe that leads to a Unix socket
@@ -150,6 +151,10 @@ class Lab:
 
         return run(["wine", *argv], env=options.pop("env", self.env()), **options)
 
+    def registry(self, key: str) -> str:
+        query = ["reg", "query", key, "/s"]
+        return self.wine(*query, check=False, input=b"").stdout.decode(errors="replace")
+
     @staticmethod
     def path(path: Path) -> str:
         return "Z:" + str(path).replace("/", "\\")
@@ -167,12 +172,29 @@ class Lab:
                 said[i] = "//./pipe/nobody-serves-this"
         return said
 
-    def restart(self) -> None:
-        """Wine's desktop stays on the screen that it was first shown on, even once that is gone."""
+    def end(self) -> None:
+        """Of whatever runs."""
         self._pipes.close()
         subprocess.run(["wineserver", "-k"], env=self.env(), check=False)
         subprocess.run(["wineserver", "-w"], env=self.env(), check=True, timeout=30)
-        self._pipes = Pipes(self)
+
+    @contextlib.contextmanager
+    def screen(self) -> Iterator[str]:
+        """Its DISPLAY. Wine's desktop stays on the screen that it was first shown on, even once
+        that is gone: each has a Wine of its own."""
+        from conftest import need
+
+        argv = [need("Xvfb", "xvfb"), "-displayfd", "1", "-screen", "0", "1280x1024x24", "-noreset"]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(argv, **options) as screen:
+            try:
+                display = f":{screen.stdout.readline().decode().strip()}"
+                self.end()
+                self._pipes = Pipes(self)
+                yield display
+            finally:
+                self.end()
+                screen.terminate()
 
     def close(self) -> None:
         self._pipes.close()
