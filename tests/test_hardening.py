@@ -10,15 +10,15 @@ import os
 import re
 import resource
 import signal
-import subprocess
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Callable, Dict, List, NamedTuple
 
 import pytest
 from conftest import PROXY, ROOT, Agent, Keys, Proxy, cannot_run, clean_env, http, run, wait_for
+from test_check import STEPS
 
 import ssh_agent_proxy as p
 
@@ -47,9 +47,9 @@ os.execv(argv[0], argv)
 """
 
 # The program with a hook: GET /shim answers what the system says of the process (in one of its
-# worker threads). By its flags it may lock memory without a limit
-# where that can't be had, is not hardened, or is made dumpable afterwards. Its second argument has
-# calls that are answered with an error, or with 0, and do nothing.
+# worker threads). By its flags it may lock memory without a limit where that can't be had, is not
+# hardened, or is made dumpable afterwards. Its second argument has calls that are answered with an
+# error, or with 0, and do nothing.
 INSIDE = f"""\
 import ctypes, json, os, resource, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -133,13 +133,6 @@ def kib(pid: int, field: str) -> int:
 
 # ---------------------------------------------------------------- what is said, and what is so
 
-STEPS = [
-    "no core dumps",
-    "no debugger, no reading of memory",
-    "no new privileges",
-    "memory kept out of swap",
-    "Landlock",
-]
 CORE, DEBUGGER, PRIVILEGES, MEMORY, LANDLOCK = range(5)
 
 # Calls of prctl and syscall by their first argument.
@@ -277,16 +270,13 @@ def test_an_unknown_system_is_left_alone() -> None:
 def sign_at_once(proxy: Proxy, agent: Agent, number: int) -> List[int]:
     """As many requests as that, all waiting for the agent at the same time; their statuses."""
     os.kill(agent.pid, signal.SIGSTOP)
-    try:
-        with ThreadPoolExecutor(number) as pool:
-            running = [pool.submit(http, proxy.port, "POST", "/sign", b"x") for _ in range(number)]
-            try:
-                wait_for(lambda: kib(proxy.pid, "Threads") > number, 20, f"{number} threads")
-            finally:
-                os.kill(agent.pid, signal.SIGCONT)
-            return [one.result().status for one in running]
-    finally:
-        os.kill(agent.pid, signal.SIGCONT)
+    with ThreadPoolExecutor(number) as pool:
+        running = [pool.submit(http, proxy.port, "POST", "/sign", b"x") for _ in range(number)]
+        try:
+            wait_for(lambda: kib(proxy.pid, "Threads") > number, 20, f"{number} threads")
+        finally:
+            os.kill(agent.pid, signal.SIGCONT)
+    return [one.result().status for one in running]
 
 
 def test_with_a_finite_limit_threads_and_bodies_go_on(
@@ -321,41 +311,16 @@ def test_without_a_limit_all_memory_is_locked_and_costs_no_more_than_is_used(
 
 # Looks into a process, in one way after the other: "" where it could, else why not.
 LOOK = """\
-import ctypes, errno, json, os, sys
-pid = int(sys.argv[1])
+import ctypes, errno, json, sys
+pid, found = int(sys.argv[1]), {"memory": "", "attach": ""}
+try:
+    open(f"/proc/{pid}/mem", "rb").close()
+except OSError as e:
+    found["memory"] = errno.errorcode[e.errno]
 libc = ctypes.CDLL(None, use_errno=True)
-libc.ptrace.argtypes = [ctypes.c_long] * 4
-libc.ptrace.restype = ctypes.c_long
-ATTACH, DETACH = 16, 17
-def check(result):
-    if result < 0:
-        raise OSError(ctypes.get_errno(), "")
-    return result
-def read(name, start=0):
-    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
-    try:
-        return os.pread(fd, 64, start)
-    finally:
-        os.close(fd)
-def somewhere():
-    # Where it can't be known any address will do: who may not look gets to hear that first.
-    try:
-        return int(read("maps").split(b"-")[0], 16)
-    except OSError:
-        return 0x10000
-def memory():
-    assert read("mem", somewhere())
-def attach():
-    check(libc.ptrace(ATTACH, pid, 0, 0))
-    os.waitpid(pid, 0x40000000)  # __WALL
-    check(libc.ptrace(DETACH, pid, 0, 0))
-found = {}
-for look in (memory, attach):
-    try:
-        look()
-        found[look.__name__] = ""
-    except OSError as e:
-        found[look.__name__] = errno.errorcode[e.errno]
+PTRACE_SEIZE = 0x4206  # which stops nothing, and is over when we are
+if libc.ptrace(PTRACE_SEIZE, pid, None, None):
+    found["attach"] = errno.errorcode[ctypes.get_errno()]
 print(json.dumps(found))
 """
 
@@ -377,19 +342,15 @@ def test_no_other_process_of_the_user_looks_into_it(
     assert set(found[""].values()) <= {"EACCES", "EPERM"}
 
 
-def leaves_a_core(argv: List[Any], folder: Path) -> bool:
-    argv = [*argv, PROXY, "--addr", "127.0.0.1:0", "--upstream", folder / "nowhere"]
-    with subprocess.Popen(argv, env=clean_env(folder / "home"), cwd=folder,
-                          stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:  # fmt: skip
-        assert process.stderr
-        for line in process.stderr:
-            if b"listening on" in line:
-                break
-        process.send_signal(signal.SIGABRT)
-        end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert end
-        assert end.si_status == signal.SIGABRT
-        return end.si_code == 3  # CLD_DUMPED
+def leaves_a_core(argv: List[str], folder: Path) -> bool:
+    argv = [*argv, str(PROXY), "--addr", "127.0.0.1:0", "--upstream", f"{folder}/nowhere"]
+    proxy = Proxy(argv, clean_env(folder / "home"), cwd=folder)
+    os.kill(proxy.pid, signal.SIGABRT)
+    end = os.waitid(os.P_PID, proxy.pid, os.WEXITED | os.WNOWAIT)
+    assert end
+    assert end.si_status == signal.SIGABRT
+    proxy.stop()
+    return end.si_code == 3  # CLD_DUMPED
 
 
 def test_its_end_leaves_no_core(short: Path) -> None:
