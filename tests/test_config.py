@@ -5,15 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
-from conftest import (
-    PROXY, Agent, Keys, Proxy, audited, clean_env, http, one_line, private_file, rows,
-)  # fmt: skip
+from conftest import Agent, Keys, Proxy, audited, http, private_file
 
 import ssh_agent_proxy as p
 
@@ -258,10 +255,6 @@ BAD: List[Tuple[str, str, List[str]]] = [
 ]
 
 
-def named(rows: List[Tuple[str, str, List[str]]]) -> List[str]:
-    return [f"{variable}={value[:30]!a}" for variable, value, _ in rows]
-
-
 def check_error(error: str, name: str, words: List[str]) -> None:
     """One line that begins with the setting's NAME and has the WORDS in it."""
     assert error.startswith(f"{name}: ")
@@ -271,7 +264,7 @@ def check_error(error: str, name: str, words: List[str]) -> None:
     assert len(error) < 600
 
 
-@pytest.mark.parametrize(("variable", "value", "words"), BAD, ids=named(BAD))
+@pytest.mark.parametrize(("variable", "value", "words"), BAD)
 def test_a_wrong_setting_is_named(variable: str, value: str, words: List[str]) -> None:
     """Else a person doesn't know which of eleven settings to mend."""
     with pytest.raises(p.ConfigError) as raised:
@@ -321,28 +314,6 @@ def test_without_unix_sockets_there_is_no_address_of_one(monkeypatch: pytest.Mon
     monkeypatch.delattr(p.socket, "AF_UNIX")
     with pytest.raises(p.ConfigError, match="unix:/run/proxy"):
         config(ADDR="unix:/run/proxy")
-
-
-# ---------------------------------------------------------------- as a process
-
-
-@pytest.mark.parametrize(("argv", "variables", "said"), rows([
-    ("a variable", [], {"TIMEOUT": "soon"}, "SSH_AGENT_PROXY_TIMEOUT: 'soon'"),
-    ("with another command", ["shim", "--addr", "a\nb"], {}, r"--addr: 'a\\nb'"),
-    ("no text", [], {"ADDR": b"\xff\xfe:x"}, r"SSH_AGENT_PROXY_ADDR: '\\udcff\\udcfe:x'"),
-]))  # fmt: skip
-def test_a_wrong_setting_ends_the_program_with_one_line(
-    argv: List[str], variables: Dict[str, Any], said: str, home: Path
-) -> None:
-    """Else it starts with what nobody meant, or with a traceback."""
-    env = clean_env(home, LC_ALL="C")
-    env.update({f"SSH_AGENT_PROXY_{n}": os.fsdecode(value) for n, value in variables.items()})
-    done = subprocess.run(
-        [sys.executable, str(PROXY), *argv], env=env, stdin=subprocess.DEVNULL,
-        capture_output=True, timeout=30,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert one_line(done.stderr).startswith(f"ssh-agent-proxy: {said}")
 
 
 @pytest.mark.parametrize("given", ["PUBKEY", "PUBKEY_FILE", "--pubkey", "--pubkey-file"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
@@ -12,7 +11,8 @@ from test_http import Shared, shared_proxy
 
 import ssh_agent_proxy as p
 
-PATHS = [("GET", "/healthz"), ("GET", "/publickey"), ("GET", "/shim"), ("POST", "/sign")]
+OF_A_KEY = [("POST", "/sign"), ("GET", "/publickey")]
+PATHS = [("GET", "/healthz"), ("GET", "/shim"), *OF_A_KEY]
 
 # ---------------------------------------------------------------- which host a request names
 
@@ -219,6 +219,11 @@ def request(port: int, method: str, path: str, headers: Dict[str, str]) -> Answe
     return http(port, method, path, b"x" if method == "POST" else None, headers)
 
 
+def of_both(port: int, headers: Dict[str, str]) -> List[Answer]:
+    """The signature, and the key that makes it."""
+    return [request(port, method, path, headers) for method, path in OF_A_KEY]
+
+
 def test_every_path_is_open_under_a_host_of_ours(shared: Shared) -> None:
     own = socket.gethostname()
     for host in ("127.0.0.1", "[::1]:1", "a.localhost", "host.docker.internal", "PROXY.TEST:80",
@@ -263,82 +268,51 @@ def test_the_authority_of_an_absolute_target_counts_like_a_host(
 def test_the_namespaces_that_are_set_are_signed_and_the_first_is_the_default(
     agent_with_key: Agent, ssh_keygen: Callable[..., bytes], start_proxy: Callable[..., Proxy]
 ) -> None:
-    proxy = start_proxy("--namespace", "file, git,x@y.example", upstream=agent_with_key.sock)
-    proxy.wait_log(r'listening on \S+ \(namespace "file", "git", "x@y\.example"\)')
-    for namespace in ("file", "git", "x@y.example"):
-        headers = {"SSHSIG-Namespace": namespace}
+    proxy = start_proxy("--namespace", "file, git", upstream=agent_with_key.sock)
+    said = rf'127\.0\.0\.1:{proxy.port} \(namespace "file", "git"\)'
+    proxy.wait_log(rf"^\S+ INFO listening on {said}$")
+    for named, signed in (None, "file"), ("git", "git"):
+        headers = {"SSHSIG-Namespace": named} if named else {}
         answer = http(proxy.port, "POST", "/sign", b"payload", headers)
-        assert answer.body == ssh_keygen(b"payload", namespace=namespace)
-    answer = http(proxy.port, "POST", "/sign", b"payload")
-    assert answer.body == ssh_keygen(b"payload", namespace="file")
-    for named, status in (("GIT", 403), ("file,git", 400)):
-        headers = {"SSHSIG-Namespace": named}
-        refused(http(proxy.port, "POST", "/sign", b"payload", headers), status)
-        refused(http(proxy.port, "GET", "/publickey", None, headers), status)
+        assert answer.body == ssh_keygen(b"payload", namespace=signed)
+    for named, status in ("GIT", 403), ("file,git", 400):
+        for answer in of_both(proxy.port, {"SSHSIG-Namespace": named}):
+            refused(answer, status)
 
 
-# ---------------------------------------------------------------- the pinned key, with a real agent
+# ---------------------------------------------------------------- keys, with a real agent
 
 
-@pytest.fixture
-def both(agent: Agent, keys: Keys) -> Agent:
-    """An agent that lists another key first."""
-    agent.add(keys["other"])
-    agent.add(keys["ed25519"])
-    return agent
-
-
-def test_without_a_pin_the_request_chooses(
-    both: Agent, keys: Keys, ssh_keygen: Callable[..., bytes], start_proxy: Callable[..., Proxy]
-) -> None:
-    proxy = start_proxy(upstream=both.sock)
-    named: List[Tuple[str, Dict[str, str]]] = [("other", {})]
-    for name in ("ed25519", "other"):
-        named += [(name, {"SSHSIG-Key": way}) for way in ways_to_name(keys.line(name))]
-    for name, headers in named:
-        answer = http(proxy.port, "POST", "/sign", b"payload", headers)
-        assert (answer.status, answer.body) == (200, ssh_keygen(b"payload", key=name)), headers
-        line = http(proxy.port, "GET", "/publickey", None, headers).text
-        assert line == keys.line(name) + "\n"
-
-
-@pytest.mark.parametrize("setting", ["--pubkey", "--pubkey-file"])
-def test_the_pinned_key_signs_and_no_other(
-    setting: str, both: Agent, keys: Keys, short: Path, ssh_keygen: Callable[..., bytes],
+@pytest.mark.parametrize("pinned", [False, True])
+def test_the_pinned_key_signs_else_the_one_that_the_request_names_else_the_first(
+    pinned: bool, agent: Agent, keys: Keys, ssh_keygen: Callable[..., bytes],
     start_proxy: Callable[..., Proxy],
 ) -> None:  # fmt: skip
-    line = keys.line("ed25519")
-    pin = short / "pin.pub"
-    pin.write_text(f"# mine\n\n{line}\n")
-    proxy = start_proxy(setting, line if setting == "--pubkey" else pin, upstream=both.sock)
-    expected = ssh_keygen(b"payload")
-    every: List[Dict[str, str]] = [{}] + [{"SSHSIG-Key": way} for way in ways_to_name(line)]
-    for headers in every:
-        answer = http(proxy.port, "POST", "/sign", b"payload", headers)
-        assert (answer.status, answer.body) == (200, expected), headers
-        assert http(proxy.port, "GET", "/publickey", None, headers).text == line + "\n"
-    named = "SSH_AGENT_PROXY_PUBKEY" if setting == "--pubkey" else setting
-    for way in ways_to_name(keys.line("other")):
-        for method, path in (("POST", "/sign"), ("GET", "/publickey")):
-            answer = request(proxy.port, method, path, {"SSHSIG-Key": way})
-            assert f"change {named}" in refused(answer, 403).text
+    for name in ("other", "ed25519"):
+        agent.add(keys[name])
+    pin = ["--pubkey", keys.line("ed25519")] if pinned else []
+    proxy = start_proxy(*pin, upstream=agent.sock)
+    asked: List[Tuple[str, Dict[str, str]]] = [("ed25519" if pinned else "other", {})]
+    for name in ("ed25519", "other"):
+        asked += [(name, {"SSHSIG-Key": way}) for way in ways_to_name(keys.line(name))]
+    for name, headers in asked:
+        answers = of_both(proxy.port, headers)
+        if pinned and name == "other":
+            for answer in answers:
+                assert "change SSH_AGENT_PROXY_PUBKEY" in refused(answer, 403).text
+        else:
+            expected = [ssh_keygen(b"x", key=name), f"{keys.line(name)}\n".encode()]
+            assert [answer.body for answer in answers] == expected, headers
 
 
-def test_a_pinned_key_that_the_agent_lacks_is_no_usable_key(
-    agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy]
+def test_a_key_that_the_agent_lacks_is_not_found_and_a_pinned_one_is_no_usable_key(
+    agent_with_key: Agent, keys: Keys, start_proxy: Callable[..., Proxy]
 ) -> None:
-    agent.add(keys["other"])
-    proxy = start_proxy("--pubkey", keys.line("ed25519"), upstream=agent.sock)
-    fingerprint = key_of(keys.line("ed25519")).fingerprint
-    for method, path in (("POST", "/sign"), ("GET", "/publickey")):
-        assert fingerprint in refused(request(proxy.port, method, path, {}), 503).text
-    agent.add(keys["ed25519"])
-    for method, path in (("POST", "/sign"), ("GET", "/publickey")):
-        assert request(proxy.port, method, path, {}).status == 200
-
-
-def test_a_named_key_that_the_agent_lacks_is_not_found(proxy: Proxy, keys: Keys) -> None:
-    for way in ways_to_name(keys.line("other")):
-        for method, path in (("POST", "/sign"), ("GET", "/publickey")):
-            answer = refused(request(proxy.port, method, path, {"SSHSIG-Key": way}), 404)
-            assert key_of(keys.line("other")).fingerprint in answer.text
+    line = keys.line("other")
+    pinned = start_proxy("--pubkey", line, upstream=agent_with_key.sock)
+    proxy = start_proxy(upstream=agent_with_key.sock)
+    for port, way, status in [
+        (pinned.port, line, 503), *((proxy.port, way, 404) for way in ways_to_name(line)),
+    ]:  # fmt: skip
+        for answer in of_both(port, {"SSHSIG-Key": way}):
+            assert key_of(line).fingerprint in refused(answer, status).text
