@@ -87,7 +87,10 @@ def test_the_carried_python_runs_the_program(
     argv = ["check", "--addr", "127.0.0.1:0", "--upstream", windows.pipe(agent_with_key.sock)]
     python = [carried / "pythonw.exe", "-I", "-B"]
     done = windows.wine(*python, PROXY, *argv, env=windows.env(home))
-    assert done.stdout.splitlines()[1].startswith(b"ok   it holds ssh-ed25519 "), done.stdout
+    assert done.stdout.splitlines()[1].startswith(b"ok   it holds ssh-ed25519 "), done
+    # Wine takes each policy and has none in force: its word alone is not taken.
+    steps = re.findall(rb"(?m)^(.{4}) [^:]*: (.*in force) \((?:GetErrorMode|policy) ", done.stdout)
+    assert steps == [(b"ok  ", b"in force"), *3 * [(b"warn", b"not in force")]], done
     assert sorted(carried.iterdir()) == before
 
 
