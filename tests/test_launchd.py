@@ -46,16 +46,16 @@ class Mac:
     """A user of a Mac, as far as make can see."""
 
     def __init__(self, tree: Path, home: Path, user: Path) -> None:
+        user.mkdir()
         self.tree, self.home, self.user = tree, home, user
         self.launchd = home / "launchd"
         self.launchd.mkdir()
         stand_in(home / "mac", "launchctl", LAUNCHCTL)
-        self.path = stand_in(home / "mac", "sleep", SLEEP)
+        path = stand_in(home / "mac", "sleep", SLEEP)
         self.plist = user / "Library" / "LaunchAgents" / "ssh-agent-proxy.plist"
         self.log = user / "Library" / "Logs" / "ssh-agent-proxy.log"
         self.settings = user / ".config" / "ssh-agent-proxy" / "env"
-
-        self.env = {"HOME": str(user), "PATH": self.path, "JOB": JOB, "LAUNCHD": str(self.launchd)}
+        self.env = {"HOME": str(user), "PATH": path, "JOB": JOB, "LAUNCHD": str(self.launchd)}
 
     def make(self, *args: str) -> None:
         make(self.tree, self.home, *args, **self.env)
@@ -85,29 +85,22 @@ class Mac:
         self.settings.write_text(text)
 
     def written(self) -> Dict[str, Any]:
-        content: Dict[str, Any] = plistlib.loads(self.plist.read_bytes())
-        return content
+        return dict(plistlib.loads(self.plist.read_bytes()))
 
 
 @pytest.fixture
 def mac(tree: Path, home: Path, short: Path) -> Mac:
-    (short / "user").mkdir()
-    return Mac(tree, home, short / "user")
+    return Mac(tree, home, short / """two  blanks R&D <b> it's "me" @LOG@ ]]> --><key> ü %h\\1""")
 
 
 # ---------------------------------------------------------------- the plist
 
 
-def test_it_says_what_launchd_shall_do_whatever_the_users_name(
-    tree: Path, home: Path, short: Path
-) -> None:
-    user = short / """two  blanks R&D <b> it's "me" @LOG@ ]]> --><key> ünïcode %h\\1"""
-    user.mkdir()
-    mac = Mac(tree, home, user)
+def test_it_says_what_launchd_shall_do_whatever_the_users_name(mac: Mac) -> None:
     assert mac.install() == [f"enable {JOB}", f"bootstrap {DOMAIN} {mac.plist}"]
     assert mac.written() == {
         "Label": "ssh-agent-proxy",
-        "ProgramArguments": [str(user / ".local" / "bin" / "ssh-agent-proxy"), "serve"],
+        "ProgramArguments": [str(mac.user / ".local" / "bin" / "ssh-agent-proxy"), "serve"],
         "EnvironmentVariables": {},
         "RunAtLoad": True,
         "KeepAlive": {"SuccessfulExit": False},
@@ -115,7 +108,7 @@ def test_it_says_what_launchd_shall_do_whatever_the_users_name(
         "ExitTimeOut": 15,
         "ProcessType": "Interactive",
         "Umask": 0o077,
-        "StandardErrorPath": str(user / "Library" / "Logs" / "ssh-agent-proxy.log"),
+        "StandardErrorPath": str(mac.log),
     }
     assert (mac.launchd / "loaded").read_bytes() == mac.plist.read_bytes()
     assert [mode(mac.log), mode(mac.plist)] == [0o600, 0o600]
@@ -260,17 +253,15 @@ def test_uninstall_leaves_log_and_settings_and_programs(mac: Mac) -> None:
 # ---------------------------------------------------------------- where it can't be
 
 
-def test_without_launchctl_it_says_so_and_writes_nothing(mac: Mac, home: Path) -> None:
+def test_where_it_can_not_be_nothing_is_written_and_that_is_told(mac: Mac, home: Path) -> None:
     path = path_without("launchctl", home / "bin")
     (home / "bin" / "id").symlink_to(str(shutil.which("id")))
-    for target in ("install-launchd", "uninstall-launchd"):
-        told = refused(mac.tree, home, target, PATH=path, HOME=str(mac.user))
-        assert told.startswith("there is no launchctl here: launchd is macOS's (on Linux: make ")
-    assert files(mac.user) == []
-
-
-def test_with_sudo_or_destdir_it_is_refused_before_anything_is_written(mac: Mac) -> None:
-    for args, env, why in (([], {"SUDO_UID": "501"}, "without sudo, please"),
-                           (["DESTDIR=/package"], {}, "not with DESTDIR")):  # fmt: skip
-        assert why in refused(mac.tree, mac.home, "install-launchd", *args, **mac.env, **env)
+    linux = "there is no launchctl here: launchd is macOS's (on Linux: make install-systemd)"
+    for told, env, *args in [
+        (linux, {"PATH": path}, "install-launchd"),
+        (linux, {"PATH": path}, "uninstall-launchd"),
+        ("without sudo, please", {"SUDO_UID": "501"}, "install-launchd"),
+        ("not with DESTDIR", {}, "install-launchd", "DESTDIR=/package"),
+    ]:
+        assert told in refused(mac.tree, home, *args, **{**mac.env, **env})
     assert (files(mac.user), mac.calls()) == ([], [])
