@@ -344,10 +344,7 @@ def test_the_prompt_shown_is_such_a_prompt() -> None:
     (shown,) = blocks(section("## Your own yes", SECURITY), "")
     tree = re.search("tree: ([0-9a-f]{40})", shown)
     assert tree
-    payload = ssh_agent_proxy.parse_payload(
-        f"tree {tree[1]}\nparent {tree[1]}\n"
-        "author A U Thor <author@example.com> 1 +0000\n"
-        "committer C O Mitter <committer@example.com> 1 +0000\n\nAdd a leash\n".encode()
-    )
+    head = f"{tree[1]}\nparent {tree[1]}".encode()
+    payload = ssh_agent_proxy.parse_payload(commit(b"Add a leash", id=head))
     facts = re.findall("^• (asked by|key|namespace|a yes holds): (.+)$", shown, re.M)
     assert ssh_agent_proxy.consent_prompt(payload, dict(facts)) + "\n" == shown
