@@ -16,7 +16,7 @@ from typing import Callable, Dict, List
 import pytest
 from conftest import (
     PROXY, RELAY, SHIM, Agent, Keys, Proxy, ask, call, cannot_run, clean_env, get, http, need_ipv6,
-    one_line, raw, read_all, rows, run,
+    one_line, raw, read_all, refused, rows, run,
 )  # fmt: skip
 from test_build import lay_out_modules
 
@@ -136,10 +136,7 @@ def test_a_script_copied_alone_says_that_shim_sh_is_missing_until_it_is_there(
     assert (done.returncode, done.stdout) == (1, b"")
     assert "shim.sh" in one_line(done.stderr)
     proxy = start_proxy(python=instead(f"exec {PYTHON} {copy}"))
-    answer = http(proxy.port, "GET", "/shim")
-    assert answer.status == 404
-    assert "shim.sh" in answer.text
-    assert len(answer.text.splitlines()) == 1
+    assert "shim.sh" in refused(http(proxy.port, "GET", "/shim"), 404).text
     shutil.copyfile(SHIM, home / "shim.sh")
     answer = http(proxy.port, "GET", "/shim")
     assert answer.headers["content-type"] == "text/x-shellscript"
@@ -231,9 +228,7 @@ def test_without_an_agent_it_starts_and_says_what_was_looked_for_until_one_is_th
     proxy = start_proxy(env={"XDG_RUNTIME_DIR": str(runtime)})
     proxy.wait_log("WARNING .*no agent found")
     for answer in http(proxy.port, "POST", "/sign", b"x"), http(proxy.port, "GET", "/publickey"):
-        assert answer.status == 503
-        assert len(answer.text.splitlines()) == 1
-        assert "SSH_AGENT_PROXY_UPSTREAM" in answer.text
+        assert "SSH_AGENT_PROXY_UPSTREAM" in refused(answer, 503).text
         for path in p.well_known_sockets(sys.platform, str(home), str(runtime)):
             assert path in answer.text
     assert http(proxy.port, "GET", "/healthz").status == 200
@@ -245,9 +240,7 @@ def test_without_an_agent_it_starts_and_says_what_was_looked_for_until_one_is_th
 @pytest.mark.parametrize("sock", ["/", "relative", 200 * "/long", "~/$x", "a\udcffb"])
 def test_a_hopeless_ssh_auth_sock_is_a_503(sock: str, start_proxy: StartProxy) -> None:
     proxy = start_proxy(env={"SSH_AUTH_SOCK": sock})
-    answer = http(proxy.port, "POST", "/sign", b"x")
-    assert answer.status == 503
-    assert len(answer.text.splitlines()) == 1
+    refused(http(proxy.port, "POST", "/sign", b"x"), 503)
     proxy.wait_log("WARNING /sign can't work yet")
 
 
@@ -278,26 +271,21 @@ def test_a_neighbours_module_never_runs(
     assert b"HTTP/1.1 400 " in raw(proxy.port, b"nonsense\r\n\r\n")
     assert proxy.stop() == 0
     assert not (short / "ran").exists()
+
+
 # ---------------------------------------------------------------- streams that take nothing
 
 
-def no_trace(said: bytes) -> None:
-    assert b"Traceback" not in said
-    assert b"Exception ignored" not in said
-
-
-@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
-@pytest.mark.parametrize("option", ["shim", "check", "--version"])
-def test_what_could_not_be_printed_is_no_success(
-    redirection: str, option: str, home: Path
-) -> None:
-    if "full" in redirection and not os.path.exists("/dev/full"):
+@pytest.mark.parametrize(("word", "redirection"), [
+    ("shim", ">&-"), ("shim", ">/dev/full"), ("check", ">&-"), ("check", ">/dev/full"),
+    ("--version", ">/dev/full"),
+])  # fmt: skip
+def test_what_could_not_be_printed_is_no_success(word: str, redirection: str, home: Path) -> None:
+    if not os.path.exists("/dev/full"):
         cannot_run("this system has no /dev/full")
-    done = shell(home, redirection, option)
-    no_trace(done.stderr)
-    if option != "--version" or "full" in redirection:
-        assert done.returncode == 1
-        assert "standard output" in one_line(done.stderr)
+    done = shell(home, redirection, word)
+    assert done.returncode == 1
+    assert "standard output" in one_line(done.stderr)
 
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])

@@ -11,13 +11,14 @@ import struct
 import sys
 import types
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, List, Tuple
 
 import pytest
 from conftest import (
     Agent, Proxy, ask, audited, call, cannot_run, listens, need, post, private_file, read_all,
     refused, request_lines, rows, run, the_one_answer, wait_for,
 )  # fmt: skip
+from test_check import files
 from test_http import (
     MIB, PAGE, Clients, Scripted, clients, gate, linux, readable, send_all_before_reading, served,
 )  # fmt: skip
@@ -220,20 +221,9 @@ def test_a_socket_of_a_living_program_is_never_touched(kind: int, short: Path) -
             theirs.listen(0)
         if kind < 0:
             first.connect(str(path))
-        before = state(short)
+        before = files(short)
         assert "another program listens there" in can_not_listen(path)
-        assert state(short) == before
-
-
-def state(folder: Path) -> Dict[str, Tuple[Any, ...]]:
-    """All that stands in FOLDER, and nothing followed."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        info = path.lstat()
-        text = path.read_text() if stat.S_ISREG(info.st_mode) and info.st_mode & 0o400 else ""
-        text += os.readlink(path) if path.is_symlink() else ""
-        found[str(path)] = (info.st_ino, info.st_mode, info.st_size, text)
-    return found
+        assert files(short) == before
 
 
 @pytest.mark.parametrize(("where", "why"), rows([
@@ -255,13 +245,13 @@ def test_what_is_no_socket_and_can_not_be_is_one_clear_line_and_never_touched(
     left_by_the_dead(short / "dead")
     (short / "link").symlink_to("dead")
     (short / "broken").symlink_to("nothing")
-    before = state(short)
+    before = files(short)
     assert why in can_not_listen(short / (where or "x" * (107 - len(str(short)))))
-    assert state(short) == before
+    assert files(short) == before
     # One byte less can be.
     path = short / ("x" * (106 - len(str(short))))
     p.listen(p.UnixAddress(str(path), 0o600))[0].close()
-    assert state(short) == before
+    assert files(short) == before
 
 
 # ================================================================ what is left behind
@@ -276,9 +266,9 @@ def test_what_is_not_its_own_any_more_is_not_removed(now: str, short: Path) -> N
         left_by_the_dead(path)
     elif now != "nothing":
         path.symlink_to("moved")
-    before = state(short)
+    before = files(short)
     listener.close()
-    assert state(short) == before
+    assert files(short) == before
 
 
 # ================================================================ who asks
