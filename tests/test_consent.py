@@ -24,7 +24,7 @@ import pytest
 from conftest import (
     FINGERPRINT, ID, TEXTS, Agent, Answer, Keys, Proxy, Repository, StartProxy, StartScripted, ask,
     can_be_seen, cannot_run, clean_env, commit, connect, fingerprint, get, need, post, private_file,
-    push, read_all, rows, run, tag, the_one_answer, wait_for,
+    push, read_all, refused, rows, run, tag, the_one_answer, wait_for,
 )  # fmt: skip
 from test_http import Scripted
 
@@ -171,11 +171,9 @@ def signed(request: Request) -> None:
 
 
 def not_confirmed(request: Request) -> str:
-    answer = request.answer()
-    assert answer.status == 403, answer
-    assert answer.text.startswith("not confirmed: "), answer
-    assert answer.text.count("\n") == 1, answer
-    return answer.text
+    text = refused(request.answer(), 403).text
+    assert text.startswith("not confirmed: ")
+    return text
 
 
 def asks(program: Path, hold: float = 0, timeout: float = 10) -> sap.Consent:

@@ -83,16 +83,14 @@ if answers:
 
 if "raisable" in flags:
     get, put = resource.getrlimit, resource.setrlimit
-    soft = 65536
-    def getrlimit(which):
-        return (soft, resource.RLIM_INFINITY) if which == resource.RLIMIT_MEMLOCK else get(which)
+    faked = {{resource.RLIMIT_MEMLOCK: (65536, resource.RLIM_INFINITY)}}
+    resource.getrlimit = lambda which: faked.get(which) or get(which)
     def setrlimit(which, limits):
-        global soft
-        if which == resource.RLIMIT_MEMLOCK:
-            soft = limits[0]
+        if which in faked:
+            faked[which] = limits
         else:
             put(which, limits)
-    resource.getrlimit, resource.setrlimit = getrlimit, setrlimit
+    resource.setrlimit = setrlimit
 if "fixed" in flags:
     def setrlimit(which, limits):
         raise ValueError("not allowed to raise maximum limit")
@@ -267,16 +265,17 @@ def test_an_unknown_system_is_left_alone() -> None:
 # ---------------------------------------------------------------- memory that is locked, or not
 
 
-def sign_at_once(proxy: Proxy, agent: Agent, number: int) -> List[int]:
-    """As many requests as that, all waiting for the agent at the same time; their statuses."""
+def all_is_signed(proxy: Proxy, agent: Agent) -> None:
+    """Of as many requests as may be, all waiting for the agent at the same time; and a long one."""
     os.kill(agent.pid, signal.SIGSTOP)
-    with ThreadPoolExecutor(number) as pool:
-        running = [pool.submit(http, proxy.port, "POST", "/sign", b"x") for _ in range(number)]
+    with ThreadPoolExecutor(128) as pool:
+        running = [pool.submit(http, proxy.port, "POST", "/sign", b"x") for _ in range(128)]
         try:
-            wait_for(lambda: kib(proxy.pid, "Threads") > number, 20, f"{number} threads")
+            wait_for(lambda: kib(proxy.pid, "Threads") > 128, 20, "a thread for each")
         finally:
             os.kill(agent.pid, signal.SIGCONT)
-    return [one.result().status for one in running]
+    assert [one.result().status for one in running] == 128 * [200]
+    assert http(proxy.port, "POST", "/sign", bytes(64 << 20)).status == 200
 
 
 def test_with_a_finite_limit_threads_and_bodies_go_on(
@@ -284,8 +283,7 @@ def test_with_a_finite_limit_threads_and_bodies_go_on(
 ) -> None:
     agent.add(keys["ed25519"])
     proxy = start_proxy(upstream=agent.sock, python=surrounded(Surroundings(), short))
-    assert sign_at_once(proxy, agent, 128) == [200] * 128
-    assert http(proxy.port, "POST", "/sign", bytes(64 << 20)).status == 200
+    all_is_signed(proxy, agent)
     assert "cannot start another thread" not in proxy.log()
 
 
@@ -302,8 +300,7 @@ def test_without_a_limit_all_memory_is_locked_and_costs_no_more_than_is_used(
     assert kib(proxy.pid, "VmLck") > kib(proxy.pid, "VmSize") / 2
     before = kib(proxy.pid, "VmRSS")
     assert before < 48 << 10
-    assert sign_at_once(proxy, agent, 128) == [200] * 128
-    assert http(proxy.port, "POST", "/sign", bytes(64 << 20)).status == 200
+    all_is_signed(proxy, agent)
     assert kib(proxy.pid, "VmRSS") - before < 24 << 10
 
 

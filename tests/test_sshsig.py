@@ -198,18 +198,6 @@ def keygen(*argv: Any, input: Optional[bytes] = None, check: bool = True) -> byt
 # ---------------------------------------------------------------- what is signed, what comes out
 
 
-def test_the_blob_is_the_specification_s() -> None:
-    assert sap.sshsig(b"KEY", "file", "sha512", b"SIG") == bytes.fromhex(
-        "535348534947"  # MAGIC_PREAMBLE "SSHSIG"
-        "00000001"  # SIG_VERSION
-        "00000003 4b4559"  # publickey
-        "00000004 66696c65"  # namespace "file"
-        "00000000"  # reserved
-        "00000006 736861353132"  # hash_algorithm "sha512"
-        "00000003 534947"  # signature
-    )
-
-
 @pytest.mark.parametrize("size", [1, 52, 53, 104, 105, 106, 1000])
 def test_the_armor_is_base64_in_lines_of_70_characters(size: int) -> None:
     blob = bytes(i % 256 for i in range(size))

@@ -42,11 +42,6 @@ def start_unix(start_proxy: Callable[..., Proxy]) -> Callable[..., Proxy]:
     return start
 
 
-@pytest.fixture
-def token_file(short: Path) -> Path:
-    return private_file(short / "tokens", "tok3n-of-the-tests box\n")
-
-
 # ================================================================ the setting
 
 
@@ -275,7 +270,7 @@ def test_what_is_not_its_own_any_more_is_not_removed(now: str, short: Path) -> N
 
 
 def test_another_user_is_let_in_by_mode_and_token_and_named(
-    short: Path, agent_with_key: Agent, token_file: Path, start_unix: Callable[..., Proxy]
+    short: Path, agent_with_key: Agent, start_unix: Callable[..., Proxy]
 ) -> None:
     if os.geteuid() != 0:
         cannot_run("only root can be another user: run the tests as root")
@@ -284,9 +279,10 @@ def test_another_user_is_let_in_by_mode_and_token_and_named(
     argv += [need("curl", "curl"), "-qs", "--max-time", "20", "-w", "%{http_code}"]
     argv += ["http://localhost/publickey", "--unix-socket"]
     short.chmod(0o711)
+    tokens = private_file(short / "tokens", "tok3n-of-the-tests box\n")
     path, closed = short / "proxy", short / "closed"
     proxy = start_unix(f"unix:{path}?mode=0666", f"unix:{closed}", upstream=agent_with_key.sock,
-                       args=("--token-file", token_file))  # fmt: skip
+                       args=("--token-file", tokens))  # fmt: skip
     assert run([*argv, closed, "-H", BEARER], check=False).returncode == 7  # could not connect
     assert run([*argv, path]).stdout.endswith(b"401")
     assert audited(proxy, 1)["uid"] == str(uid)
@@ -296,19 +292,18 @@ def test_another_user_is_let_in_by_mode_and_token_and_named(
     refused(send_all_before_reading(path, post(b"", length=32 * MIB)), 401)
 
 
-@pytest.mark.parametrize(("pid", "uid"), [(4711, 501), (1, 4294967294)])
 def test_on_macos_the_process_and_its_user_are_told_by_its_own_options(
-    pid: int, uid: int, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # sys/un.h and sys/ucred.h: SOL_LOCAL 0, LOCAL_PEERCRED 1 (a struct xucred: version, uid,
     # number of groups, 16 groups), LOCAL_PEERPID 2 (an int).
     monkeypatch.setattr(sys, "platform", "darwin")
-    xucred = struct.pack("@IIh16I", 0, uid, 1, 20, *15 * [7])
-    answers = {(0, 1, len(xucred)): xucred, (0, 2): pid}
+    xucred = struct.pack("@IIh16I", 0, 4294967294, 1, 20, *15 * [7])
+    answers = {(0, 1, len(xucred)): xucred, (0, 2): 4711}
     stub: Any = types.SimpleNamespace(
         family=socket.AF_UNIX, getsockopt=lambda *option: answers[option]
     )
-    assert p.peer_fields(stub, "") == {"peer": "unix", "pid": str(pid), "uid": str(uid)}
+    assert p.peer_fields(stub, "") == {"peer": "unix", "pid": "4711", "uid": "4294967294"}
 
 
 def test_a_place_is_taken_from_one_address_for_another(
