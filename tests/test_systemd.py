@@ -36,9 +36,6 @@ class Manager:
 
     def __init__(self, *options: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="sap.", dir="/tmp"))
-        self.installed = False
-        self.agents: List[str] = []
-        self.changed: List[str] = []
         self.python = os.path.realpath(sys.executable)
         self.make_argv = ["make", "--no-print-directory", f"PYTHON={self.python}"]
         prefix = Path(os.path.realpath(sys.base_prefix))
@@ -142,8 +139,7 @@ class Manager:
     def source(self, name: str, change: Callable[[str], str]) -> None:
         """Changes a file of the copy of the project."""
         path = self.outside(HOME / "tree" / name)
-        path.write_text(change((ROOT / name).read_text()))
-        self.changed.append(name)
+        path.write_text(change(path.read_text()))
 
     def files(self) -> List[str]:
         """What there is in the account's home, without what is there from the start."""
@@ -152,30 +148,12 @@ class Manager:
         own = (*SYSTEMS, "tree", ".config/systemd/user.conf", ".gnupg")
         return sorted(name for name in names if not name.startswith(own))
 
-    def wipe(self) -> None:
-        """As before the first install."""
-        self.ctl("stop", NAME, check=False)
-        self.ctl("reset-failed", check=False)
-        for number in self.agents:
-            self.run("kill", number, check=False)
-        self.agents.clear()
-        while self.changed:
-            self.source(self.changed.pop(), str)
-            self.changed.pop()
-        for path in self.folder.iterdir():
-            if path.name not in (*SYSTEMS, "tree", ".config"):
-                run(["rm", "-rf", path])
-        self.run("rm", "-rf", UNITS, ENV.parent, RUNTIME / NAME)
-        self.ctl("daemon-reload")
-        self.installed = False
-
     def agent(self, path: Path, key: Path) -> str:
         """A real ssh-agent at PATH, which holds KEY: its number."""
         self.run("mkdir", "-p", "-m", "700", path.parent)
         said = self.text("ssh-agent", "-a", path)
         number = re.search(r"SSH_AGENT_PID=(\d+)", said)
         assert number
-        self.agents.append(number[1])
         self.write(HOME / "key", key.read_text())
         self.run("ssh-add", "-q", HOME / "key", SSH_AUTH_SOCK=str(path))
         self.run("rm", HOME / "key")
@@ -202,26 +180,18 @@ def boot(*options: str) -> Iterator[Manager]:
 ALONE = [pytest.param(None, marks=pytest.mark.alone, id="alone")]
 
 
-@pytest.fixture(scope="module", params=ALONE)
-def booted() -> Iterator[Manager]:
+@pytest.fixture(params=ALONE)
+def manager() -> Iterator[Manager]:
+    """Nothing is installed."""
     yield from boot("-j")
 
 
-@pytest.fixture
-def manager(booted: Manager) -> Manager:
-    """Nothing is installed."""
-    booted.wipe()
-    return booted
-
-
-@pytest.fixture
-def installed(booted: Manager) -> Manager:
-    """The service runs, with the settings that it comes with; the test changes nothing of it."""
-    if not booted.installed:
-        booted.wipe()
-        booted.install()
-        booted.installed = True
-    return booted
+@pytest.fixture(scope="module", params=ALONE)
+def installed() -> Iterator[Manager]:
+    """The service runs, with the settings that it comes with; the tests change nothing of it."""
+    for manager in boot("-j"):
+        manager.install()
+        yield manager
 
 
 # ---------------------------------------------------------------- what is installed
@@ -594,7 +564,6 @@ def test_a_commit_is_signed_by_an_agent_in(manager: Manager, keys: Keys, place: 
     manager.settings(UPSTREAM=relay if place == "exec" else path)
     commit(manager, keys.line("ed25519"))
     manager.run("kill", number)
-    manager.agents.remove(number)
     wait_for(lambda: not manager.exists(path), message=f"{path} is removed")
     manager.agent(path, keys["other"])
     commit(manager, keys.line("other"))
