@@ -168,14 +168,12 @@ def test_a_name_that_has_an_address_twice_is_listened_on_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two lines in /etc/hosts do that."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    found = socket.getaddrinfo("127.0.0.1", port, type=socket.SOCK_STREAM)
+    found = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: 2 * found)
-    listeners = p.listen(p.Address("localhost", port))
+    listeners = p.listen(p.Address("localhost", 0))
     for listener in listeners:
         listener.close()
-    assert [listener.name for listener in listeners] == [f"127.0.0.1:{port}"]
+    assert len(listeners) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="IP_FREEBIND is Linux's")

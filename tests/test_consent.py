@@ -584,10 +584,9 @@ def test_a_yes_holds_for_one_token_wherever_it_comes_from_and_the_prompt_names_i
     secrets = [f"secret-of-20-bytes-{n}" for n in range(3)]
     text = f"{secrets[0]} laptop\n{secrets[1]}\n{secrets[2]} {'n' * 5000}\n"
     proxy = confirming("--confirm-for", "600", "--token-file", private_file(short / "t", text))
-    for token in (0, 0, 1, 1, 0, 2):
-        signed(Request(proxy, commit(), f"Authorization: Bearer {secrets[token]}"))
-    token = f"Authorization: Bearer {secrets[0]}"
-    signed(Request(proxy, commit(), token, source="127.0.0.2"))
+    for token, source in [(0, 1), (0, 1), (1, 1), (1, 1), (0, 2), (2, 1)]:
+        field = f"Authorization: Bearer {secrets[token]}"
+        signed(Request(proxy, commit(), field, source=f"127.0.0.{source}"))
     names = [asked.facts["asked by"].partition("token ")[2] for asked in askpass.asked()]
     assert names[:2] == ["laptop", "line 2"]
     assert names[2].startswith(20 * "n") and len(names) == 3

@@ -114,14 +114,13 @@ class AuthenticatorAgent(ScriptedAgent):
     def __init__(self, sock: Path) -> None:
         super().__init__(sock, self.talk)
         self.holds: Dict[bytes, Authenticator] = {}
-        self.flags: List[int] = []  # that were asked for
 
     def talk(self, connection: socket.socket) -> None:
         while request := read_message(connection):
             with sap.Reader(request, "sign request") as r:
                 assert r.take(1) == b"\x0d"
                 key, data = self.holds[r.string()], r.string()
-                self.flags.append(r.uint32())
+                assert r.uint32() == 0  # flags
             connection.sendall(message(b"\x0e" + s(key.sign(data))))
 
 
@@ -464,10 +463,3 @@ def test_ssh_keygen_verifies_the_block(lab: Lab, tmp_path: Path, name: str) -> N
     assert good.startswith('Good "git" signature for someone with ')
     assert sap.parse_public_key(lab.blob(name)).fingerprint in good
     assert keygen(*verify, input=b"payload.", check=False) == b"", "it does not look"
-
-
-def test_a_security_key_is_asked_for_anew_each_time_and_without_flags(lab: Lab) -> None:
-    first, second = (taken_apart(lab.sign("sk-ed25519", b"payload"))[4] for _ in range(2))
-    counter = first[-4:]
-    assert second[-4:] == (int.from_bytes(counter, "big") + 1).to_bytes(4, "big")
-    assert set(lab.authenticators.flags) == {0}
