@@ -279,7 +279,7 @@ def test_a_neighbours_module_never_runs(
     ("--version", ">/dev/full"),
 ])  # fmt: skip
 def test_what_could_not_be_printed_is_no_success(word: str, redirection: str, home: Path) -> None:
-    if not os.path.exists("/dev/full"):
+    if "full" in redirection and not os.path.exists("/dev/full"):
         cannot_run("this system has no /dev/full")
     done = shell(home, redirection, word)
     assert done.returncode == 1
