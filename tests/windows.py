@@ -59,8 +59,8 @@ LEFT_OUT: Dict[str, List[str]] = {
         "test_config.py::test_a_socket_that_lets_others_in_needs_tokens",
         "test_config.py::test_a_variable_and_its_option_set_the_same[ADDR-unix*",
         "test_config.py::test_a_variable_and_its_option_set_the_same[UPSTREAM-*",
-        "test_config.py::test_a_wrong_setting_is_named[ADDR='unix*",
-        "test_config.py::test_a_wrong_setting_is_named[UPSTREAM=*",
+        "test_config.py::test_a_wrong_setting_is_named[ADDR-unix*",
+        "test_config.py::test_a_wrong_setting_is_named[UPSTREAM-*",
         "test_config.py::test_an_empty_variable_counts_as_unset",
         "test_config.py::test_defaults",
         "test_config.py::test_paths_are_expanded",
@@ -71,7 +71,7 @@ LEFT_OUT: Dict[str, List[str]] = {
     ],
     "exec: and CONFIRM": [
         "test_check.py::test_an_agent_behind_a_command_is_told_and_signs_and_keeps_landlock_out",
-        "test_config.py::test_a_wrong_setting_is_named[CONFIRM=*",
+        "test_config.py::test_a_wrong_setting_is_named[CONFIRM-*",
         "test_config.py::test_a_yes_is_kept_only_where_there_is_someone_to_ask",
         "test_config.py::test_an_askpass_program_may_stand_on_the_path_or_in_the_home",
     ],
@@ -91,7 +91,6 @@ LEFT_OUT: Dict[str, List[str]] = {
     ],
     "a locale, and text that is none, as Linux has them": [
         "test_commands.py::test_no_locale_gives_a_traceback",
-        "test_config.py::test_a_wrong_setting_ends_the_program_with_one_line[no text]",
     ],
     "a wait for a lock, which Wine gives up after 10 ms, and Windows after 10 s": [
         "test_tokens.py::test_tokens_added_at_once_are_all_there",
