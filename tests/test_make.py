@@ -266,7 +266,7 @@ def test_demo_uses_no_setting_of_the_users(start_demo: Any, home: Path) -> None:
     config = home / "gitconfig"
     config.write_text('[gpg "ssh"]\nprogram = /nonexistent\n[core]\nhooksPath = /nonexistent\n')
     (home / "hashlib.py").write_text("raise SystemExit('not the real one')\n")
-    nowhere = dict.fromkeys(["GIT_DIR", "SSH_AUTH_SOCK"], "/nonexistent")
+    nowhere = dict.fromkeys(["GIT_DIR", "SSH_AUTH_SOCK"], str(home / "nowhere"))
     nobody = dict.fromkeys(["SSH_AGENT_PROXY_URL", "http_proxy", "HTTP_PROXY"], "http://127.0.0.1:9")
     wrong = {"SSH_AGENT_PROXY_ADDR": "nonsense", "SSH_AGENT_PROXY_NAMESPACE": "file"}
     theirs = {"GIT_CONFIG_GLOBAL": str(config), "PYTHONPATH": str(home)}

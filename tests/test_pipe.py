@@ -149,14 +149,14 @@ def test_requests_run_side_by_side(gate: Scripted, gated: Proxy, clients: Client
 
 # With one instance, which is taken until a line comes in; then it serves whoever comes, once.
 BUSY = """
-import _winapi as w, sys
-make = lambda: w.CreateNamedPipe(sys.argv[1], w.PIPE_ACCESS_DUPLEX, 0, 1, 4096, 4096, 0, w.NULL)
+import _winapi as w, contextlib, sys
+make = lambda: w.CreateNamedPipe(sys.argv[1], w.PIPE_ACCESS_DUPLEX, 0, 2, 4096, 4096, 0, w.NULL)
 taken = make(), w.CreateFile(sys.argv[1], w.GENERIC_READ, 0, w.NULL, w.OPEN_EXISTING, 0, w.NULL)
 print("taken", flush=True)
 sys.stdin.readline()
-[w.CloseHandle(end) for end in taken]
 pipe = make()
-w.ConnectNamedPipe(pipe)
+with contextlib.suppress(OSError):  # ERROR_PIPE_CONNECTED: the client was quicker
+    w.ConnectNamedPipe(pipe)
 for answer in sys.argv[2:]:
     w.ReadFile(pipe, 4096)
     w.WriteFile(pipe, bytes.fromhex(answer))
@@ -166,7 +166,7 @@ sys.stdin.readline()
 
 @pytest.fixture
 def busy() -> Iterator[Tuple[str, Callable[[], Any]]]:
-    """A pipe's name, and what ends that it is taken."""
+    """The name of a pipe that is taken, and what makes another of that name."""
     name = rf"\\.\pipe\busy-{secrets.token_hex(8)}"
     argv = [sys.executable, "-c", BUSY, name, LIST.hex(), SIG.hex()]
     ends = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -180,13 +180,13 @@ def busy() -> Iterator[Tuple[str, Callable[[], Any]]]:
 def test_a_busy_pipe_is_waited_for_until_its_turn_or_the_end_of_the_time(
     start_proxy: StartProxy, busy: Tuple[str, Callable[[], Any]]
 ) -> None:
-    name, let_go = busy
+    name, make_room = busy
     proxy = start_proxy("--timeout", "4", upstream=name)
     answer = ask(proxy.port, POST)
     assert answer.status == 504
     assert ", whose pipe was busy, did not answer in time" in answer.text
     proxy.wait_log("/sign can't work yet")  # its own look at the start has no turn to take
-    threading.Timer(1, let_go).start()
+    threading.Timer(1, make_room).start()
     assert ask(proxy.port, POST).status == 200
 
 
