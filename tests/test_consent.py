@@ -346,6 +346,7 @@ def test_those_that_leave_the_queue_are_never_asked_for(
     first = Request(short / "socket", commit(b"first"))
     asked = askpass.wait()
     early = Request(short / "socket", commit(b"leaving"))
+    assert ask(proxy.port, get("/healthz")).status == 200  # it is in the queue by now
     early.close()
     proxy.wait_log("outcome=gone .*subject=leaving")
     queue = [Request(short / "socket", commit(b"leaving")) for _ in range(10)]

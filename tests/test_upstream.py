@@ -609,6 +609,8 @@ LIES = [
     # the list
     ("refuses to list", [send(FAILURE)], LOCKED),
     ("lists only keys of no use", [send(listing(*GARBAGE))], (sap.AgentError, "none of a type")),
+    # the signature
+    ("refuses to sign", [send(LIST), send(FAILURE)], (sap.AgentRefused, "refused to sign")),
 ]  # fmt: skip
 
 LIES_OF_A_KNOWN_KEY = [
