@@ -27,7 +27,7 @@ static int fail(const wchar_t *what)
 {
     wchar_t text[512];
 
-    swprintf(text, 512, L"%ls: error %lu. Install ssh-agent-proxy again.", what, GetLastError());
+    swprintf(text, 512, L"Install ssh-agent-proxy again: error %lu, %.300ls", GetLastError(), what);
 #ifdef SSH_AGENT_PROXY
     char said[2048] = "";
     WideCharToMultiByte(GetConsoleOutputCP(), 0, text, -1, said, sizeof(said) - 1, NULL, NULL);
@@ -83,8 +83,9 @@ int wmain(int argc, wchar_t **argv)
     words[count++] = L"-I";
     words[count++] = L"-B";
     words[count] = beside(L"ssh_agent_proxy.py");
-    if (!words[count++])
-        return fail(L"the program's own path is not known");
+    if (!words[count] || GetFileAttributesW(words[count]) == INVALID_FILE_ATTRIBUTES)
+        return fail(L"ssh_agent_proxy.py is not beside this program");
+    count++;
 #endif
     for (int i = 1; i < argc; i++)
         words[count++] = argv[i];

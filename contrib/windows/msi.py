@@ -68,7 +68,7 @@ def staged(folder: Path, python: Path) -> List[PurePosixPath]:
     shutil.copytree(python, folder / "python", copy_function=shutil.copyfile)
     dlls = [path.name for path in python.iterdir() if PYTHON_DLL.fullmatch(path.name)]
     if len(dlls) != 1:
-        sys.exit(f"msi: there is no python3XX.dll in {python}")
+        sys.exit(f"msi: one python3XX.dll is needed in {python}")
     windows_python.build_launcher(folder / CONSOLE, dlls[0], "-DSSH_AGENT_PROXY")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
