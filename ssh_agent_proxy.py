@@ -990,7 +990,7 @@ def by_powershell(upstream: Upstream) -> Upstream:
         programs = powershells(f.read(1 << 20))
     program = next(filter(os.path.isfile, programs), "")
     if not program:
-        tried = ", ".join(map(printable, programs[:3]))
+        tried = ", ".join([*map(printable, programs[:3]), *("…" for _ in programs[3:4])])
         raise AgentError(f"no Windows drive with PowerShell is mounted (tried: {tried})")
     env = dict(upstream.env or {})
     with socket.socket(AF_UNIX) as s:
@@ -1207,7 +1207,7 @@ def choose_key(named: Optional[str], pin: Wanted) -> Wanted:
 
 
 def parse_kinds(text: str, env: Optional[Mapping[str, str]] = None) -> tuple[str, ...]:
-    """Kinds of payload, as a setting or a leash names them; ConfigError, which quotes no leash."""
+    """Kinds of payload, as a setting, with ENV, or a leash names them; no error quotes a leash."""
     if text == "any":
         return KINDS
     kinds = tuple(map(str.strip, text.split(",")))
@@ -1358,7 +1358,7 @@ class Consent:
 
     def obtain(self, prompt: str, what: tuple[str, ...], seconds: float,
                client: socket.socket) -> None:  # fmt: skip
-        """403 unless the person agrees, as OpenSSH understands it: SECONDS long, for that WHAT."""
+        """403 without a yes, as OpenSSH understands it; it holds SECONDS for the same WHAT."""
         if self.holds(what):
             return  # another's prompt may be open for long
         deadline = time.monotonic() + self.agents.timeout
@@ -1688,11 +1688,11 @@ def parse_upstream(value: str, env: Env) -> Upstream:
 
 
 def parse_pin(value: str, env: Optional[Env] = None) -> Listed:
-    """The one authorized_keys line among comments and empty ones, quoted in no error either."""
+    """The one authorized_keys line among comments and empty ones; no error quotes any of it."""
     lines = [line for line in value.splitlines() if line.strip()[:1] not in ("", "#")]
     if len(lines) != 1 and "PRIVATE KEY" not in value:
         raise ConfigError(f"one line with a public key is needed, {len(lines)} are there")
-    return parse_key_line("\n".join(lines))
+    return parse_key_line(value if "PRIVATE KEY" in value else lines[0])
 
 
 def parse_confirm(value: str, env: Env) -> Upstream:
@@ -2203,10 +2203,9 @@ class Client(io.RawIOBase):
                 break
             except BlockingIOError:
                 return None
-            except socket.timeout:
-                continue  # has the gap been changed? (A shutdown wakes nobody here on Windows.)
             except OSError as e:
-                raise ClientGone(f"the connection broke: {e.strerror or e}") from e
+                if e.errno:  # Else it is time to look at the gap: on Windows no shutdown wakes us.
+                    raise ClientGone(f"the connection broke: {e.strerror or e}") from e
         self.since = time.monotonic()
         self.begun = self.begun or size > 0
         return size
@@ -2301,7 +2300,7 @@ class Handler:
         """Ends a connection without a request; what comes this moment is still read."""
         if self.client.begun or self.has_sent():
             return False
-        self.client.gap = -1
+        self.client.gap = 0
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RD)
         return True
@@ -2914,9 +2913,9 @@ def listen_on(addresses: Sequence[Union[Address, UnixAddress]]) -> list[Listener
 def serve(config: Config, signals: Optional[socket.socket] = None,
           ready: Callable[[Sequence[str]], object] = tuple, drain: Optional[float] = None,
           ) -> int:  # fmt: skip
-    """Runs until a byte comes from SIGNALS (else catch_signals()), then finishes what is in
-    flight, within DRAIN seconds (DRAIN_SECONDS); a second byte ends it at once. READY is told what
-    the listeners are called. The exit status; ProxyError or OSError where it can't start."""
+    """Runs until a byte comes from SIGNALS (else catch_signals(); in any thread with them), then
+    finishes what is in flight, within DRAIN seconds (DRAIN_SECONDS); a second byte ends it at once.
+    READY is told what the listeners are called. The exit status; ProxyError, OSError: no start."""
     steps = harden(sys.platform)
     config.tokens()  # a file that can't be used is a setting that is wrong
     raise_file_limit()
@@ -3117,8 +3116,9 @@ def add_token(config: Config, name: str, *leash: str) -> int:
             if sys.platform == "win32":  # to append is to seek and to write there: one at a time
                 import msvcrt
 
-                f.seek(1 << 30)  # behind all that is read, for what is locked nobody can read
-                msvcrt.locking(f.fileno(), msvcrt.LK_LOCK, 1)  # waits, 10 s at most
+                with contextlib.suppress(OSError):  # no file, or held for 10 s: then without
+                    f.seek(1 << 30)  # behind all that is read: what is locked nobody can read
+                    msvcrt.locking(f.fileno(), msvcrt.LK_LOCK, 1)
             added = file.read(ending, private=True).encode()
             size = os.fstat(f.fileno()).st_size
             if size + len(added) > MAX_FILE:

@@ -179,8 +179,9 @@ def test_a_running_proxy_follows_the_pins_file(
 @pytest.mark.parametrize("text, reason", [
     ("{key}", "a private key, where the public one (the .pub file) belongs"),
     ("", "0 are there"), ("{line}\n{line}\n", "2 are there"),
+    ("# PRIVATE KEY\n{line}\n{line}\n", "a private key"),
     ("{line}\n" + (64 << 10) * "#", "larger than 64 KiB"),
-], ids=["private", "empty", "two", "large"])  # fmt: skip
+], ids=["private", "empty", "two", "two below a comment", "large"])  # fmt: skip
 def test_a_file_that_holds_no_public_key_is_named_with_the_reason(
     text: str, reason: str, keys: Keys, tmp_path: Path
 ) -> None:

@@ -789,6 +789,15 @@ def test_a_clock_that_shows_the_very_limit_is_too_late(monkeypatch: pytest.Monke
         client.read(1)
 
 
+def test_what_comes_while_silence_is_ended_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        handler = p.Handler(ours, None)  # type: ignore[arg-type]
+        monkeypatch.setattr(handler, "has_sent", lambda: bool(not theirs.send(b"GET")))
+        assert handler.end_silence()
+        assert handler.stream.read1(9) == b"GET"
+
+
 def test_a_body_with_short_gaps_is_in_time(quick: Shared) -> None:
     """The head has its time, the body has more: a gap is no sum of gaps."""
     with connect(quick.port) as s:
