@@ -10,8 +10,6 @@ own in a temporary directory, and leaves nothing behind. It judges nobody: the e
 unless something could not be run at all.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import contextlib

@@ -1,7 +1,5 @@
 """What the tests share: real agents, the real proxy, throwaway homes, nothing of the user's."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json
@@ -615,10 +613,9 @@ def start_proxy(home: Path) -> Iterator[Callable[..., Proxy]]:
     started: List[Proxy] = []
 
     def start(
-        *args: Any, env: Optional[Dict[str, str]] = None, upstream: Any = None,
-        python: Union[str, Sequence[str]] = sys.executable, wait: bool = True,
-        addr: Optional[str] = "127.0.0.1:0",
-    ) -> Proxy:  # fmt: skip
+            *args: Any, env: Optional[Dict[str, str]] = None, upstream: Any = None,
+            python: Union[str, Sequence[str]] = sys.executable, wait: bool = True,
+            addr: Optional[str] = "127.0.0.1:0") -> Proxy:  # fmt: skip
         """PYTHON: a program, or a command line, which the script and its arguments follow."""
         argv = [python] if isinstance(python, str) else list(python)
         argv += [str(PROXY)]
@@ -680,9 +677,8 @@ def raw(port: int, data: bytes, seconds: float = 10) -> bytes:
 
 
 def http(
-    port: int, method: str, path: str, body: Optional[bytes] = None,
-    headers: Optional[Dict[str, str]] = None, seconds: float = 30,
-) -> Answer:  # fmt: skip
+        port: int, method: str, path: str, body: Optional[bytes] = None,
+        headers: Optional[Dict[str, str]] = None, seconds: float = 30) -> Answer:  # fmt: skip
     fields = {"Host": f"127.0.0.1:{port}"}
     if body is not None:
         fields["Content-Length"] = str(len(body))
@@ -701,9 +697,8 @@ WHEN = b" 1700000000 +0100\n"
 
 
 def commit(
-    subject: bytes = b"Subject", author: bytes = AUTHOR, committer: bytes = COMMITTER,
-    id: bytes = ID,
-) -> bytes:  # fmt: skip
+        subject: bytes = b"Subject", author: bytes = AUTHOR, committer: bytes = COMMITTER,
+        id: bytes = ID) -> bytes:  # fmt: skip
     """A commit without parents, as git hands it to its signer."""
     head = b"tree " + id + b"\nauthor " + author + WHEN + b"committer " + committer + WHEN
     return head + b"\n" + subject + b"\n"

@@ -1,7 +1,5 @@
 """RFC 9987: what is asked of an agent, and how its answers are read."""
 
-from __future__ import annotations
-
 from typing import Any, Callable
 
 import pytest

@@ -1,8 +1,6 @@
 """The log's line for each request: it can be undone exactly, it is there before the answer is, and
 it names what real git makes of a signature."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -476,8 +474,7 @@ def directly(repository: Repository, key: Path, *args: str) -> None:
 
 
 def test_what_was_signed_past_the_proxy_is_listed_and_nothing_else(
-    repository: Repository, for_git: Logged, keys: Keys
-) -> None:
+        repository: Repository, for_git: Logged, keys: Keys) -> None:  # fmt: skip
     work(repository)
     git = repository.git
     git("commit", "-q", "--no-gpg-sign", "--allow-empty", "-m", "unsigned")
@@ -507,8 +504,7 @@ def test_what_was_signed_past_the_proxy_is_listed_and_nothing_else(
 
 
 def test_what_was_amended_or_rebased_away_is_no_false_alarm(
-    repository: Repository, for_git: Logged
-) -> None:
+        repository: Repository, for_git: Logged) -> None:  # fmt: skip
     assert bypassing(repository, for_git) == []
     work(repository)
     repository.git("checkout", "-q", "topic")

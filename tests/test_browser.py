@@ -7,8 +7,6 @@ of http://evil.example:PORT is then of the same origin as the proxy's answers, a
 rebinding.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -454,8 +452,7 @@ READERS = {"fetch cors GET", "fetch no-cors GET", "iframe", "window"}
 
 @pytest.mark.parametrize("page", LET_IN, ids=by_name)
 def test_no_page_signs_by_a_name_that_is_let_in_and_one_under_it_reads_the_key(
-    page: Page, world: World
-) -> None:
+        page: Page, world: World) -> None:  # fmt: skip
     outcomes, wires = world.seen(page)
     for wire in wires:
         method, path = wire.line.split()

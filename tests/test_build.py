@@ -1,7 +1,5 @@
 """What make builds: the same bytes wherever that is, and nothing but its own code when it runs."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re
@@ -48,8 +46,7 @@ BUILT = {"build": "ssh-agent-proxy", "build-shiv": "ssh-agent-proxy.shiv"}
 
 @pytest.mark.parametrize("target", ["build", *long_rows("build-shiv")])
 def test_two_clones_at_two_times_are_built_to_the_same_bytes(
-    tree: Path, home: Path, short: Path, target: str
-) -> None:
+        tree: Path, home: Path, short: Path, target: str) -> None:  # fmt: skip
     elsewhere = copy_tree(short / "another clone")
     for clone in (tree, elsewhere):
         shiv_python()
@@ -87,8 +84,7 @@ def test_it_holds_the_sources_uncompressed(form: str, built: Callable[[str], Pat
 
 
 def test_the_first_line_names_the_systems_python_or_the_one_that_is_set(
-    tree: Path, home: Path
-) -> None:
+        tree: Path, home: Path) -> None:  # fmt: skip
     default = {"PATH": stand_in(home / "default", "python3", f"exec '{PYTHON}' \"$@\"")}
     chosen = f"#!{PYTHON} -I\n"
     for arguments, env, first_line in (
@@ -203,8 +199,7 @@ def works(proxy: Proxy) -> None:
 
 
 def test_one_that_runs_hands_out_its_own_shim_after_an_upgrade(
-    program: Path, home: Path, start: Callable[..., Proxy]
-) -> None:
+        program: Path, home: Path, start: Callable[..., Proxy]) -> None:  # fmt: skip
     proxy = start([program], clean_env(home))
     longer = program.with_name("longer")
     with zipfile.ZipFile(program) as old, zipfile.ZipFile(longer, "x") as new:
@@ -219,8 +214,7 @@ def test_one_that_runs_hands_out_its_own_shim_after_an_upgrade(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_it_tells_the_version_and_the_shim_of_the_source(
-    form: str, built: Callable[[str], Path], home: Path
-) -> None:
+        form: str, built: Callable[[str], Path], home: Path) -> None:  # fmt: skip
     version = re.search(r'(?m)^VERSION = "(.+)"', PROXY.read_text("utf-8"))
     assert version
     told = run([built(form), "--version"], env=clean_env(home)).stdout.decode()
@@ -308,9 +302,8 @@ WAYS = {
 
 @pytest.mark.parametrize("way", [*list(WAYS)[:2], *long_rows(*list(WAYS)[2:])])
 def test_it_runs_no_code_but_its_own_however_it_is_called(
-    way: str, program: Path, built: Callable[[str], Path], hostile: Dict[str, str], short: Path,
-    start: Callable[..., Proxy],
-) -> None:  # fmt: skip
+        way: str, program: Path, built: Callable[[str], Path], hostile: Dict[str, str], short: Path,
+        start: Callable[..., Proxy]) -> None:  # fmt: skip
     if way == "through shiv":
         shutil.copy(built("shiv"), program)
         hostile["SHIV_ROOT"] = str(short / "root")
@@ -329,8 +322,7 @@ def test_it_runs_no_code_but_its_own_however_it_is_called(
 
 @pytest.mark.long
 def test_through_shiv_a_source_that_was_edited_does_not_run(
-    built: Callable[[str], Path], home: Path
-) -> None:
+        built: Callable[[str], Path], home: Path) -> None:  # fmt: skip
     argv = [built("shiv"), "--version"]
     run(argv, env=clean_env(home))
     (edited,) = home.glob(".shiv/*/site-packages/ssh_agent_proxy.py")
@@ -357,9 +349,8 @@ def odd_home(request: pytest.FixtureRequest, home: Path, short: Path) -> Dict[st
 
 @pytest.mark.parametrize("form", FORMS)
 def test_it_works_without_a_home_to_write_to(
-    form: str, built: Callable[[str], Path], odd_home: Dict[str, str], short: Path,
-    start: Callable[..., Proxy],
-) -> None:  # fmt: skip
+        form: str, built: Callable[[str], Path], odd_home: Dict[str, str], short: Path,
+        start: Callable[..., Proxy]) -> None:  # fmt: skip
     # Through shiv, where it is told where to unpack instead.
     (short / "root").mkdir()
     odd_home["SHIV_ROOT"] = str(short / "root")
@@ -389,8 +380,7 @@ def changes(trace: str) -> List[str]:
 
 
 def test_it_unpacks_nothing_and_writes_no_file(
-    program: Path, home: Path, short: Path, start: Callable[..., Proxy]
-) -> None:
+        program: Path, home: Path, short: Path, start: Callable[..., Proxy]) -> None:  # fmt: skip
     # -D: the process that is started, and gets the signals, is the program.
     trace = short / "trace"
     proxy = start([need("strace", "strace"), "-D", *STRACE, trace, program], clean_env(home))

@@ -1,7 +1,5 @@
 """Who calls ssh-keygen to sign, as Debian has them."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -62,8 +60,7 @@ p.verify_tag(".", b"v1")'
 
 @pytest.mark.alone
 def test_what_callers_make_is_signed_and_verifies(
-    keys: Keys, served: Served, tmp_path: Path
-) -> None:
+        keys: Keys, served: Served, tmp_path: Path) -> None:  # fmt: skip
     """They would make commits that nobody can tell from anyone's."""
     debian, line = tmp_path / "debian", keys.line("ed25519")
     set_up_debian(debian, "testing", f"--include={PACKAGES}")

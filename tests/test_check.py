@@ -1,7 +1,5 @@
 """`check`: each thing that can be wrong is one line that names it, its cause and the way out."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -122,8 +120,7 @@ def files(folder: Path) -> Dict[str, Tuple[int, ...]]:
 
 
 def test_an_agent_with_a_key_is_told_to_the_letter_and_exit_0(
-    home: Path, agent_with_key: Agent, keys: Keys
-) -> None:
+        home: Path, agent_with_key: Agent, keys: Keys) -> None:  # fmt: skip
     sock, name = agent_with_key.sock, fingerprint(keys["ed25519"])
     told = check(home, SSH_AUTH_SOCK=sock)
     told.works()
@@ -138,8 +135,7 @@ def test_an_agent_with_a_key_is_told_to_the_letter_and_exit_0(
 
 
 def test_each_token_is_told_with_its_leash_and_not_shown(
-    home: Path, short: Path, agent_with_key: Agent
-) -> None:
+        home: Path, short: Path, agent_with_key: Agent) -> None:  # fmt: skip
     leash = f"payloads=push key={FINGERPRINT.decode()}"
     text = f"{SECRET} name\n{SECRET}2\n{SECRET}3 box {leash}\n{SECRET}4 any payloads=any\n"
     path = private_file(short / "tokens", text)
@@ -159,8 +155,7 @@ def test_each_token_is_told_with_its_leash_and_not_shown(
 
 
 def test_every_key_is_a_line_in_the_agents_order_and_the_first_signs(
-    agent: Agent, keys: Keys
-) -> None:
+        agent: Agent, keys: Keys) -> None:  # fmt: skip
     names = ["rsa2048", "ed25519", "ecdsa256"]
     for name in names:
         agent.add(keys[name])
@@ -178,8 +173,7 @@ def test_every_key_is_a_line_in_the_agents_order_and_the_first_signs(
 
 @pytest.mark.parametrize("setting", [NAME + "PUBKEY", NAME + "PUBKEY_FILE"])
 def test_the_pinned_key_signs_and_its_setting_is_named(
-    setting: str, agent: Agent, keys: Keys
-) -> None:
+        setting: str, agent: Agent, keys: Keys) -> None:  # fmt: skip
     agent.add(keys["other"])
     agent.add(keys["ed25519"])
 
@@ -204,8 +198,7 @@ def dead(path: Path) -> None:
 
 @pytest.mark.parametrize("variable", ["SSH_AUTH_SOCK", NAME + "UPSTREAM"])
 def test_an_agent_that_is_not_there_is_named_with_the_cause_and_the_setting(
-    variable: str, short: Path
-) -> None:
+        variable: str, short: Path) -> None:  # fmt: skip
     dead(short / "agent")
     told = of_agent(**{variable: short / "agent"})
     told.fails(f"'{short}/agent'", "nobody listens on that socket", variable)
@@ -213,8 +206,7 @@ def test_an_agent_that_is_not_there_is_named_with_the_cause_and_the_setting(
 
 @pytest.mark.parametrize("locked", [False, True])
 def test_an_agent_without_keys_is_named_with_the_cause_and_the_ways_out(
-    locked: bool, agent: Agent, keys: Keys
-) -> None:
+        locked: bool, agent: Agent, keys: Keys) -> None:  # fmt: skip
     if locked:
         agent.add(keys["ed25519"])
         agent.lock()
@@ -228,8 +220,7 @@ def test_an_agent_without_keys_is_named_with_the_cause_and_the_ways_out(
 
 @pytest.mark.parametrize("gone", [False, True])
 def test_another_well_known_agent_with_keys_is_named_with_the_setting_that_selects_it(
-    gone: bool, short: Path, start_agent: StartAgent, keys: Keys
-) -> None:
+        gone: bool, short: Path, start_agent: StartAgent, keys: Keys) -> None:  # fmt: skip
     """On a Mac the agent of SSH_AUTH_SOCK is Apple's empty one, and 1Password's is another."""
     first, other = start_agent(), start_agent(short / "ssh-agent.socket")
     if gone:
@@ -248,8 +239,7 @@ ESCAPED = r"a\x1b[31m\r\nFAIL b\u202e\u200bc\x9b"
 
 
 def test_hostile_text_is_escaped_on_its_line_and_cut(
-    short: Path, scripted_agent: StartScripted, keys: Keys
-) -> None:
+        short: Path, scripted_agent: StartScripted, keys: Keys) -> None:  # fmt: skip
     comment = HOSTILE.encode("utf-8", "surrogateescape") + 100_000 * b"x"
     listed = listing((p.parse_key_line(keys.line("ed25519")).key.blob, comment))
     path = scripted_agent(lambda c: (read_message(c), c.sendall(listed)))
@@ -262,8 +252,7 @@ def test_hostile_text_is_escaped_on_its_line_and_cut(
 
 @linux
 def test_an_agent_behind_a_command_is_told_and_signs_and_keeps_landlock_out(
-    home: Path, short: Path, agent_with_key: Agent, keys: Keys
-) -> None:
+        home: Path, short: Path, agent_with_key: Agent, keys: Keys) -> None:  # fmt: skip
     (short / "relay").write_text(RELAY)
     argv = [sys.executable, str(short / "relay"), str(agent_with_key.sock)]
     told = check(home, "--upstream", f"exec:{shlex.join(argv)}", "--sign")
@@ -293,8 +282,7 @@ def test_every_free_address_is_told(short: Path) -> None:
 
 
 def test_the_proxy_that_runs_there_already_is_known_and_not_disturbed(
-    short: Path, agent_with_key: Agent, start_proxy: StartProxy
-) -> None:
+        short: Path, agent_with_key: Agent, start_proxy: StartProxy) -> None:  # fmt: skip
     proxy = start_proxy(upstream=agent_with_key.sock, addr=f"127.0.0.1:0,unix:{short}/s")
     proxy.wait_log("listening on unix:")
     before = files(short)
@@ -334,8 +322,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("handler", rows(OTHERS))
 def test_a_socket_of_another_program_is_told_with_the_setting_and_left(
-    handler: Handler, scripted_agent: StartScripted
-) -> None:
+        handler: Handler, scripted_agent: StartScripted) -> None:  # fmt: skip
     path = scripted_agent(handler)
     before = files(path.parent)
     told = of_addresses(f"unix:{path}")
@@ -452,8 +439,7 @@ def test_a_unix_address_is_told_and_left_as_it_was(
     ("127.0.0.2", False), ("localhost", False), ("[::1]", False), ("0.0.0.0", True), ("[::]", True),
 ])  # fmt: skip
 def test_listening_beyond_loopback_without_a_token_is_a_warning(
-    host: str, beyond: bool, short: Path
-) -> None:
+        host: str, beyond: bool, short: Path) -> None:  # fmt: skip
     """Whoever reaches it can have anything signed."""
     if "::" in host:
         need_ipv6()
@@ -472,8 +458,7 @@ def test_listening_beyond_loopback_without_a_token_is_a_warning(
     ("127.0.0.1:0", f"{SECRET}\n", False),
 ])  # fmt: skip
 def test_a_yes_that_holds_for_everyone_on_this_machine_is_a_warning(
-    addr: str, tokens: str, told: bool, short: Path
-) -> None:
+        addr: str, tokens: str, told: bool, short: Path) -> None:  # fmt: skip
     argv = ["--addr", addr, "--confirm", "true", "--confirm-for", "600"]
     if tokens:
         argv += ["--token-file", private_file(short / "tokens", tokens)]
@@ -546,8 +531,7 @@ def service_is(short: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
 @linux
 def test_of_the_running_service_the_kernels_facts_are_told(
-    proxy: Proxy, service_is: Callable[[str], Report], short: Path
-) -> None:
+        proxy: Proxy, service_is: Callable[[str], Report], short: Path) -> None:  # fmt: skip
     line = service_is(f"echo {proxy.pid}").one("service")
     words = (short / "asked").read_text().split()
     assert {"--user", "show", "--property=MainPID"} <= set(words)
@@ -575,8 +559,7 @@ HANGS = pytest.param("exec sleep 60", marks=pytest.mark.long, id="hangs")
 @linux
 @pytest.mark.parametrize("line", [*rows(NO_SERVICE), HANGS])
 def test_a_service_that_does_not_run_is_no_line(
-    line: str, service_is: Callable[[str], Report]
-) -> None:
+        line: str, service_is: Callable[[str], Report]) -> None:  # fmt: skip
     assert service_is(line).lines == []
 
 
@@ -585,8 +568,7 @@ def test_a_service_that_does_not_run_is_no_line(
 
 @pytest.mark.parametrize("name", ["ed25519", "rsa2048", "ecdsa256", "ecdsa384", "ecdsa521"])
 def test_a_signature_of_each_type_is_verified(
-    name: str, home: Path, agent: Agent, keys: Keys
-) -> None:
+        name: str, home: Path, agent: Agent, keys: Keys) -> None:  # fmt: skip
     agent.add(keys["other"])
     agent.add(keys[name])
     argv = ["--sign", "--pubkey", keys.line(name), "--namespace", "file,git"]
@@ -629,8 +611,7 @@ def test_a_wrong_signature_is_exit_1_and_none_is_asked_for_without_sign(
 
 
 def test_without_ssh_keygen_and_systemctl_it_is_made_and_not_verified(
-    home: Path, agent_with_key: Agent
-) -> None:
+        home: Path, agent_with_key: Agent) -> None:  # fmt: skip
     told = check(home, "--upstream", agent_with_key.sock, "--sign", PATH="/nowhere")
     line = told.one("test signature")
     assert line.startswith("warn ")
@@ -648,8 +629,7 @@ def test_no_test_signature_is_tried_where_no_key_can_make_one(home: Path, agent:
 
 @pytest.mark.parametrize("limit", ["unlimited", "0"])
 def test_sign_leaves_nothing_behind_even_without_room_for_a_temporary_file(
-    limit: str, home: Path, short: Path, agent_with_key: Agent
-) -> None:
+        limit: str, home: Path, short: Path, agent_with_key: Agent) -> None:  # fmt: skip
     argv = ["sh", "-c", f'ulimit -f {limit}; exec "$@"', "sh", sys.executable, PROXY, "check"]
     argv += ["--addr", "127.0.0.1:0", "--sign", "--upstream", agent_with_key.sock]
     env = clean_env(home)

@@ -1,7 +1,5 @@
 """The command line as a person meets it: what is printed, where, and with what exit status."""
 
-from __future__ import annotations
-
 import os
 import re
 import resource
@@ -56,8 +54,7 @@ def test_help_names_every_option_and_command(home: Path) -> None:
         assert call(home, option).stdout.decode() == f"ssh-agent-proxy {p.VERSION}\n"
 
 def test_quiet_keeps_warnings_and_audit_lines_only(
-    short: Path, agent: Agent, keys: Keys, start_proxy: StartProxy
-) -> None:
+        short: Path, agent: Agent, keys: Keys, start_proxy: StartProxy) -> None:  # fmt: skip
     agent.add(keys["ed25519"])
     agent.add(keys["other"])  # two keys and none pinned: worth a warning
     proxy = start_proxy("-q", upstream=agent.sock, addr=f"unix:{short}/s", wait=False)
@@ -74,8 +71,7 @@ def test_quiet_keeps_warnings_and_audit_lines_only(
 
 
 def test_serve_among_its_options_and_again_at_once_without_the_word(
-    agent_with_key: Agent, start_proxy: StartProxy
-) -> None:
+        agent_with_key: Agent, start_proxy: StartProxy) -> None:  # fmt: skip
     """The port is free by then."""
     words = ["--timeout", "5", "serve", "--console", "-v"]
     first = start_proxy(*words, upstream=agent_with_key.sock)
@@ -91,8 +87,7 @@ def test_serve_among_its_options_and_again_at_once_without_the_word(
     ["shim"], ["--console", "-q", "shim"], ["shim", "--addr", "127.0.0.1:1"],
 ])  # fmt: skip
 def test_shim_is_printed_byte_for_byte_wherever_options_stand(
-    words: List[str], home: Path
-) -> None:
+        words: List[str], home: Path) -> None:  # fmt: skip
     done = call(home, *words)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout == SHIM.read_bytes()
@@ -116,8 +111,7 @@ WRONG_WORDS = [
 
 @pytest.mark.parametrize(("words", "expected"), rows(WRONG_WORDS))
 def test_a_wrong_command_line_is_one_line_and_exit_2(
-    words: List[str], expected: str, home: Path
-) -> None:
+        words: List[str], expected: str, home: Path) -> None:  # fmt: skip
     done = call(home, *words, SSH_AGENT_PROXY_ADDR="127.0.0.1:0")
     assert (done.returncode, done.stdout) == (2, b"")
     said = one_line(done.stderr)
@@ -129,8 +123,7 @@ def test_a_wrong_command_line_is_one_line_and_exit_2(
 
 
 def test_a_script_copied_alone_says_that_shim_sh_is_missing_until_it_is_there(
-    home: Path, start_proxy: StartProxy
-) -> None:
+        home: Path, start_proxy: StartProxy) -> None:  # fmt: skip
     copy = Path(shutil.copyfile(PROXY, home / PROXY.name))
     done = run([sys.executable, copy, "shim"], env=clean_env(home), check=False)
     assert (done.returncode, done.stdout) == (1, b"")
@@ -147,8 +140,7 @@ def test_a_script_copied_alone_says_that_shim_sh_is_missing_until_it_is_there(
 
 
 def test_each_address_is_listened_on_and_none_of_loopback_is_warned_about(
-    agent_with_key: Agent, start_proxy: StartProxy
-) -> None:
+        agent_with_key: Agent, start_proxy: StartProxy) -> None:  # fmt: skip
     """Of a name all that the system says."""
     need_ipv6()
     named = {where[0] for *_, where in socket.getaddrinfo("localhost", 0, proto=socket.IPPROTO_TCP)}
@@ -165,8 +157,7 @@ def test_each_address_is_listened_on_and_none_of_loopback_is_warned_about(
 
 
 def test_a_name_that_has_an_address_twice_is_listened_on_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Two lines in /etc/hosts do that."""
     found = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: 2 * found)
@@ -179,8 +170,7 @@ def test_a_name_that_has_an_address_twice_is_listened_on_once(
 @pytest.mark.skipif(sys.platform != "linux", reason="IP_FREEBIND is Linux's")
 @pytest.mark.parametrize("host", ["192.0.2.1", "[2001:db8::1]", "0.0.0.0"])
 def test_an_address_beyond_loopback_is_listened_on_though_it_comes_later_and_warned_about(
-    host: str, agent_with_key: Agent, start_proxy: StartProxy
-) -> None:
+        host: str, agent_with_key: Agent, start_proxy: StartProxy) -> None:  # fmt: skip
     if ":" in host:
         need_ipv6()
     proxy = start_proxy(addr=f"{host}:0", upstream=agent_with_key.sock)
@@ -190,8 +180,7 @@ def test_an_address_beyond_loopback_is_listened_on_though_it_comes_later_and_war
 
 
 def test_a_busy_port_is_named_and_no_other_address_listened_on(
-    proxy: Proxy, home: Path, short: Path
-) -> None:
+        proxy: Proxy, home: Path, short: Path) -> None:  # fmt: skip
     """Else a start that failed leaves a dead socket behind."""
     done = call(home, "--addr", f"127.0.0.1:0,unix:{short}/s,127.0.0.1:{proxy.port}")
     assert done.returncode == 1
@@ -204,8 +193,7 @@ def test_a_busy_port_is_named_and_no_other_address_listened_on(
 
 
 def test_more_file_descriptors_are_asked_for_where_few_are_allowed(
-    home: Path, agent_with_key: Agent, start_proxy: StartProxy
-) -> None:
+        home: Path, agent_with_key: Agent, start_proxy: StartProxy) -> None:  # fmt: skip
     """macOS starts with 256, and 128 requests need 128 connections to the agent too."""
     proxy = start_proxy(upstream=agent_with_key.sock, python=instead(
         f"ulimit -S -n 64; exec {PYTHON} {PROXY}"
@@ -253,8 +241,7 @@ def test_a_hopeless_ssh_auth_sock_is_a_503(sock: str, start_proxy: StartProxy) -
     ("PYTHONSAFEPATH", "cd FOLDER && exec env PYTHONSAFEPATH=1 PYTHON ssh_agent_proxy.py"),
 ]))  # fmt: skip
 def test_a_neighbours_module_never_runs(
-    way: str, short: Path, agent_with_key: Agent, start_proxy: StartProxy
-) -> None:
+        way: str, short: Path, agent_with_key: Agent, start_proxy: StartProxy) -> None:  # fmt: skip
     """Nor what it imports later on: for a request, a command as the agent, a debug line."""
     folder = short / "hostile"
     lay_out_modules(folder, short / "ran")
@@ -288,8 +275,7 @@ def test_what_could_not_be_printed_is_no_success(word: str, redirection: str, ho
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
 def test_a_wrong_setting_is_exit_2_even_when_nobody_can_be_told(
-    redirection: str, home: Path
-) -> None:
+        redirection: str, home: Path) -> None:  # fmt: skip
     done = shell(home, redirection, "--addr", "x")
     assert (done.returncode, done.stdout) == (2, b"")
 
@@ -308,8 +294,7 @@ def test_without_any_environment_it_serves(agent_with_key: Agent, start_proxy: S
     {"PYTHONIOENCODING": "ascii:strict"},
 ], ids=lambda locale: " ".join(locale.values()))  # fmt: skip
 def test_no_locale_gives_a_traceback(
-    locale: Dict[str, str], home: Path, start_proxy: StartProxy
-) -> None:
+        locale: Dict[str, str], home: Path, start_proxy: StartProxy) -> None:  # fmt: skip
     assert call(home, "shim", **locale).stdout == SHIM.read_bytes()
     done = call(home, "--addr", "é\u202e\udcff:x", **locale)
     assert done.returncode == 2

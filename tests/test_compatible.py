@@ -1,7 +1,5 @@
 """The shim beside the real ssh-keygen: what each makes of a caller's command line, or of any."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import os
@@ -211,8 +209,7 @@ CALLERS = [
 
 @pytest.mark.parametrize("command", rows(CALLERS))
 def test_a_caller_gets_what_ssh_keygen_would_give_it(
-    command: str, one_shim: Shim, both: Both
-) -> None:
+        command: str, one_shim: Shim, both: Both) -> None:  # fmt: skip
     """Its users could not sign, or would see good signatures called bad."""
     argv, found = command.split(), []
     for ours in (True, False):
@@ -240,8 +237,7 @@ CASES += [on(shell, range(160 + 40 * i, 240 + 40 * i)) for i, shell in enumerate
 
 @pytest.mark.parametrize("shim, seeds", CASES, indirect=["shim"])
 def test_a_command_line_does_what_it_does_to_ssh_keygen(
-    shim: Shim, seeds: Sequence[int], both: Both
-) -> None:
+        shim: Shim, seeds: Sequence[int], both: Both) -> None:  # fmt: skip
     """Whatever calls ssh-keygen would sign something else, or nothing, with the shim."""
     for case in map(draw, seeds):
         with both.laid_out() as shim.folder:

@@ -1,7 +1,5 @@
 """Settings, from dictionaries and as a person gives them; each wrong one is named in one line."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re
@@ -81,8 +79,7 @@ GOOD: List[Tuple[str, str, object]] = [
 
 @pytest.mark.parametrize(("variable", "value", "expected"), GOOD)
 def test_a_variable_and_its_option_set_the_same(
-    variable: str, value: str, expected: object
-) -> None:
+        variable: str, value: str, expected: object) -> None:  # fmt: skip
     """Else a setting means another thing in the env file than on the command line."""
     for argv in [option(variable), value], [f"{option(variable)}={value}"]:
         assert getattr(config(*argv), variable.lower()) == expected
@@ -148,8 +145,7 @@ def test_paths_are_expanded(given: str, meant: str) -> None:
     ("# a comment\n\n", "\n"), ("\n  \n", "\r\n"), ("", "\n\n# more\n"),
 ])  # fmt: skip
 def test_a_pin_may_have_comments_and_empty_lines_around_it(
-    before: str, after: str, keys: Keys, tmp_path: Path
-) -> None:
+        before: str, after: str, keys: Keys, tmp_path: Path) -> None:  # fmt: skip
     file = tmp_path / "pin"
     file.write_bytes((before + keys.line("ed25519") + after).encode())
     assert pin(config(PUBKEY_FILE=str(file))) == keys.line("ed25519")
@@ -183,8 +179,7 @@ def test_a_running_proxy_follows_the_pins_file(
     ("{line}\n" + (64 << 10) * "#", "larger than 64 KiB"),
 ], ids=["private", "empty", "two", "two below a comment", "large"])  # fmt: skip
 def test_a_file_that_holds_no_public_key_is_named_with_the_reason(
-    text: str, reason: str, keys: Keys, tmp_path: Path
-) -> None:
+        text: str, reason: str, keys: Keys, tmp_path: Path) -> None:  # fmt: skip
     path = tmp_path / "key.pub"
     text = text.replace("{key}", keys["ed25519"].read_text())
     path.write_text(text.replace("{line}", keys.line("ed25519")))
@@ -289,8 +284,7 @@ def test_a_yes_is_kept_only_where_there_is_someone_to_ask() -> None:
 
 @pytest.mark.parametrize("name", ["my-askpass", "~/my-askpass", "%h/my-askpass", "$D/my-askpass"])
 def test_an_askpass_program_may_stand_on_the_path_or_in_the_home(
-    name: str, tmp_path: Path
-) -> None:
+        name: str, tmp_path: Path) -> None:  # fmt: skip
     program = tmp_path / "my-askpass"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
@@ -333,7 +327,6 @@ def test_a_private_key_is_never_echoed(given: str, keys: Keys, home: Path) -> No
     ({"TOKEN": "x", "TOKEN_FILE": "/tokens"}, ()),
 ])  # fmt: skip
 def test_a_variable_that_looks_like_ours_is_known_to_be_none(
-    variables: Dict[str, Any], unknown: Tuple[str, ...]
-) -> None:
+        variables: Dict[str, Any], unknown: Tuple[str, ...]) -> None:  # fmt: skip
     """Else a setting with a typing error is silently not in force."""
     assert config(**variables).unknown == unknown

@@ -4,8 +4,6 @@ The askpass program is mostly a script that notes what it was asked and does wha
 once it is a real one, on a screen.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -231,8 +229,7 @@ def obtain(
 
 @pytest.mark.parametrize(("does", "yes"), rows(ANSWERS))
 def test_what_is_a_yes_and_everything_else_is_a_no(
-    does: str, yes: bool, askpass: Askpass, client: socket.socket
-) -> None:
+        does: str, yes: bool, askpass: Askpass, client: socket.socket) -> None:  # fmt: skip
     askpass.does(does)
     assert obtain(asks(askpass.program), client) == yes
     assert len(askpass.asked()) == 1
@@ -240,8 +237,7 @@ def test_what_is_a_yes_and_everything_else_is_a_no(
 
 @pytest.mark.parametrize("does", rows(NO_IN_TIME))
 def test_no_answer_in_time_is_a_no_and_nothing_runs_on_nor_takes_memory(
-    does: str, askpass: Askpass, client: socket.socket
-) -> None:
+        does: str, askpass: Askpass, client: socket.socket) -> None:  # fmt: skip
     askpass.does(does)
     tracemalloc.start()
     assert not obtain(asks(askpass.program, timeout=0.5), client)
@@ -253,8 +249,7 @@ def test_no_answer_in_time_is_a_no_and_nothing_runs_on_nor_takes_memory(
 
 @pytest.mark.parametrize("mode", [None, 0o644, 0o755])
 def test_a_program_that_is_gone_later_is_a_no(
-    askpass: Askpass, confirming: StartProxy, mode: Optional[int]
-) -> None:
+        askpass: Askpass, confirming: StartProxy, mode: Optional[int]) -> None:  # fmt: skip
     """Or can't be run, or is none."""
     proxy = confirming()
     askpass.program.unlink()
@@ -297,8 +292,7 @@ def test_the_time_in_the_queue_counts(askpass: Askpass, confirming: StartProxy) 
 
 @pytest.mark.parametrize("ignores", ["", "trap '' TERM; "])
 def test_a_client_that_goes_away_takes_its_prompt_along_and_the_next_is_asked(
-    ignores: str, askpass: Askpass, confirming: StartProxy
-) -> None:
+        ignores: str, askpass: Askpass, confirming: StartProxy) -> None:  # fmt: skip
     askpass.does(f"{ignores}sleep 600 & {WAITS}")
     proxy = confirming()
     first = Request(proxy, commit(b"first"))
@@ -314,8 +308,7 @@ def test_a_client_that_goes_away_takes_its_prompt_along_and_the_next_is_asked(
 
 
 def test_a_click_on_its_way_to_a_prompt_that_goes_hits_no_other(
-    askpass: Askpass, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        askpass: Askpass, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """The next prompt waits a second where one has been taken away."""
     pauses: List[float] = []
     clock = types.SimpleNamespace(**vars(time))
@@ -338,8 +331,7 @@ def test_a_click_on_its_way_to_a_prompt_that_goes_hits_no_other(
 
 
 def test_those_that_leave_the_queue_are_never_asked_for(
-    short: Path, askpass: Askpass, confirming: StartProxy
-) -> None:
+        short: Path, askpass: Askpass, confirming: StartProxy) -> None:  # fmt: skip
     """Neither while it stands nor as it moves on."""
     proxy = confirming(addr=f"127.0.0.1:0,unix:{short}/socket")
     # A Unix socket, since its close is seen at once.
@@ -360,8 +352,7 @@ def test_those_that_leave_the_queue_are_never_asked_for(
 
 
 def test_an_open_prompt_holds_up_nothing_else_and_nothing_else_is_asked_about(
-    short: Path, askpass: Askpass, keys: Keys, confirming: StartProxy
-) -> None:
+        short: Path, askpass: Askpass, keys: Keys, confirming: StartProxy) -> None:  # fmt: skip
     tokens = private_file(short / "tokens", "a-secret-of-20-bytes laptop\n")
     proxy = confirming("--token-file", tokens, "--payloads", "commit",
                        "--pubkey", keys.line("ed25519"))  # fmt: skip
@@ -429,8 +420,7 @@ def stop(proxy: Proxy, signals: int) -> None:
 
 @pytest.mark.parametrize("signals", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_the_end_of_the_proxy_is_the_end_of_the_prompt_and_no_other_comes(
-    askpass: Askpass, confirming: StartProxy, signals: int
-) -> None:
+        askpass: Askpass, confirming: StartProxy, signals: int) -> None:  # fmt: skip
     askpass.does(f"sleep 600 & {WAITS}")
     proxy = confirming()
     requests = [Request(proxy, commit(b"%d" % n)) for n in range(20)]
@@ -444,8 +434,7 @@ def test_the_end_of_the_proxy_is_the_end_of_the_prompt_and_no_other_comes(
 
 
 def test_a_prompt_that_the_end_of_the_proxy_closes_is_no_yes(
-    watched: Tuple[Proxy, Scripted], askpass: Askpass
-) -> None:
+        watched: Tuple[Proxy, Scripted], askpass: Askpass) -> None:  # fmt: skip
     """It is sent SIGTERM; one that leaves with exit 0 at that has not been agreed to."""
     proxy, scripted = watched
     askpass.does("trap 'exit 0' TERM; sleep 600 >/dev/null 2>&1 & : >\"$here/ready\"; wait")
@@ -460,8 +449,7 @@ def test_a_prompt_that_the_end_of_the_proxy_closes_is_no_yes(
 
 
 def test_a_rebase_asks_once_and_a_tag_within_once_more(
-    home: Path, askpass: Askpass, keys: Keys, confirming: StartProxy
-) -> None:
+        home: Path, askpass: Askpass, keys: Keys, confirming: StartProxy) -> None:  # fmt: skip
     askpass.does("exit 0")
     proxy = confirming("--confirm-for", "600")
     repo = Repository(home, f"{proxy.url}/sign", keys["ed25519"].with_suffix(".pub"))
@@ -491,8 +479,7 @@ def holding(short: Path, askpass: Askpass, confirming: StartProxy) -> Proxy:
 
 
 def test_a_yes_holds_for_the_same_kind_namespace_and_address_and_for_nothing_else(
-    askpass: Askpass, holding: Proxy
-) -> None:
+        askpass: Askpass, holding: Proxy) -> None:  # fmt: skip
     signed(Request(holding))
     signed(Request(holding, commit(b"another")))  # from another port
     assert len(askpass.asked()) == 1
@@ -531,8 +518,7 @@ def test_the_key_that_was_shown_signs_and_a_yes_to_it_is_none_to_another(
 
 
 def test_where_no_key_could_sign_nobody_is_asked(
-    agent: Agent, askpass: Askpass, confirming: StartProxy
-) -> None:
+        agent: Agent, askpass: Askpass, confirming: StartProxy) -> None:  # fmt: skip
     assert Request(confirming(upstream=agent.sock)).answer().status == 503
     assert askpass.started() == []
 
@@ -555,8 +541,7 @@ def test_a_yes_ends_however_often_it_is_used_and_in_a_suspend_too(
 
 
 def test_a_yes_to_a_unix_peer_holds_for_its_uid_and_not_for_another_uid_or_an_address(
-    short: Path, askpass: Askpass, holding: Proxy
-) -> None:
+        short: Path, askpass: Askpass, holding: Proxy) -> None:  # fmt: skip
     if os.geteuid():
         cannot_run("only root can be somebody else")
     curl = need("curl", "curl")
@@ -579,8 +564,7 @@ def test_a_yes_to_a_unix_peer_holds_for_its_uid_and_not_for_another_uid_or_an_ad
 
 
 def test_a_yes_holds_for_one_token_wherever_it_comes_from_and_the_prompt_names_it(
-    short: Path, askpass: Askpass, confirming: StartProxy
-) -> None:
+        short: Path, askpass: Askpass, confirming: StartProxy) -> None:  # fmt: skip
     askpass.does("exit 0")
     secrets = [f"secret-of-20-bytes-{n}" for n in range(3)]
     text = f"{secrets[0]} laptop\n{secrets[1]}\n{secrets[2]} {'n' * 5000}\n"
@@ -597,8 +581,7 @@ def test_a_yes_holds_for_one_token_wherever_it_comes_from_and_the_prompt_names_i
 
 
 def test_a_no_is_not_remembered_and_ends_no_yes_to_something_else(
-    askpass: Askpass, client: socket.socket
-) -> None:
+        askpass: Askpass, client: socket.socket) -> None:  # fmt: skip
     consent = asks(askpass.program)
     answers = []
     for does, what in [("exit 1", "a"), ("exit 1", "a"), ("exit 0", "a"), ("exit 1", "b")]:

@@ -1,7 +1,5 @@
 """The dev container feature: packaged by the real tool, installed where no engine is needed."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -101,8 +99,7 @@ def test_the_package_holds_what_is_installed(tmp_path: Path, feature: Path) -> N
     ("too old for remotes", "true", "2.35.1", "git is 2.35.1, and remoteOnly needs 2.36 or newer"),
 ]))  # fmt: skip
 def test_a_git_that_is_missing_or_too_old_is_named_before_anything_is_installed(
-    busybox: Image, remote_only: str, version: str, why: str
-) -> None:
+        busybox: Image, remote_only: str, version: str, why: str) -> None:  # fmt: skip
     for program in ("git", "curl") if version else ():
         path = busybox.root / "usr/bin" / program
         path.write_text(f"#!/bin/sh\necho git version {version}\n")
@@ -115,8 +112,7 @@ def test_a_git_that_is_missing_or_too_old_is_named_before_anything_is_installed(
 
 @pytest.mark.parametrize(("remote_only", "signed"), [("false", True), ("true", False)])
 def test_a_new_repository_signs_unless_only_those_with_a_remote_are_to(
-    busybox: Image, proxy: Proxy, remote_only: str, signed: bool
-) -> None:
+        busybox: Image, proxy: Proxy, remote_only: str, signed: bool) -> None:  # fmt: skip
     for program in ("git", "curl"):
         busybox.copy(program)
     for _ in range(2):  # an image is built on one that has it
@@ -129,8 +125,7 @@ def test_a_new_repository_signs_unless_only_those_with_a_remote_are_to(
 
 @pytest.mark.alone
 def test_debian_gets_what_is_missing_and_any_user_signs(
-    short: Path, feature: Path, proxy: Proxy
-) -> None:
+        short: Path, feature: Path, proxy: Proxy) -> None:  # fmt: skip
     set_up_debian(short / "image", "bookworm")
     image = Image(short / "image", feature)
     for file in ("etc/resolv.conf", "etc/hosts"):

@@ -1,7 +1,5 @@
 """Real git, signing through the shim and the proxy, and verifying what came out."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -132,8 +130,7 @@ def remote(home: Path, repository: Repository) -> Path:
 # key's fingerprint, which wants the very file.
 @pytest.mark.parametrize("way", ["public file", "literal", "literal without key::", "command"])
 def test_a_signed_push_is_verified_by_the_remote(
-    way: str, repository: Repository, remote: Path, keys: Keys
-) -> None:
+        way: str, repository: Repository, remote: Path, keys: Keys) -> None:  # fmt: skip
     name_the_key(way, repository)
     repository.commit("one")
     repository.git("push", "-q", "--signed", remote, "main")
@@ -143,8 +140,7 @@ def test_a_signed_push_is_verified_by_the_remote(
 
 
 def test_a_push_certificate_of_nobody_is_refused(
-    repository: Repository, remote: Path, proxy: Proxy
-) -> None:
+        repository: Repository, remote: Path, proxy: Proxy) -> None:  # fmt: skip
     """The proxy comes back between git's two questions: it names nobody's key by then."""
     repository.commit("one")
     name_the_key("command", repository)
@@ -196,9 +192,8 @@ def test_every_way_to_name_the_key_signs_with_that_key(
      "URL answered 403: namespace 'git' is not allowed here: SSH_AGENT_PROXY_NAMESPACE is file"),
 ]))  # fmt: skip
 def test_a_commit_that_cannot_be_signed_fails_with_the_proxys_reason(
-    repository: Repository, agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy],
-    options: str, fate: str, way: str, told: str,
-) -> None:  # fmt: skip
+        repository: Repository, agent: Agent, keys: Keys, start_proxy: Callable[..., Proxy],
+        options: str, fate: str, way: str, told: str) -> None:  # fmt: skip
     """A person would not know what to do; or the commit would be there unsigned."""
     for name in ("other", "ed25519"):
         told = told.replace(name.upper(), fingerprint(keys[name]))
@@ -214,8 +209,7 @@ def test_a_commit_that_cannot_be_signed_fails_with_the_proxys_reason(
 
 
 def test_a_tag_that_could_not_be_signed_is_not_there_or_is_called_unsigned(
-    repository: Repository, agent: Agent
-) -> None:
+        repository: Repository, agent: Agent) -> None:  # fmt: skip
     """Git before 2.43.2 makes the tag whatever the signer says."""
     repository.commit("one")
     agent.delete_all()
@@ -266,8 +260,7 @@ def commit_at_once(repository: Repository, number: int) -> None:
 
 @pytest.mark.parametrize("way", ["missing file", "command"])
 def test_first_commits_at_once_are_all_signed_and_fetch_one_whole_key_file(
-    way: str, repository: Repository, home: Path, keys: Keys
-) -> None:
+        way: str, repository: Repository, home: Path, keys: Keys) -> None:  # fmt: skip
     name_the_key(way, repository)
     commit_at_once(repository, 20)
     if way == "missing file":
@@ -278,9 +271,8 @@ def test_first_commits_at_once_are_all_signed_and_fetch_one_whole_key_file(
 
 @pytest.mark.long
 def test_a_hundred_commits_with_one_token_and_a_slow_agent_are_all_signed_each_its_own(
-    repository: Repository, agent: Agent, home: Path,
-    start_proxy: Callable[..., Proxy], scripted_agent: Callable[..., Path],
-) -> None:  # fmt: skip
+        repository: Repository, agent: Agent, home: Path, start_proxy: Callable[..., Proxy],
+        scripted_agent: Callable[..., Path]) -> None:  # fmt: skip
     """More than the token's half of the places: some are told to come again."""
 
     def slowly(connection: socket.socket) -> None:

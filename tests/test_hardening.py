@@ -1,7 +1,5 @@
 """What the process has given up: read from the system, and tried from another process."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import json
@@ -235,8 +233,7 @@ NOT_PERMITTED = f"not in force (ptrace: {os.strerror(errno.EPERM)})"
     [(0, logging.INFO, "in force (PT_DENY_ATTACH)"), (errno.EPERM, logging.WARNING, NOT_PERMITTED)],
 )
 def test_what_macos_can_not_do_is_told_by_check_and_is_no_line_at_each_start(
-    monkeypatch: pytest.MonkeyPatch, refused: int, level: int, told: str
-) -> None:
+        monkeypatch: pytest.MonkeyPatch, refused: int, level: int, told: str) -> None:  # fmt: skip
     def answer(number: int) -> Callable[..., int]:
         def call(*args: object) -> int:
             ctypes.set_errno(number)
@@ -323,8 +320,7 @@ print(json.dumps(found))
 
 
 def test_no_other_process_of_the_user_looks_into_it(
-    short: Path, start_proxy: Callable[..., Proxy]
-) -> None:
+        short: Path, start_proxy: Callable[..., Proxy]) -> None:  # fmt: skip
     look = short / "look"
     look.write_text(LOOK)
     found = {}

@@ -1,7 +1,5 @@
 """The rules that keep the program readable in an evening, held against its source."""
 
-from __future__ import annotations
-
 import ast
 import dis
 import functools

@@ -1,7 +1,5 @@
 """Requests as bytes, the server as a whole: framing, order, places, limits, the end."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os
@@ -227,8 +225,7 @@ HEADS: List[Tuple[str, bytes, Dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("data", "expected"), rows(HEADS))
 def test_a_head_is_read_in_whatever_pieces_it_comes_and_malformed_where_it_ends_early(
-    data: bytes, expected: Dict[str, Any]
-) -> None:
+        data: bytes, expected: Dict[str, Any]) -> None:  # fmt: skip
     for size in (1, 2, 3, 5, len(data) + 5):
         head, rest = head_of(data + b"rest\n", size)
         assert {name: getattr(head, name) for name in expected} == expected
@@ -379,8 +376,7 @@ CHUNKED: List[Tuple[str, bytes, bytes]] = [
 
 @pytest.mark.parametrize(("data", "body"), rows(CHUNKED))
 def test_a_chunked_body_is_read_in_whatever_pieces_it_comes_and_malformed_where_it_ends_early(
-    data: bytes, body: bytes
-) -> None:
+        data: bytes, body: bytes) -> None:  # fmt: skip
     for size in (1, 2, 3, 5, 7, len(data)):
         assert body_of(data + b"rest\r\n", size) == (body, b"rest\r\n"), size
     for end in range(0, len(data), 1 if len(data) < 400 else 37):
@@ -414,8 +410,7 @@ BAD_CHUNKED: List[Tuple[bytes, int]] = [
 
 @pytest.mark.parametrize(("data", "status"), BAD_CHUNKED, ids=lambda value: ascii(value)[:60])
 def test_a_malformed_chunked_body_is_refused_in_whatever_pieces_it_comes(
-    data: bytes, status: int
-) -> None:
+        data: bytes, status: int) -> None:  # fmt: skip
     for size in (1, 3, len(data)):
         with pytest.raises(p.RequestError) as e:
             body_of(data, size)
@@ -470,8 +465,7 @@ REFUSED: List[Tuple[str, bytes, int]] = [
 
 @pytest.mark.parametrize(("data", "status"), rows(REFUSED))
 def test_a_refusal_is_one_answer_and_one_harmless_line_and_the_agent_is_not_asked_to_sign(
-    data: bytes, status: int, shared: Shared
-) -> None:
+        data: bytes, status: int, shared: Shared) -> None:  # fmt: skip
     shared.agent.asked.clear()
     received, log = shared.ask(data)
     refused(the_one_answer(received), status)
@@ -537,8 +531,7 @@ def request(first: str, fields: Sequence[str]) -> bytes:
 
 @pytest.mark.parametrize(("first", "fields", "body", "status"), rows(ORDER))
 def test_checks_come_in_order(
-    first: str, fields: List[str], body: str, status: int, shared: Shared
-) -> None:
+        first: str, fields: List[str], body: str, status: int, shared: Shared) -> None:  # fmt: skip
     shared.agent.asked.clear()
     refused(ask(shared.port, request(first, fields) + body.encode()), status)
     assert shared.agent.asked == []
@@ -566,8 +559,7 @@ def test_what_needs_only_the_head_is_decided_before_the_body(framing: str, share
 
 @pytest.mark.parametrize("comment", [b"me", b"a\nssh-ed25519 AA b", b"\x1b[31mred\xff"], ids=ascii)
 def test_publickey_is_the_line_of_the_key_that_signs_its_comment_escaped(
-    comment: bytes, shared: Shared
-) -> None:
+        comment: bytes, shared: Shared) -> None:  # fmt: skip
     shared.agent.comment = comment
     answer = ask(shared.port, get("/publickey"))
     shared.agent.comment = b"scripted"
@@ -586,8 +578,7 @@ def test_publickey_is_the_line_of_the_key_that_signs_its_comment_escaped(
     post_chunked(b"5;a=b\r\nhello\r\n0\r\nA: b\r\n\r\n"),
 ], ids=ascii)  # fmt: skip
 def test_sign_answers_with_the_block_that_ssh_keygen_writes(
-    data: bytes, proxy: Proxy, ssh_keygen: Keygen
-) -> None:
+        data: bytes, proxy: Proxy, ssh_keygen: Keygen) -> None:  # fmt: skip
     answer = ask(proxy.port, data)
     assert (answer.status, answer.body) == (200, ssh_keygen(b"hello"))
     assert answer.headers["content-type"] == "application/x-ssh-signature"
@@ -616,8 +607,7 @@ FIRST: List[Tuple[str, bytes, int, int]] = [
 
 @pytest.mark.parametrize(("first", "status", "signatures"), rows(FIRST))
 def test_a_second_request_is_never_read(
-    first: bytes, status: int, signatures: int, shared: Shared
-) -> None:
+        first: bytes, status: int, signatures: int, shared: Shared) -> None:  # fmt: skip
     shared.agent.asked.clear()
     received, log = shared.ask(first + post(b"y"))
     assert the_one_answer(received).status == status
@@ -653,8 +643,7 @@ SIZES = [1, 2, (1 << 16) - HEAD_SIZE, (1 << 16) - 1, 1 << 16, (1 << 18) + 1, MIB
 
 @pytest.mark.parametrize("size", SIZES)
 def test_bodies_of_every_size_are_signed_as_ssh_keygen_does(
-    size: int, proxy: Proxy, ssh_keygen: Keygen
-) -> None:
+        size: int, proxy: Proxy, ssh_keygen: Keygen) -> None:  # fmt: skip
     payload = random.Random(size).randbytes(size)
     in_chunks = chunks(payload, [1, 7, size // 3, size // 4])
     for hash_algorithm in ("sha512", "sha256"):
@@ -706,8 +695,7 @@ def send_all_before_reading(where: Union[int, Path], head: bytes) -> Answer:
     ("a body that nobody needs", get("/healthz", "Content-Length: 33554432"), 200),
 ]))  # fmt: skip
 def test_an_answer_reaches_a_client_that_sends_all_before_it_reads(
-    head: bytes, status: int, shared: Shared
-) -> None:
+        head: bytes, status: int, shared: Shared) -> None:  # fmt: skip
     assert send_all_before_reading(shared.port, head).status == status
 
 
@@ -733,8 +721,7 @@ def test_a_connection_that_sends_nothing_is_closed_in_silence(quick: Shared) -> 
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_connection_that_goes_without_a_word_is_no_line_in_the_log(
-    reset: bool, shared: Shared
-) -> None:
+        reset: bool, shared: Shared) -> None:  # fmt: skip
     before = len(lines_until_now(shared.proxy, shared.port))
     with connect(shared.port) as s:
         if reset:
@@ -744,8 +731,7 @@ def test_a_connection_that_goes_without_a_word_is_no_line_in_the_log(
 
 @pytest.mark.parametrize("data", rows(PARTS))
 def test_a_request_that_stalls_is_too_slow_and_one_that_ends_early_malformed(
-    data: bytes, quick: Shared, shared: Shared
-) -> None:
+        data: bytes, quick: Shared, shared: Shared) -> None:  # fmt: skip
     for one in (quick, shared):
         one.agent.asked.clear()
     received, log = quick.ask(data)
@@ -768,8 +754,7 @@ def test_a_request_that_stalls_is_too_slow_and_one_that_ends_early_malformed(
     ("chunked, no pause", post_chunked(b""), 100000 * b"1\r\na\r\n", 0),
 ]))  # fmt: skip
 def test_what_drips_is_too_slow_as_a_whole(
-    start: bytes, drop: bytes, pause: float, quick: Shared
-) -> None:
+        start: bytes, drop: bytes, pause: float, quick: Shared) -> None:  # fmt: skip
     with connect(quick.port) as s:
         s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         s.sendall(start)
@@ -863,8 +848,7 @@ def served(where: Union[int, Path]) -> bool:
     ("chunked body", post_chunked(b"5\r\nhel"), b"lo\r\n0\r\n\r\n"),
 ]))  # fmt: skip
 def test_the_129th_takes_the_place_of_the_one_that_has_been_waited_for_longest(
-    start: bytes, rest: bytes, proxy: Proxy, clients: Clients
-) -> None:
+        start: bytes, rest: bytes, proxy: Proxy, clients: Clients) -> None:  # fmt: skip
     sockets = clients.open(proxy.port, start, 2)
     # Threads may note the times of connections that come together in another order.
     assert all(served(proxy.port) for _ in range(5))
@@ -898,8 +882,7 @@ def test_a_connection_that_is_put_off_can_still_be_sending(proxy: Proxy, clients
 
 @linux
 def test_where_128_wait_for_the_agent_the_129th_is_busy_at_once(
-    gate: Scripted, gated: Proxy, clients: Clients
-) -> None:
+        gate: Scripted, gated: Proxy, clients: Clients) -> None:  # fmt: skip
     sockets = clients.open(gated.port, post(b"x"), 127)
     wait_for(lambda: gate.signing == 127)
     # What waits for the agent keeps its place: the last one takes that of who came last.
@@ -928,9 +911,8 @@ def test_where_128_wait_for_the_agent_the_129th_is_busy_at_once(
 
 @linux
 def test_the_client_of_one_token_holds_half_of_the_places_and_keeps_no_other_out(
-    gate: Scripted, short: Path, scripted_agent: StartScripted,
-    start_proxy: StartProxy, clients: Clients,
-) -> None:  # fmt: skip
+        gate: Scripted, short: Path, scripted_agent: StartScripted, start_proxy: StartProxy,
+        clients: Clients) -> None:  # fmt: skip
     file = private_file(short / "tokens", "first-of-the-tokens one\nsecond-of-the-tokens two\n")
     proxy = start_proxy("--token-file", file, upstream=scripted_agent(gate))
     proxy.wait_log("signing with")
@@ -990,8 +972,7 @@ def test_a_client_that_has_sent_its_request_is_never_turned_away_in_silence(
 @linux
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_and_what_is_in_flight_is_finished(
-    number: int, gate: Scripted, gated: Proxy, clients: Clients
-) -> None:
+        number: int, gate: Scripted, gated: Proxy, clients: Clients) -> None:  # fmt: skip
     (idle,) = clients.open(gated.port, b"")
     (waiting,) = clients.open(gated.port, post(b"x"))
     (sending,) = clients.open(gated.port, post(b"he", length=5))

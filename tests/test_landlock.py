@@ -1,7 +1,5 @@
 """Landlock: what code that runs inside the proxy can still do, and could do without it."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno
@@ -239,8 +237,7 @@ def test_each_thread_is_refused(world: World, start_inside: StartProxy) -> None:
 
 
 def test_in_the_folders_of_sockets_one_by_a_link_files_can_be_removed_and_no_more(
-    world: World, start_inside: StartProxy
-) -> None:
+        world: World, start_inside: StartProxy) -> None:  # fmt: skip
     for folder in ("one", "really/own"):
         world.place(folder)
     (world.folder / "link").symlink_to("really")
@@ -260,8 +257,7 @@ def test_in_the_folders_of_sockets_one_by_a_link_files_can_be_removed_and_no_mor
 # ---------------------------------------------------------------- where a program has to be run
 
 def test_where_a_program_has_to_be_run_the_price_is_told(
-    world: World, start_inside: StartProxy
-) -> None:
+        world: World, start_inside: StartProxy) -> None:  # fmt: skip
     proxy = start_inside("--confirm", need("true", "coreutils"))
     assert http(proxy.port, "POST", "/sign", b"x").status == 200
     assert world.attempt(proxy, ("writing", "own")) == [""]

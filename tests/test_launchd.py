@@ -1,7 +1,5 @@
 """The LaunchAgent, with a stand-in for macOS's launchctl."""
 
-from __future__ import annotations
-
 import os
 import plistlib
 import shutil
@@ -171,8 +169,7 @@ REFUSED = rows([
 
 @pytest.mark.parametrize(("text", "why"), REFUSED)
 def test_settings_that_might_mean_something_else_write_nothing(
-    short: Path, text: bytes, why: str
-) -> None:
+        short: Path, text: bytes, why: str) -> None:  # fmt: skip
     settings, plist = short / "env", short / "plist"
     settings.write_bytes(text)
     plist.write_text("as it was")

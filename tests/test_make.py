@@ -183,8 +183,7 @@ def test_make_test_says_which_tests_were_not_run(
 
 @pytest.mark.parametrize(("env", "status"), [({}, 0), ({"CI": "1"}, 2)])
 def test_without_wine_the_tests_on_windows_are_not_run_and_that_is_said(
-    few_tests: Path, home: Path, env: Dict[str, str], status: int
-) -> None:
+        few_tests: Path, home: Path, env: Dict[str, str], status: int) -> None:  # fmt: skip
     path = path_without("wine", home / "bin")
     (home / "bin" / "cat").symlink_to(shutil.which("cat") or "")
     answer = make(few_tests, home, "test-windows", check=False, PATH=path, **env)
@@ -305,8 +304,7 @@ MOMENTS = [
 
 @pytest.mark.parametrize(("moment", "kind", "shell"), MOMENTS)
 def test_interrupted_demo_leaves_nothing(
-    start_demo: Any, home: Path, moment: str, kind: Any, shell: str
-) -> None:
+        start_demo: Any, home: Path, moment: str, kind: Any, shell: str) -> None:  # fmt: skip
     path = interrupt(home, moment, kind)
     (home / "interrupting" / "sh").symlink_to(need(shell, shell))
     demo = start_demo(PATH=path)
@@ -352,8 +350,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("name", "script", "told"), BROKEN)
 def test_demo_shows_why_it_failed(
-    start_demo: Any, tree: Path, name: str, script: str, told: List[str]
-) -> None:
+        start_demo: Any, tree: Path, name: str, script: str, told: List[str]) -> None:  # fmt: skip
     first_line, _, rest = (tree / name).read_text().partition("\n")
     (tree / name).write_text(f"{first_line}\n{script}{rest}")
     demo = start_demo()
@@ -459,8 +456,7 @@ def test_install_replaces_what_is_there(tree: Path, home: Path) -> None:
 
 
 def test_a_package_is_installed_below_destdir_and_removed_from_there(
-    tree: Path, home: Path
-) -> None:
+        tree: Path, home: Path) -> None:  # fmt: skip
     settings = ["PREFIX=/usr", "DESTDIR=the package"]
     package = tree / "the package"
     bindir = package / "usr" / "bin"
@@ -510,8 +506,7 @@ CLOSED = [
 
 @pytest.mark.parametrize(("name", "why"), CLOSED)
 def test_a_bindir_that_cannot_be_written_to_is_one_clear_line(
-    tree: Path, home: Path, short: Path, name: str, why: str
-) -> None:
+        tree: Path, home: Path, short: Path, name: str, why: str) -> None:  # fmt: skip
     (short / "closed").mkdir(mode=0o555)
     (short / "file").write_text("theirs")
     argv = [*bound_by_modes(), MAKE, "install", f"PYTHON={PYTHON}", f"BINDIR={short / name}"]

@@ -4,8 +4,6 @@ Wine sets no UPGRADINGPRODUCTCODE: there an upgrade removes the settings, as a r
 real one keeps is shown by setting that property.
 """
 
-from __future__ import annotations
-
 import contextlib
 import getpass
 import os
@@ -201,8 +199,7 @@ def test_the_actions_come_in_order(msi: Path) -> None:
 
 @long
 def test_two_trees_at_two_times_are_built_to_the_same_bytes(
-    msi: Path, python: Path, tree: Path
-) -> None:
+        msi: Path, python: Path, tree: Path) -> None:  # fmt: skip
     for path in tree.rglob("*.*"):
         os.utime(path, (1, 2_000_000_000))
     before = os.umask(0o077)
@@ -215,8 +212,7 @@ def test_two_trees_at_two_times_are_built_to_the_same_bytes(
 
 @long
 def test_a_version_has_one_product_code_and_its_bytes_a_package_code(
-    msi: Path, python: Path, tree: Path, short: Path
-) -> None:
+        msi: Path, python: Path, tree: Path, short: Path) -> None:  # fmt: skip
     (tree / "shim.sh").write_text("exit 1\n")
     newer = set_version(copy_tree(short / "newer"), NEXT)
     build(tree, python)
@@ -381,8 +377,7 @@ def test_what_the_shortcut_names_serves_and_writes_nothing_beside_it(installer: 
 
 @on_windows
 def test_the_console_program_checks_and_makes_tokens(
-    installer: Installer, home: Path, agent_with_key: Agent
-) -> None:
+        installer: Installer, home: Path, agent_with_key: Agent) -> None:  # fmt: skip
     installer.install(installer.old)
     folder = home / "Jürgen ☃"
     shutil.copytree(installer.folder, folder)

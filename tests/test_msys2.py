@@ -4,8 +4,6 @@ There sh, cat and mv are MSYS2's, and know /c/Users and C:/Users alike; git and 
 own, and know C:/Users alone. Here ./C: is a link to /, so that both spellings name the same file.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Dict, List
@@ -106,8 +104,7 @@ def test_standard_input_is_signed(shim: Shim, env: Dict[str, str], windows: Wind
 
 
 def test_a_path_with_backslashes_is_asked_about(
-    shim: Shim, env: Dict[str, str], windows: Windows
-) -> None:
+        shim: Shim, env: Dict[str, str], windows: Windows) -> None:  # fmt: skip
     """(What it is to be spelled like only cygpath knows, and here there is no such file.)"""
     assert "cannot be signed" in said(shim.sign("C:\\Users\\m", env=env))
     assert windows.asked() == ["C:\\Users\\m"]
@@ -146,8 +143,7 @@ def test_a_url_that_an_editor_of_windows_wrote_is_read(shim: Shim, env: Dict[str
 
 
 def test_a_key_that_is_not_there_is_fetched_to_a_path_of_windows(
-    shim: Shim, env: Dict[str, str], windows: Windows
-) -> None:
+        shim: Shim, env: Dict[str, str], windows: Windows) -> None:  # fmt: skip
     (shim.folder / "C:").unlink()
     (shim.folder / "C:").mkdir()
     assert shim.sign("-f", "C:/Users/me/.ssh/id", "m", env=env).returncode == 0
@@ -171,8 +167,7 @@ def test_a_socket_is_refused_with_a_word(shim: Shim, windows: Windows) -> None:
 
 
 def test_setup_writes_paths_that_git_can_run_and_read(
-    short: Path, home: Path, served: Served, windows: Windows
-) -> None:
+        short: Path, home: Path, served: Served, windows: Windows) -> None:  # fmt: skip
     """The proof fails here: git itself, being Linux's, looks for C:/ in its own folder."""
     (short / "C:").symlink_to("/")
     program = windows.bin / "ssh-agent-proxy-sign"

@@ -1,8 +1,6 @@
 """What a payload is: git's commits, tags and push certificates as real git writes them, and the
 rest of the world, which is "other"."""
 
-from __future__ import annotations
-
 import random
 import re
 from pathlib import Path
@@ -256,8 +254,7 @@ PLAYED = [
 
 @pytest.mark.parametrize("name, kinds, holds, id_format", PLAYED)
 def test_what_git_signs_is_recognised_with_its_fields_and_its_id(
-    name: str, kinds: str, holds: bytes, id_format: str, lab: Play
-) -> None:
+        name: str, kinds: str, holds: bytes, id_format: str, lab: Play) -> None:  # fmt: skip
     """The log names what was signed as git will show it."""
     here = lab(name, id_format)
     payloads = [payload for payload, _ in here.captured]
@@ -291,8 +288,7 @@ def test_what_git_signs_is_recognised_with_its_fields_and_its_id(
     ("the last that is none", b"", "\U0010ffff".encode(), False),
 ]))  # fmt: skip
 def test_only_a_commit_that_git_leaves_as_it_is_has_an_id(
-    encoding: bytes, message: bytes, has_id: bool
-) -> None:
+        encoding: bytes, message: bytes, has_id: bool) -> None:  # fmt: skip
     """What is no UTF-8 and does not say what it is, git 2.47 has signed before it encodes it."""
     commit = parse(COMMIT + encoding + b"\n" + message + b"\n")
     assert bool(commit.object_id(BEGIN)) == has_id
@@ -300,8 +296,7 @@ def test_only_a_commit_that_git_leaves_as_it_is_has_an_id(
 
 
 def test_what_stands_behind_a_nul_git_does_not_show_and_it_makes_other(
-    public: Path, tmp_path: Path
-) -> None:
+        public: Path, tmp_path: Path) -> None:  # fmt: skip
     """Git refuses one in a commit; of a tag with one nobody knows what it says."""
     lab = Lab(tmp_path, public)
     argv = ["commit", "--allow-empty", "-F", "-"]
@@ -512,8 +507,7 @@ THINGS = [
 
 @pytest.mark.parametrize("thing", rows(THINGS))
 def test_what_is_not_gits_is_other_and_within_a_message_nothing_else(
-    thing: bytes, good: Good
-) -> None:
+        thing: bytes, good: Good) -> None:  # fmt: skip
     """What git's own head stands in front of can be read as nothing but git's."""
     assert kind(thing) == kind(b"") == "other"
     for of in ("commit", "tag", "push"):
@@ -622,8 +616,7 @@ def mutations(payload: bytes, number: int) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("of", ["commit", "tag"])
 def test_git_takes_whatever_is_recognised(
-    of: str, good: Good, public: Path, tmp_path: Path
-) -> None:
+        of: str, good: Good, public: Path, tmp_path: Path) -> None:  # fmt: skip
     payload = good(of, "sha1")
     samples = set(mutations(payload, 150))
     recognised = {sample for sample in samples if kind(sample) == of}
@@ -648,8 +641,7 @@ LONG = COMMIT + b"\nSubject\n\n" + b"x" * MIB
 
 
 def test_a_payload_is_recognised_however_it_arrives(
-    agent_with_key: Agent, start_proxy: StartProxy, good: Good
-) -> None:
+        agent_with_key: Agent, start_proxy: StartProxy, good: Good) -> None:  # fmt: skip
     proxy = start_proxy("--payloads", "commit", upstream=agent_with_key.sock)
     payload = good("commit", "sha256")
     for size, data, status in [

@@ -4,8 +4,6 @@ What Wine can't show: that the pipe's server may not act as its client, who may 
 how Windows' own agent and 1Password's behave. Here a relay stands in front of an agent of Linux.
 """
 
-from __future__ import annotations
-
 import functools
 import secrets
 import subprocess
@@ -42,8 +40,7 @@ WINDOWS_OWN = "SSH_AGENT_PROXY_UPSTREAM=//./pipe/openssh-ssh-agent"
     ("an askpass program", "CONFIRM", "askpass.exe"),
 ]))  # fmt: skip
 def test_what_does_not_work_on_windows_is_a_wrong_setting(
-    home: Path, name: str, value: str
-) -> None:
+        home: Path, name: str, value: str) -> None:  # fmt: skip
     done = call(home, "check", **{f"SSH_AGENT_PROXY_{name}": value})
     told = one_line(done.stderr)
     assert (done.returncode, done.stdout) == (2, b"")
@@ -108,8 +105,7 @@ def test_an_agent_s_answers_by_a_pipe_are_those_by_a_socket(proxy: Proxy, liar: 
 
 @pytest.mark.parametrize("more", [b"", b"GET /healthz HTTP/1.1\r\n\r\n"])
 def test_a_client_that_waits_is_answered_whatever_it_sends_behind(
-    proxy: Proxy, liar: Liar, more: bytes
-) -> None:
+        proxy: Proxy, liar: Liar, more: bytes) -> None:  # fmt: skip
     liar.be([send(LIST), lambda c: (time.sleep(0.6), c.sendall(SIG))])
     with connect(proxy.port) as client:
         client.sendall(POST)
@@ -178,8 +174,7 @@ def busy() -> Iterator[Tuple[str, Callable[[], Any]]]:
 
 
 def test_a_busy_pipe_is_waited_for_until_its_turn_or_the_end_of_the_time(
-    start_proxy: StartProxy, busy: Tuple[str, Callable[[], Any]]
-) -> None:
+        start_proxy: StartProxy, busy: Tuple[str, Callable[[], Any]]) -> None:  # fmt: skip
     name, make_room = busy
     proxy = start_proxy("--timeout", "4", upstream=name)
     answer = ask(proxy.port, POST)
@@ -191,8 +186,7 @@ def test_a_busy_pipe_is_waited_for_until_its_turn_or_the_end_of_the_time(
 
 
 def test_a_client_that_goes_away_before_a_busy_pipe_is_noticed(
-    start_proxy: StartProxy, busy: Tuple[str, Callable[[], Any]]
-) -> None:
+        start_proxy: StartProxy, busy: Tuple[str, Callable[[], Any]]) -> None:  # fmt: skip
     proxy = start_proxy(upstream=busy[0])
     with connect(proxy.port) as client:
         client.sendall(POST)

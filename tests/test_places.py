@@ -1,7 +1,5 @@
 """The recipes of docs/containers.md, where namespaces stand in for the places."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

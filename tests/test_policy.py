@@ -1,7 +1,5 @@
 """Browsers and hosts, namespaces and pinned keys: what is let through, and what is stopped."""
 
-from __future__ import annotations
-
 import socket
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
@@ -128,8 +126,7 @@ def test_this_machines_own_name_is_ours_bare_or_with_local(
     ("a.test,.corp.test", ["b.corp.test"], []),
 ])  # fmt: skip
 def test_allowed_hosts_are_names_or_all_below_a_suffix(
-    allowed: str, ours: List[str], others: List[str], named_box: Any
-) -> None:
+        allowed: str, ours: List[str], others: List[str], named_box: Any) -> None:  # fmt: skip
     names = p.Config.from_env({"SSH_AGENT_PROXY_ALLOWED_HOSTS": allowed}, [], {}).allowed_hosts
     assert [host for host in ours if host_status(host, names) != 200] == []
     assert [host for host in others if host_status(host, names) != 421] == []
@@ -237,8 +234,7 @@ def test_every_path_is_open_under_a_host_of_ours(shared: Shared) -> None:
     (403, [PAGES[0], PAGES[-1], {"oRIGIN": "a"}, {"sec-fetch-SITE": "x"}]),
 ], ids=["another host", "a page"])  # fmt: skip
 def test_every_path_is_closed_under_another_host_and_to_pages(
-    status: int, many: List[Dict[str, str]], shared: Shared
-) -> None:
+        status: int, many: List[Dict[str, str]], shared: Shared) -> None:  # fmt: skip
     shared.agent.asked.clear()
     for method, path in [*PATHS, ("GET", "/nope"), ("PUT", "/sign"), ("OPTIONS", "/sign")]:
         for headers in many:
@@ -257,8 +253,7 @@ def test_every_path_is_closed_under_another_host_and_to_pages(
     ("http://127.0.0.1?/healthz", "127.0.0.1", 400),
 ])  # fmt: skip
 def test_the_authority_of_an_absolute_target_counts_like_a_host(
-    target: str, host: str, status: int, shared: Shared
-) -> None:
+        target: str, host: str, status: int, shared: Shared) -> None:  # fmt: skip
     assert request(shared.port, "GET", target, {"Host": host}).status == status
 
 
@@ -285,9 +280,8 @@ def test_the_namespaces_that_are_set_are_signed_and_the_first_is_the_default(
 
 @pytest.mark.parametrize("pinned", [False, True])
 def test_the_pinned_key_signs_else_the_one_that_the_request_names_else_the_first(
-    pinned: bool, agent: Agent, keys: Keys, ssh_keygen: Callable[..., bytes],
-    start_proxy: Callable[..., Proxy],
-) -> None:  # fmt: skip
+        pinned: bool, agent: Agent, keys: Keys, ssh_keygen: Callable[..., bytes],
+        start_proxy: Callable[..., Proxy]) -> None:  # fmt: skip
     for name in ("other", "ed25519"):
         agent.add(keys[name])
     pin = ["--pubkey", keys.line("ed25519")] if pinned else []
@@ -306,8 +300,7 @@ def test_the_pinned_key_signs_else_the_one_that_the_request_names_else_the_first
 
 
 def test_a_key_that_the_agent_lacks_is_not_found_and_a_pinned_one_is_no_usable_key(
-    agent_with_key: Agent, keys: Keys, start_proxy: Callable[..., Proxy]
-) -> None:
+        agent_with_key: Agent, keys: Keys, start_proxy: Callable[..., Proxy]) -> None:  # fmt: skip
     line = keys.line("other")
     pinned = start_proxy("--pubkey", line, upstream=agent_with_key.sock)
     proxy = start_proxy(upstream=agent_with_key.sock)

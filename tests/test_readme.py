@@ -1,7 +1,5 @@
 """What the README and the pages in docs/ say, held against the program."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -238,8 +236,7 @@ def alike(said: str) -> Set[str]:
 
 
 def test_the_readme_alone_leads_from_nothing_to_a_signed_commit(
-    short: Path, host: Dict[str, str]
-) -> None:
+        short: Path, host: Dict[str, str]) -> None:  # fmt: skip
     source = short / "source"
     shutil.copytree(ROOT / "contrib", source / "contrib")
     for file in (PROXY, SHIM, ROOT / "Makefile"):
@@ -282,8 +279,7 @@ def test_an_image_or_one_repository_alone_signs(scope: str, short: Path, proxy: 
 
 
 def test_a_rebase_that_could_not_sign_goes_on_as_shown(
-    home: Path, proxy: Proxy, keys: Keys
-) -> None:
+        home: Path, proxy: Proxy, keys: Keys) -> None:  # fmt: skip
     repository = Repository(home, f"{proxy.url}/sign", keys["ed25519"].with_suffix(".pub"))
     base = repository.commit("base")
     repository.commit("theirs", "--author", "Somebody Else <else@example.com>")

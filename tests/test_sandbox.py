@@ -1,7 +1,5 @@
 """Getting through: what the shim does where nothing listens on its own loopback."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -270,9 +268,8 @@ TAKEN = [(name, TOKEN + words, *more) for name, words, *more in WITH_A_TOKEN] + 
 
 @pytest.mark.parametrize(("words", "there", "asked", "told"), rows(TAKEN))
 def test_the_way_that_is_taken(
-    one_shim: Shim, apart: Apart, ask_in: Any, signed: bytes,
-    words: str, there: str, asked: str, told: str,
-) -> None:  # fmt: skip
+        one_shim: Shim, apart: Apart, ask_in: Any, signed: bytes, words: str, there: str,
+        asked: str, told: str) -> None:  # fmt: skip
     Path(one_shim.env["HOME"], ".curlrc").write_text("proxy = http://127.0.0.1:9\nlocation\nhead\n")
     done = ask_in(one_shim, words, there)
     assert apart.asked() == [CODES.get(word, word) for word in asked.split()]
@@ -322,8 +319,7 @@ def test_a_key_with_a_url_of_its_own_is_not_guessed(one_shim: Shim, ask_in: Any)
 
 
 def test_each_url_of_this_machine_is_tried_directly_first(
-    one_shim: Shim, apart: Apart, ask_in: Any, well_asked: Any
-) -> None:
+        one_shim: Shim, apart: Apart, ask_in: Any, well_asked: Any) -> None:  # fmt: skip
     """Though that of the key was found through http_proxy."""
     words = f"{KEYS_URL} http_proxy=L"
     well_asked(one_shim, "fetched", ask_in(one_shim, words, "L H", "fetched"))
@@ -407,8 +403,7 @@ def test_in_the_real_sandbox_git_signs_with_nothing_of_ours_set(
 
 @pytest.mark.alone
 def test_what_the_real_sandbox_lacks_is_told_word_for_word_until_it_signs(
-    sandboxed: Any, apart: Apart, served: Served
-) -> None:
+        sandboxed: Any, apart: Apart, served: Served) -> None:  # fmt: skip
     told = re.search(rb"set (\{.*\}) in Claude Code's settings", sandboxed(COMMIT).stderr)
     assert told
     allowed = json.loads(told.group(1))["sandbox"]["network"]["allowedDomains"]
@@ -419,8 +414,7 @@ def test_what_the_real_sandbox_lacks_is_told_word_for_word_until_it_signs(
 
 @pytest.mark.alone
 def test_in_the_real_sandbox_git_alone_needs_the_folder_for_temporary_files(
-    sandboxed: Any, apart: Apart, served: Served, signed: bytes
-) -> None:
+        sandboxed: Any, apart: Apart, served: Served, signed: bytes) -> None:  # fmt: skip
     apart.place("H", served.proxy.port)
     script = f"printf %s {shlex.quote(t.COMMIT.decode())} | {SHIM} -Y sign; {COMMIT}"
     done = sandboxed(script, "127.0.0.1", CLAUDE_CODE_TMPDIR="/nowhere")

@@ -60,8 +60,7 @@ def begin(proxy: Proxy, gate: Scripted, clients: Clients) -> socket.socket:
 
 
 def test_a_second_signal_ends_it_at_once_and_says_so(
-    gate: Scripted, gated: Proxy, clients: Clients
-) -> None:
+        gate: Scripted, gated: Proxy, clients: Clients) -> None:  # fmt: skip
     """The person may have touched the key by then: what became of it is on record."""
     client = begin(gated, gate, clients)
     clients.open(gated.port, START)
@@ -88,8 +87,7 @@ def test_what_does_not_end_is_waited_for_with_a_bound(
 
 
 def test_a_signal_during_the_start_is_no_traceback(
-    agent_with_key: Agent, start_proxy: StartProxy
-) -> None:
+        agent_with_key: Agent, start_proxy: StartProxy) -> None:  # fmt: skip
     # Wherever it hits: as soon as the process is there, and some milliseconds later each time.
     for pause in range(0, 100, 20):
         proxy = start_proxy(upstream=agent_with_key.sock, wait=False)
@@ -232,8 +230,7 @@ def stream(fd: int) -> str:
     ("make", "line"), [(pipe, LINE), (small_journal, r"<[3-7]>\S.*")], ids=["pipe", "journal"]
 )
 def test_a_log_that_stalls_holds_up_no_signature_and_is_told_of(
-    make: Callable[[], Tuple[int, int]], line: str, run_with: Start
-) -> None:
+        make: Callable[[], Tuple[int, int]], line: str, run_with: Start) -> None:  # fmt: skip
     reader, writer = make()
     running = run_with(writer, JOURNAL_STREAM=stream(writer) if make is small_journal else "")
     os.close(writer)
@@ -275,8 +272,7 @@ def test_a_reader_that_has_gone_holds_up_no_signature(run_with: Start) -> None:
 
 @pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_and_a_full_disk_hold_up_no_signature(
-    redirection: str, run_with: Start
-) -> None:
+        redirection: str, run_with: Start) -> None:  # fmt: skip
     running = run_with(subprocess.DEVNULL, redirection)
     running.sign(5)
     # Number 2 must not have become a client's connection, or the agent's.
@@ -325,8 +321,7 @@ def test_a_flood_of_refusals_pushes_no_signature_out_of_the_log(piped: Piped) ->
 
 
 def test_where_nobody_reads_a_signature_waits_once_and_no_more(
-    monkeypatch: pytest.MonkeyPatch, piped: Piped
-) -> None:
+        monkeypatch: pytest.MonkeyPatch, piped: Piped) -> None:  # fmt: skip
     handler, reader = piped
     fill(handler)
     waits = []
@@ -419,8 +414,7 @@ NOT_THE_JOURNAL = rows([
 
 @pytest.mark.parametrize("value", NOT_THE_JOURNAL)
 def test_where_stderr_is_not_the_journal_lines_have_time_and_level(
-    value: str, piped: Piped
-) -> None:
+        value: str, piped: Piped) -> None:  # fmt: skip
     logging.addLevelName(AUDIT, "AUDIT")
     found = os.fstat(2)
     handler = StderrHandler(value.format(device=found.st_dev, inode=found.st_ino))
@@ -470,8 +464,7 @@ HOOKS = rows([
 
 @pytest.mark.parametrize(("code", "status"), HOOKS)
 def test_a_fault_that_ends_a_thread_is_a_line_with_its_level(
-    code: str, status: int, run_with: Start, short: Path
-) -> None:
+        code: str, status: int, run_with: Start, short: Path) -> None:  # fmt: skip
     with (short / "log").open("wb") as f:
         running = run_with(f.fileno(), program=[*with_hook(code), "-"])
     assert running.stop() == status
@@ -611,8 +604,7 @@ def test_what_is_wrong_with_the_agent_is_told_until_it_is_mended(
 
 
 def test_a_line_break_in_a_path_tells_nothing_of_its_own(
-    manager: Manager, start_notifying: StartProxy, short: Path
-) -> None:
+        manager: Manager, start_notifying: StartProxy, short: Path) -> None:  # fmt: skip
     start_notifying(upstream=f"{short}/x\nMAINPID=1")
     manager.wait_status(r"listening on .*MAINPID=1.*")
     assert not [line for text in manager.listen() for line in text.splitlines()
@@ -620,9 +612,8 @@ def test_a_line_break_in_a_path_tells_nothing_of_its_own(
 
 
 def test_the_end_is_told_while_requests_are_finished(
-    manager: Manager, start_notifying: StartProxy, gate: Scripted,
-    scripted_agent: StartScripted, clients: Clients,
-) -> None:  # fmt: skip
+        manager: Manager, start_notifying: StartProxy, gate: Scripted,
+        scripted_agent: StartScripted, clients: Clients) -> None:  # fmt: skip
     proxy = start_notifying(upstream=scripted_agent(gate))
     client = begin(proxy, gate, clients)
     assert "STOPPING=1" not in "".join(manager.listen())
@@ -637,8 +628,7 @@ def test_the_end_is_told_while_requests_are_finished(
 
 @linux
 def test_a_manager_that_does_not_read_holds_up_nothing_and_hears_of_ready_at_last(
-    manager: Manager, start_proxy: StartProxy, agent_with_key: Agent
-) -> None:
+        manager: Manager, start_proxy: StartProxy, agent_with_key: Agent) -> None:  # fmt: skip
     assert ssh_agent_proxy.READY_SECONDS == 5
     with flooded(manager):
         # A minute instead: this machine may be busy.

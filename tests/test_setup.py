@@ -1,7 +1,5 @@
 """`setup`: real git, proxy and agent, homes of all kinds, and repositories that mean harm."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -138,8 +136,7 @@ def some(table: Sequence[Any], *names: str) -> List[Any]:
 
 
 def test_it_signs_and_a_second_run_changes_nothing_and_undo_leaves_it_as_it_was(
-    place: Place, served: Served, keys: Keys
-) -> None:
+        place: Place, served: Served, keys: Keys) -> None:  # fmt: skip
     place.config.write_text(CONFIG[:-1])
     place.config.chmod(0o640)
     report = place.is_well("todo register as a *signing* key", keys.line("ed25519"))
@@ -398,8 +395,7 @@ def test_a_key_and_signers_of_the_folders_own_are_its_own_affair(one: Place) -> 
 
 
 def test_another_key_for_the_same_address_is_trusted_by_its_fingerprint_alone(
-    place: Place, keys: Keys, agent: Agent
-) -> None:
+        place: Place, keys: Keys, agent: Agent) -> None:  # fmt: skip
     place.is_well()
     agent.add(keys["other"])
     old, new = fingerprint(keys["ed25519"]), fingerprint(keys["other"])
@@ -483,8 +479,7 @@ FIRST = ["no mail address", "a pattern", "a relative HOME", "a device", "no git"
 @on_linux
 @pytest.mark.parametrize("script, env, told", some(SETTLED, *FIRST))
 def test_nothing_is_written_before_it_is_settled(
-    one: Place, script: str, env: Dict[str, str], told: str
-) -> None:
+        one: Place, script: str, env: Dict[str, str], told: str) -> None:  # fmt: skip
     one.sh(script)
     # Git makes an address up where the host's name has a dot. (/dev/null is mounted over itself:
     # nothing that goes wrong here can replace it.)
@@ -553,8 +548,7 @@ def test_the_program_must_be_a_file_that_can_be_run(place: Place) -> None:
 
 
 def test_a_proof_that_fails_leaves_the_settings_and_trusts_nobody(
-    place: Place, agent: Agent, keys: Keys, served: Served
-) -> None:
+        place: Place, agent: Agent, keys: Keys, served: Served) -> None:  # fmt: skip
     """A commit then fails; it never goes unsigned."""
     agent.add(keys["ed25519"])
     with serve(agent, "--payloads", "tag") as refusing:
@@ -586,8 +580,7 @@ UNTRUSTED = rows([
 
 @pytest.mark.parametrize("script, answers, told", UNTRUSTED)
 def test_a_key_without_a_proof_is_not_trusted(
-    one: Place, liar: Any, script: str, answers: List[bytes], told: str
-) -> None:
+        one: Place, liar: Any, script: str, answers: List[bytes], told: str) -> None:  # fmt: skip
     one.sh(script)
     report = one.refuses(told, **liar(*answers).env)
     assert report.lines[-1] == UNTIL

@@ -1,7 +1,5 @@
 """The shim: beside the real ssh-keygen, under many shells, and before servers that lie."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import os
@@ -78,9 +76,8 @@ class Shim:
         return self("-Y", "sign", "-n", "git", *args, **more)
 
     def start(
-        self, *args: str, env: Dict[str, str], stdin: int = subprocess.DEVNULL,
-        stdout: int = subprocess.PIPE
-    ) -> subprocess.Popen[bytes]:  # fmt: skip
+            self, *args: str, env: Dict[str, str], stdin: int = subprocess.DEVNULL,
+            stdout: int = subprocess.PIPE) -> subprocess.Popen[bytes]:  # fmt: skip
         return subprocess.Popen(
             [*self.argv, *args], env={**self.env, **env}, cwd=self.folder,
             stdin=stdin, stdout=stdout, stderr=subprocess.PIPE,
@@ -397,8 +394,7 @@ REFUSED = [
 
 @under("options, key, told", REFUSED, "an unknown -O", "a namespace beyond ASCII", "a private key")
 def test_what_cannot_be_meant_is_refused_before_anyone_is_asked(
-    shim: Shim, liar: Any, options: List[str], key: str, told: str
-) -> None:
+        shim: Shim, liar: Any, options: List[str], key: str, told: str) -> None:  # fmt: skip
     """Another key, another namespace or another text would be signed than was meant."""
     server = liar(answer(ARMOR))
     shim.file("key", key.encode())
@@ -428,8 +424,7 @@ KEY_FILES = [
 
 @pytest.mark.parametrize("content, expected", rows(KEY_FILES))
 def test_the_key_in_the_file_is_asked_for_without_its_comment(
-    shim: Shim, liar: Any, content: str, expected: Optional[str]
-) -> None:
+        shim: Shim, liar: Any, content: str, expected: Optional[str]) -> None:  # fmt: skip
     """The commit would be signed with another key than git names, or not at all."""
     shim.key("key.pub", OTHER)
     for name in ("key", "more.pub"):
@@ -443,8 +438,7 @@ def test_the_key_in_the_file_is_asked_for_without_its_comment(
 
 @pytest.mark.parametrize("key", [LINE, f"key::{LINE} me@home", f"{LINE} x\n", f"{NOBODY} any"])
 def test_a_key_that_is_no_file_but_the_key_itself_is_asked_for(
-    shim: Shim, liar: Any, key: str
-) -> None:
+        shim: Shim, liar: Any, key: str) -> None:  # fmt: skip
     """Dulwich hands over what the key command printed, and could not sign."""
     server = liar(answer(ARMOR))
     fine(shim.sign("-f", key, "m", env=server.env))
@@ -486,8 +480,7 @@ KEPT_KEYS = [
 
 @under("name, answered, taken", KEPT_KEYS, "git's own", "no letters")
 def test_gits_own_file_of_a_literal_key_is_taken_away_and_no_other(
-    shim: Shim, liar: Any, name: str, answered: bytes, taken: bool
-) -> None:
+        shim: Shim, liar: Any, name: str, answered: bytes, taken: bool) -> None:  # fmt: skip
     """Git leaves one behind at each signature; but a person's key file must not go."""
     server = liar(answered)
     for argv in (["m"], []):
@@ -502,8 +495,7 @@ def test_gits_own_file_of_a_literal_key_is_taken_away_and_no_other(
 
 
 def test_a_key_and_a_token_in_a_pipe_are_read(
-    shim: Shim, keys: Keys, liar: Any, guarded: Served
-) -> None:
+        shim: Shim, keys: Keys, liar: Any, guarded: Served) -> None:  # fmt: skip
     """A shell's <(command) would be no key and no token."""
     server = liar(answer(ARMOR))
     fine(shim.sign("-f", "/dev/fd/0", "m", input=f"{LINE}\n".encode(), env=server.env))
@@ -548,8 +540,7 @@ NO_KEYS = [
 
 @under("answered, told", NO_KEYS, "nothing", "nobody's key")
 def test_what_is_no_public_key_is_not_taken_for_one(
-    shim: Shim, liar: Any, answered: bytes, told: str
-) -> None:
+        shim: Shim, liar: Any, answered: bytes, told: str) -> None:  # fmt: skip
     """Who registers or trusts what pubkey prints would trust whoever can forge for it."""
     server = liar(answered)
     kept = shim.key("kept.pub", LINE)
@@ -634,8 +625,7 @@ def test_the_key_that_nobody_holds_is_no_point_of_the_curve() -> None:
 
 
 def test_pubkey_writes_what_the_proxy_serves_to_a_path(
-    shim: Shim, keys: Keys, served: Served
-) -> None:
+        shim: Shim, keys: Keys, served: Served) -> None:  # fmt: skip
     path = shim.key("-a b.pub", "what was there before")
     fine(shim("pubkey", f"./{path.name}", env=served))
     assert path.read_text() == f"{keys.line('ed25519')}\n"
@@ -652,8 +642,7 @@ def test_pubkey_writes_what_the_proxy_serves_to_a_path(
     ("key x", "takes no arguments"),
 ])  # fmt: skip
 def test_a_command_that_cannot_be_done_says_why(
-    shim: Shim, served: Served, command: str, why: str
-) -> None:
+        shim: Shim, served: Served, command: str, why: str) -> None:  # fmt: skip
     """A device, or /dev/stdout, would be a file from then on."""
     (shim.folder / "folder").mkdir()
     os.mkfifo(shim.folder / "pipe")
@@ -670,8 +659,7 @@ def test_a_command_that_cannot_be_done_says_why(
     ("key", "ecdsa-sha2-nistp256 AAAAE2Vj me", "key::ecdsa-sha2-nistp256 AAAAE2Vj me"),
 ])  # fmt: skip
 def test_a_command_prints_the_key_as_every_terminal_and_git_takes_it(
-    shim: Shim, liar: Any, command: str, line: str, printed: str
-) -> None:
+        shim: Shim, liar: Any, command: str, line: str, printed: str) -> None:  # fmt: skip
     server = liar(answer(f"{line}\n".encode()))
     done = shim(command, env=server.env)
     # To yash a character is one, to the others so many bytes.
@@ -716,8 +704,7 @@ def test_a_url_that_cannot_be_asked_is_named(shim: Shim, name: str, url: str, to
 
 @pytest.mark.parametrize("kept, told", [("http://x\n", "http://x: it"), ("", "empty, or")])
 def test_a_kept_url_that_cannot_be_asked_is_named_by_its_file(
-    one_shim: Shim, kept: str, told: str
-) -> None:
+        one_shim: Shim, kept: str, told: str) -> None:  # fmt: skip
     note = home_token(one_shim, "").with_name("url")
     if kept:
         note.write_text(kept)
@@ -727,8 +714,7 @@ def test_a_kept_url_that_cannot_be_asked_is_named_by_its_file(
 
 
 def test_the_public_key_is_asked_for_where_it_is_said_to_be(
-    shim: Shim, liar: Any, keys: Keys, served: Served
-) -> None:
+        shim: Shim, liar: Any, keys: Keys, served: Served) -> None:  # fmt: skip
     elsewhere = liar(served_key(LINE))
     for url in ("http://127.0.0.1:1/other", "unix:/x"):
         env = {URL: url, PUBKEY_URL: f"http://127.0.0.1:{elsewhere.port}/x/y"}
@@ -807,8 +793,7 @@ TOKEN_SOURCES = [
 
 @pytest.mark.parametrize("set_to, taken", rows(TOKEN_SOURCES))
 def test_the_token_is_the_variables_else_the_files_else_that_of_the_home(
-    shim: Shim, liar: Any, set_to: Dict[str, str], taken: str
-) -> None:
+        shim: Shim, liar: Any, set_to: Dict[str, str], taken: str) -> None:  # fmt: skip
     """And a variable that is empty counts as unset."""
     server = liar(served_key(LINE))
     shim.key("token", TOKENS["file"])
@@ -831,8 +816,7 @@ TOKEN_FILES = {
 
 @pytest.mark.parametrize("content", TOKEN_FILES.values(), ids=TOKEN_FILES.keys())
 def test_the_token_is_the_first_word_of_a_file(
-    shim: Shim, guarded: Served, well_asked: Any, content: str
-) -> None:
+        shim: Shim, guarded: Served, well_asked: Any, content: str) -> None:  # fmt: skip
     path = shim.file("-a token", content.format(TOKENS["file"]).encode())
     env = {**guarded, "SSH_AGENT_PROXY_TOKEN_FILE": path.name}
     well_asked(shim, "pubkey", shim("pubkey", env=env))
@@ -898,8 +882,7 @@ def test_a_home_without_a_token_is_told_only_where_one_is_wanted(
 
 
 def test_a_token_that_the_proxy_does_not_know_is_told_by_where_it_stands(
-    shim: Shim, guarded: Served
-) -> None:
+        shim: Shim, guarded: Served) -> None:  # fmt: skip
     path = home_token(shim, "s3cr3t-old\n")
     for env, place in [
         ({"SSH_AGENT_PROXY_TOKEN": "s3cr3t-old"}, "SSH_AGENT_PROXY_TOKEN"),
@@ -942,8 +925,7 @@ OTHER_PLACES = [
 
 @under("sign_url, is_sent", OTHER_PLACES, "the same", "another port")
 def test_the_token_goes_to_the_host_of_the_sign_url_alone(
-    shim: Shim, liar: Any, sign_url: str, is_sent: bool
-) -> None:
+        shim: Shim, liar: Any, sign_url: str, is_sent: bool) -> None:  # fmt: skip
     """Whoever serves the public key could sign as this container."""
     server = liar(answer(b"a token is needed\n", "401 Unauthorized"))
     env = {
@@ -966,8 +948,7 @@ def token_from(shim: Shim, source: str) -> Dict[str, str]:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_trace_does_not_show_the_token_nor_does_a_shell_that_exports_all_pass_it_on(
-    shim: Shim, source: str
-) -> None:
+        shim: Shim, source: str) -> None:  # fmt: skip
     env = {**fake_curl(shim, f'env >"{shim.folder}/env"; exit 7'), **token_from(shim, source)}
     shim.argv.insert(-1, "-ax")
     done = shim("-Y", "sign", env=env, input=COMMIT)
@@ -989,8 +970,7 @@ def traced(shim: Shim, calls: str) -> Path:
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("way", ["file", "stdin", "streamed", "pubkey"])
 def test_no_argument_no_environment_and_no_file_for_others_ever_holds_the_token(
-    shim: Shim, liar: Any, way: str, source: str
-) -> None:
+        shim: Shim, liar: Any, way: str, source: str) -> None:  # fmt: skip
     """As the kernel saw it, programs that ended at once included."""
     server = liar(UNAVAILABLE)
     trace = traced(shim, "execve,umask,write,writev,pwrite64")
@@ -1016,8 +996,7 @@ def test_no_argument_no_environment_and_no_file_for_others_ever_holds_the_token(
 
 @on_linux
 def test_where_the_token_cannot_be_handed_over_it_is_said_what_is_missing(
-    shim: Shim, liar: Any
-) -> None:
+        shim: Shim, liar: Any) -> None:  # fmt: skip
     """Some shells make a temporary file of a here-document, others need none."""
     if shim.argv[0] == "posh":
         return  # it dies there, of any script with a here-document
@@ -1064,8 +1043,7 @@ UNANSWERED = {
 
 @under("name", each(UNANSWERED), "missing", "stale", "agent")
 def test_a_socket_that_does_not_answer_is_told_why(
-    shim: Shim, short: Path, served: Served, name: str
-) -> None:
+        shim: Shim, short: Path, served: Served, name: str) -> None:  # fmt: skip
     here = short / "here"
     here.mkdir()
     (here / "folder").mkdir()
@@ -1093,8 +1071,7 @@ KNOWN_TO_CURL = """-q -s -g -i -w -H -X -T -K --connect-timeout --max-time --lim
 
 
 def test_curl_is_told_what_it_must_keep_to_and_nothing_that_old_ones_do_not_know(
-    one_shim: Shim, guarded: Served
-) -> None:
+        one_shim: Shim, guarded: Served) -> None:  # fmt: skip
     """Ubuntu 20.04 has curl 7.68, which would only say that the option is unknown."""
     record = f'printf "%s\\n" "$@" >"{one_shim.folder}/argv"; exec curl "$@"'
     env = {**fake_curl(one_shim, record), "SSH_AGENT_PROXY_TOKEN": TOKENS["variable"]}
@@ -1185,8 +1162,7 @@ LIES_TO_SHELLS = ["another", "two lines of reason", "a reason with an escape", "
 
 @under("lie, told", LIES, *LIES_TO_SHELLS)
 def test_what_is_no_signature_of_the_proxy_is_not_taken_for_one(
-    shim: Shim, liar: Any, lie: bytes, told: str
-) -> None:
+        shim: Shim, liar: Any, lie: bytes, told: str) -> None:  # fmt: skip
     """It would stand in the commit, or over the signature that was there."""
     server = liar(lie)
     shim.file("m.sig", b"what was there before")
@@ -1237,8 +1213,7 @@ FORGERIES = [
 
 @under("asked, by, namespace", FORGERIES, "another key", "a shorter key", "another namespace")
 def test_a_signature_by_another_key_or_for_something_else_is_not_written(
-    shim: Shim, liar: Any, asked: str, by: str, namespace: str
-) -> None:
+        shim: Shim, liar: Any, asked: str, by: str, namespace: str) -> None:  # fmt: skip
     """Git would put it into the commit as if it were the one that was asked for."""
     server = liar(answer(armored(by, namespace)))
     shim.key("k", asked)
@@ -1253,8 +1228,7 @@ KEYS_AND_CERTIFICATES = each(name for kind in SIGNERS for name in (kind, f"{kind
 
 @under("name", KEYS_AND_CERTIFICATES, "ed25519", "rsa2048", "ecdsa256-cert")
 def test_a_signature_of_each_type_of_key_is_known_for_its_own(
-    shim: Shim, liar: Any, keys: Keys, name: str
-) -> None:
+        shim: Shim, liar: Any, keys: Keys, name: str) -> None:  # fmt: skip
     """One that the real ssh-keygen made is written, and refused where another was asked for."""
     plain = name.replace("-cert", "")
     shim.file("k", keys[plain].read_bytes()).chmod(0o600)
@@ -1287,8 +1261,7 @@ TRUTHS = {
 
 @pytest.mark.parametrize("truth", TRUTHS.values(), ids=TRUTHS.keys())
 def test_a_signature_is_taken_in_any_form_that_http_allows(
-    shim: Shim, liar: Any, truth: bytes
-) -> None:
+        shim: Shim, liar: Any, truth: bytes) -> None:  # fmt: skip
     server = liar(truth)
     fine(shim.sign("m", env=server.env))
     assert shim.signature() == ARMOR
@@ -1340,8 +1313,7 @@ BROKEN = [(52, "", 2), (55, "", 2), (56, "", 2), (56, "HTTP/1.1 200 OK", 1), (92
 
 @pytest.mark.parametrize("status, begun, asked", BROKEN)
 def test_an_answer_that_had_not_begun_when_the_connection_broke_is_asked_for_again(
-    one_shim: Shim, served: Served, status: int, begun: str, asked: int
-) -> None:
+        one_shim: Shim, served: Served, status: int, begun: str, asked: int) -> None:  # fmt: skip
     """A second prompt for what was signed already; or a restart would fail the commit."""
     script = f"""
         echo x >>asked; [ "$(cat asked)" = x ] || exec curl "$@"
@@ -1354,8 +1326,7 @@ def test_an_answer_that_had_not_begun_when_the_connection_broke_is_asked_for_aga
 
 @pytest.mark.parametrize("seconds, asked", [("50.1", 3), ("100.1", 1)])
 def test_what_a_busy_proxy_took_counts_for_its_two_minutes(
-    one_shim: Shim, seconds: str, asked: int
-) -> None:
+        one_shim: Shim, seconds: str, asked: int) -> None:  # fmt: skip
     busy_then = busy("1").decode().replace("\r", "\\r").replace("\n", "\\n")
     script = f"echo x >>asked; printf '{busy_then}\\ntook {seconds}\\n'"
     (one_shim.folder / "bin").mkdir()
@@ -1366,8 +1337,7 @@ def test_what_a_busy_proxy_took_counts_for_its_two_minutes(
 
 
 def test_each_file_has_a_signature_of_its_own_whatever_the_one_before_took(
-    one_shim: Shim, liar: Any
-) -> None:
+        one_shim: Shim, liar: Any) -> None:  # fmt: skip
     armors = [ARMOR, armored(OTHER), armored(CERTIFIED)]
     server = liar(answer(armors[0]), b"", *map(answer, armors[1:]))
     before = ["sh", "-c", 'mkfifo pipe; cat m >pipe & exec "$@"', "sh"]
@@ -1403,8 +1373,7 @@ TAGS = [
 
 @under("content, options, is_tag", TAGS, "no key", "a second line")
 def test_a_tag_that_git_makes_all_the_same_is_said_to_be_unsigned(
-    shim: Shim, content: bytes, options: List[str], is_tag: bool
-) -> None:
+        shim: Shim, content: bytes, options: List[str], is_tag: bool) -> None:  # fmt: skip
     """Git before 2.43.2 makes it whatever the signer says, and it would be taken for signed."""
     shim.file("t", content)
     line = said(shim("-Y", "sign", *options, "t", env=NOWHERE))
@@ -1421,8 +1390,7 @@ FEW_NAMES = [name for name, value in NAMES if not value.isascii() or "\n" in val
 
 @under("name", NAMES, *FEW_NAMES, "-")
 def test_a_file_a_folder_and_a_socket_may_have_any_name(
-    shim: Shim, served: Served, short: Path, name: str
-) -> None:
+        shim: Shim, served: Served, short: Path, name: str) -> None:  # fmt: skip
     (short / f"x{name[:60]}").mkdir()
     there = short / f"x{name[:60]}" / name[:1]
     there.symlink_to(served.socket)
@@ -1453,8 +1421,7 @@ UNUSABLE = [
 
 @under("argv, token_file, told", UNUSABLE, "missing", "closed", "comments", "signed shut/m")
 def test_what_cannot_be_read_or_written_is_an_error_before_anyone_is_asked(
-    shim: Shim, liar: Any, argv: List[str], token_file: str, told: str
-) -> None:
+        shim: Shim, liar: Any, argv: List[str], token_file: str, told: str) -> None:  # fmt: skip
     server = liar(served_key(LINE))
     for folder in ("folder", "n.sig", "shut", "closed folder"):
         (shim.folder / folder).mkdir()
@@ -1523,8 +1490,7 @@ def test_a_full_disk_leaves_what_was_there(shim: Shim, liar: Any, room: int) -> 
 @pytest.mark.parametrize("where", [">/dev/full", ">&-"], ids=["full", "closed"])
 @pytest.mark.parametrize("argv", [["-Y", "sign"], ["pubkey"], ["key"]], ids=" ".join)
 def test_input_and_output_that_are_not_there_are_errors(
-    shim: Shim, served: Served, argv: List[str], where: str
-) -> None:
+        shim: Shim, served: Served, argv: List[str], where: str) -> None:  # fmt: skip
     before = ["sh", "-c", f'exec "$@" {where}', "sh"]
     assert said(shim(*argv, env=served, input=COMMIT, before=before)).endswith(
         "could not be written"
@@ -1536,8 +1502,7 @@ def test_input_and_output_that_are_not_there_are_errors(
 @on_linux
 @pytest.mark.parametrize("where", ["2>/dev/full", "2>&-", "2>unread"])
 def test_a_failure_that_cannot_be_told_is_none_the_less_and_leaves_nothing_behind(
-    shim: Shim, where: str
-) -> None:
+        shim: Shim, where: str) -> None:  # fmt: skip
     """A program that calls git may read its output alone."""
     os.mkfifo(shim.folder / "unread")
     shim.file(GITS_FILE)
@@ -1552,8 +1517,7 @@ def test_a_failure_that_cannot_be_told_is_none_the_less_and_leaves_nothing_behin
 
 @on_linux
 def test_where_descriptors_cannot_be_seen_nothing_is_left_in_the_folder_for_temporary_files(
-    shim: Shim, guarded: Served, well_asked: Any, liar: Any
-) -> None:
+        shim: Shim, guarded: Served, well_asked: Any, liar: Any) -> None:  # fmt: skip
     """Sandboxes without /proc have no /dev/fd either: it would be ten files a commit."""
     before = in_a_namespace('mount -t tmpfs none /proc && exec "$@"')
     shim.argv[:0] = before
@@ -1590,8 +1554,7 @@ INTERRUPTED = [
 
 @pytest.mark.parametrize("number", [0, *SIGNALS])
 def test_standard_input_is_read_whole_before_anyone_is_asked(
-    shim: Shim, liar: Any, number: int
-) -> None:
+        shim: Shim, liar: Any, number: int) -> None:  # fmt: skip
     """A slow producer would be cut off, and a second try would sign half."""
     server = liar(answer(ARMOR))
     process = shim.start("-Y", "sign", env=server.env, stdin=subprocess.PIPE)
@@ -1758,8 +1721,7 @@ def open_files(pid: int) -> List[str]:
 @on_linux
 @pytest.mark.parametrize("where", ["foreground", "background"])
 def test_a_wait_is_announced_on_the_terminal_and_holds_nothing_of_gits(
-    shim: Shim, liar: Any, terminal: Terminal, where: str
-) -> None:
+        shim: Shim, liar: Any, terminal: Terminal, where: str) -> None:  # fmt: skip
     """Nobody would know that the key waits to be touched; or git would wait for the timer."""
     if (shim.argv[0], where) == ("ksh", "background"):
         return  # it stops at the first word all the same
@@ -1782,8 +1744,7 @@ def test_a_wait_is_announced_on_the_terminal_and_holds_nothing_of_gits(
 @on_linux
 @pytest.mark.long
 def test_a_wait_for_a_busy_proxy_is_announced_once(
-    shim: Shim, liar: Any, terminal: Terminal
-) -> None:
+        shim: Shim, liar: Any, terminal: Terminal) -> None:  # fmt: skip
     process = terminal.start(shim, liar(*[busy("1")] * 4, answer(ARMOR)), "m")
     assert process.communicate(timeout=30) == (b"0 0\n", b"")
     assert terminal.read(0) == ANNOUNCEMENT
@@ -1792,8 +1753,7 @@ def test_a_wait_for_a_busy_proxy_is_announced_once(
 
 @on_linux
 def test_a_terminal_that_was_stopped_does_not_hold_up_a_signature(
-    shim: Shim, liar: Any, terminal: Terminal
-) -> None:
+        shim: Shim, liar: Any, terminal: Terminal) -> None:  # fmt: skip
     """By Ctrl-S, or because nobody reads what an editor's terminal says."""
     opened = threading.Event()
     termios.tcflow(terminal.slave, termios.TCOOFF)
@@ -1809,8 +1769,7 @@ def test_a_terminal_that_was_stopped_does_not_hold_up_a_signature(
 @on_linux
 @pytest.mark.parametrize("success", [True, False])
 def test_quick_answers_are_not_announced_and_leave_no_process_to_process_one(
-    each_shim: Shim, liar: Any, terminal: Terminal, success: bool
-) -> None:
+        each_shim: Shim, liar: Any, terminal: Terminal, success: bool) -> None:  # fmt: skip
     """In a container that is often a program that waits for none of them."""
     opened, answered = threading.Event(), answer(ARMOR if success else b"")
     names = [each_shim.file(f"m{number}").name for number in range(5)]
@@ -1839,8 +1798,7 @@ def test_ctrl_c_at_the_terminal_ends_all_of_it(shim: Shim, liar: Any, terminal: 
 
 
 def test_the_shim_needs_no_program_but_those_that_are_promised(
-    one_shim: Shim, served: Served, signed: bytes
-) -> None:
+        one_shim: Shim, served: Served, signed: bytes) -> None:  # fmt: skip
     bin_folder = one_shim.folder / "bin"
     bin_folder.mkdir()
     for name in ["curl", "mktemp", "mv", "rm", "cat", "mkdir", "chmod", "sleep"]:
@@ -1860,8 +1818,7 @@ SOME_LINES = [on("dash", 20), *(on(shell, 60) for shell in SHELLS[1:])]
 
 @pytest.mark.parametrize("shim, step", [*SOME_LINES, MANY_LINES], indirect=["shim"])
 def test_a_download_that_broke_off_never_looks_like_a_signature_made(
-    shim: Shim, liar: Any, step: int
-) -> None:
+        shim: Shim, liar: Any, step: int) -> None:  # fmt: skip
     """Git would take exit 0 for it, and some make an unsigned commit then."""
     size = SHIM.stat().st_size
     # But for those of the first two lines, whose loss no program can tell.

@@ -1,7 +1,5 @@
 """PROTOCOL.sshsig: keys, what is signed and what comes out, next to the real ssh-keygen."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import functools
@@ -433,8 +431,7 @@ def openssh() -> int:
 
 @pytest.mark.parametrize("name, length, namespace, hash_algorithm", BLOCKS, ids=str)
 def test_the_block_is_that_of_ssh_keygen(
-    lab: Lab, name: str, length: int, namespace: str, hash_algorithm: str
-) -> None:
+        lab: Lab, name: str, length: int, namespace: str, hash_algorithm: str) -> None:  # fmt: skip
     payload = random.Random(length).randbytes(length)
     block = lab.sign(name, payload, namespace, hash_algorithm)
     argv = ["ssh-keygen", "-Y", "sign", "-f", lab.pub(name), "-n", namespace]

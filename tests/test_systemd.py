@@ -1,7 +1,5 @@
 """The user service, under a real systemd of a throwaway account: see systemd-user."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -331,8 +329,7 @@ WantedBy=default.target
 
 
 def test_the_service_of_another_program_of_that_name_is_replaced_and_kept(
-    manager: Manager, keys: Keys
-) -> None:
+        manager: Manager, keys: Keys) -> None:  # fmt: skip
     manager.agent(HOME / "agent", keys["ed25519"])
     settings = "SSH_AUTH_SOCK=%h/agent\nSSH_AGENT_PROXY_ADDR=127.0.0.1:7221\n"
     manager.write(ENV, settings, 0o600)
@@ -396,8 +393,7 @@ def test_a_socket_that_the_sandbox_forbids_is_told_why(manager: Manager) -> None
 
 
 def test_a_folder_that_no_unit_can_name_or_systemd_does_not_read_is_refused(
-    manager: Manager
-) -> None:
+        manager: Manager) -> None:  # fmt: skip
     told = manager.refuses("install-systemd", f"SYSTEMD_USER_DIR={HOME}/units")
     assert f"does not look for units in {HOME}/units" in told
     for value in ("~/x", "/a\tb"):
@@ -459,9 +455,8 @@ NO_MANAGER = rows([
 
 @pytest.mark.parametrize(("target", "stand_ins", "env", "expected"), NO_MANAGER)
 def test_without_a_user_manager_nothing_is_changed_and_the_way_out_is_told(
-    tree: Path, home: Path, target: str, stand_ins: Dict[str, str], env: Dict[str, str],
-    expected: List[str],
-) -> None:  # fmt: skip
+        tree: Path, home: Path, target: str, stand_ins: Dict[str, str], env: Dict[str, str],
+        expected: List[str]) -> None:  # fmt: skip
     if not stand_ins:
         need("systemctl", "systemd")
     for name, script in stand_ins.items():
@@ -480,8 +475,7 @@ def test_without_systemd_nothing_is_changed(tree: Path, home: Path) -> None:
 
 
 def test_a_folder_of_units_with_a_blank_is_known_as_systemd_quotes_it(
-    tree: Path, home: Path
-) -> None:
+        tree: Path, home: Path) -> None:  # fmt: skip
     units = home / """a b's "c" $d"""
     path = stand_in(home / "bin", "systemctl",
                     'printf \'%s\\n\' "/etc/systemd/user \\"$QUOTED\\" /usr/lib/systemd/user"')
@@ -501,8 +495,7 @@ def hardened() -> Iterator[Manager]:
 
 
 def test_without_user_namespaces_the_drop_in_is_left_out_and_an_older_one_removed(
-    hardened: Manager
-) -> None:
+        hardened: Manager) -> None:  # fmt: skip
     hardened.write(SANDBOX, (ROOT / "contrib/systemd/sandbox.conf").read_text(), 0o644)
     told = hardened.install()
     assert "sandbox.conf does not start on this system: it allows no user namespaces" in told
@@ -663,8 +656,7 @@ def test_one_that_dies_answers_again_within_two_seconds(installed: Manager, name
 
 
 def test_one_that_dies_at_each_start_is_given_up_and_installing_tries_anew(
-    manager: Manager
-) -> None:
+        manager: Manager) -> None:  # fmt: skip
     manager.install()
     breaks = manager.drop_in("ExecStartPre=/bin/false\nRestartSec=1ms")
     manager.ctl("restart", NAME, check=False)
@@ -758,8 +750,7 @@ def test_a_package_gets_files_and_no_manager_is_asked(
     ("not WSL", "6.1.0-18-amd64", "", ""),
 ]))  # fmt: skip
 def test_under_wsl_the_unit_lets_a_program_of_windows_be_reached(
-    home: Path, release: str, name: str, vsock: str
-) -> None:
+        home: Path, release: str, name: str, vsock: str) -> None:  # fmt: skip
     path = stand_in(home / "bin", "uname", f"echo {release}")
     folders = {"BINDIR": "/b", "CONFIG_DIR": "/c", "SYSTEMD_USER_DIR": "/u", "DESTDIR": ""}
     env = clean_env(home, PATH=path, WSL_DISTRO_NAME=name, **folders)

@@ -1,7 +1,5 @@
 """Bearer tokens: the file that holds them, who comes in, on which leash, and `token NAME`."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import hmac
@@ -56,8 +54,7 @@ def bearer(token: str = TOKEN) -> str:
     ("a # at the next line's start", f"{TOKEN} box\n#{SECOND}", "box", "", ()),
 ]))  # fmt: skip
 def test_a_line_is_a_token_its_name_and_its_leash(
-    line: str, name: str, key: str, payloads: Tuple[str, ...]
-) -> None:
+        line: str, name: str, key: str, payloads: Tuple[str, ...]) -> None:  # fmt: skip
     (token,) = p.parse_tokens(line)
     assert (token.name, token.key, token.payloads) == (name, key, payloads)
     assert p.check_token(f"Bearer {TOKEN}", [token]) is token
@@ -156,8 +153,7 @@ def test_anything_else_than_a_token_of_the_file_is_401(value: Optional[str]) -> 
 
 @pytest.mark.parametrize("given", [TOKEN, SECOND, WRONG, ""])
 def test_every_token_is_compared_in_constant_time_also_behind_the_right_one(
-    given: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        given: str, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     real, compared = hmac.compare_digest, []
 
     def spy(a: bytes, b: bytes) -> bool:
@@ -301,8 +297,7 @@ def test_without_a_token_file_a_token_is_not_looked_at(proxy: Proxy) -> None:
     ("a body that waits", post(b"", "Expect: 100-continue", length=1 << 30), 401),
 ]))  # fmt: skip
 def test_the_token_is_checked_behind_the_method_and_before_the_headers(
-    data: bytes, status: int, door: Door
-) -> None:
+        data: bytes, status: int, door: Door) -> None:  # fmt: skip
     answer, _ = door.ask(data)
     refused(answer, status)
     assert ("www-authenticate" in answer.headers) == (status == 401)
@@ -452,8 +447,7 @@ UNUSABLE: List[Tuple[str, Callable[[Path], None], str]] = [
 
 @pytest.mark.parametrize(("spoil", "why"), rows(UNUSABLE))
 def test_of_a_file_that_can_not_be_used_setting_path_and_reason_are_told(
-    spoil: Callable[[Path], None], why: str, short: Path
-) -> None:
+        spoil: Callable[[Path], None], why: str, short: Path) -> None:  # fmt: skip
     path = short / "tokens"
     spoil(path)
     with pytest.raises(p.ConfigError) as e:
@@ -470,8 +464,7 @@ FEW = [row for row in UNUSABLE if row[0] in ("a FIFO", "empty", "a broken line",
 
 @pytest.mark.parametrize(("spoil", "why"), rows([UNUSABLE[0], *FEW]))
 def test_a_file_that_can_not_be_used_any_more_closes_the_door_until_it_can(
-    spoil: Callable[[Path], None], why: str, door: Door
-) -> None:
+        spoil: Callable[[Path], None], why: str, door: Door) -> None:  # fmt: skip
     assert door.status(TOKEN) == 200
     door.path.unlink()
     spoil(door.path)
@@ -497,8 +490,7 @@ def test_a_file_that_can_not_be_used_any_more_closes_the_door_until_it_can(
     ("missing", "", "No such file.*ssh-agent-proxy token NAME"),
 ]))  # fmt: skip
 def test_with_a_file_that_can_not_be_used_it_does_not_start(
-    text: str, why: str, home: Path
-) -> None:
+        text: str, why: str, home: Path) -> None:  # fmt: skip
     path = home / "tokens"
     if text:
         private_file(path, text)
@@ -595,8 +587,7 @@ def test_what_is_printed_signs_at_once_on_the_leash_behind_its_name(door: Door, 
     ["box", "payloads=tag", "payloads=commit"], ["box", "colour=red"],
 ])  # fmt: skip
 def test_a_name_or_leash_that_can_not_be_right_is_exit_2_and_nothing_is_made(
-    words: List[str], home: Path
-) -> None:
+        words: List[str], home: Path) -> None:  # fmt: skip
     """Else a container has more leash than its user thinks, or the proxy starts no more."""
     status, out, err = add(home, *words, file=home / "tokens")
     assert (status, out) == (2, "")
@@ -621,8 +612,7 @@ def test_without_a_file_it_is_exit_2_and_the_setting_is_named(home: Path) -> Non
     ("as large as it may be", written(f"{TOKEN}\n" + 65500 * "#"), "larger than 64 KiB"),
 ]))  # fmt: skip
 def test_nothing_is_added_to_a_file_that_can_not_be_used(
-    spoil: Callable[[Path], None], why: str, home: Path
-) -> None:
+        spoil: Callable[[Path], None], why: str, home: Path) -> None:  # fmt: skip
     def state() -> Tuple[Any, ...]:
         found = file.lstat()
         text = file.read_bytes() if stat.S_ISREG(found.st_mode) else b""
@@ -660,8 +650,7 @@ def test_a_token_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(home: P
 @pytest.mark.parametrize("before", ["", f"{TOKEN} jar\n", f"{TOKEN} jar"])
 @pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
 def test_a_token_that_nobody_could_be_told_is_in_no_file_and_exit_1(
-    redirection: str, before: str, home: Path
-) -> None:
+        redirection: str, before: str, home: Path) -> None:  # fmt: skip
     file = private_file(home / "tokens", before)
     argv = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, PROXY, "token", "box"]
     done = run(argv, env=clean_env(home, **{VARIABLE: file}), check=False)

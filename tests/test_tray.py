@@ -1,7 +1,5 @@
 """The tray: contrib/windows/tray.pyw, and its icon."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.machinery
 import importlib.util
@@ -61,8 +59,7 @@ LOGIN = [
 
 @pytest.mark.parametrize("entry, approved, policies, on, fixed", rows(LOGIN))
 def test_start_at_login_tells_the_truth(
-    entry: Any, approved: Any, policies: Any, on: bool, fixed: str
-) -> None:
+        entry: Any, approved: Any, policies: Any, on: bool, fixed: str) -> None:  # fmt: skip
     found = tray.login_state(entry, "ours", approved, policies)
     assert found.on == on
     assert fixed in found.fixed and bool(fixed) == bool(found.fixed)
@@ -84,8 +81,7 @@ ADDRESSES = [
 
 @pytest.mark.parametrize("env, kept, choice, fixed", rows(ADDRESSES))
 def test_all_networks_need_tokens_and_a_set_address_wins(
-    env: Dict[str, str], kept: Any, choice: str, fixed: str
-) -> None:
+        env: Dict[str, str], kept: Any, choice: str, fixed: str) -> None:  # fmt: skip
     found, why = tray.choose_address(env, kept)
     assert found == choice
     assert fixed in why and bool(fixed) == bool(why)
@@ -202,8 +198,7 @@ def test_a_log_that_cannot_be_renamed_is_written_on(local: Path) -> None:
 
 @pytest.mark.parametrize("place", [None, "", "relative"])
 def test_a_log_without_a_place_is_a_setting_that_is_wrong(
-    place: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        place: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.delenv("LOCALAPPDATA", raising=False)
     if place is not None:
         monkeypatch.setenv("LOCALAPPDATA", place)
@@ -213,8 +208,7 @@ def test_a_log_without_a_place_is_a_setting_that_is_wrong(
 
 @pytest.mark.parametrize("there", ["python.exe", "pythonw.exe"])
 def test_what_starts_it_at_login_opens_no_console(
-    there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b" / there).touch()
     monkeypatch.setattr(sys, "executable", str(tmp_path / "a b" / "python.exe"))
@@ -255,9 +249,8 @@ BROKEN = [
 
 @pytest.mark.parametrize("broken, does, what, trouble", rows(BROKEN))
 def test_an_error_that_nobody_thought_of_is_told_in(
-    broken: str, does: str, what: str, trouble: str, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+        broken: str, does: str, what: str, trouble: str, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
     monkeypatch.setattr(tray, "read_value", lambda *_: None)
     monkeypatch.setattr(tray, "first_run", lambda: False)
     monkeypatch.setattr(tray, "run_server", lambda *_: "the server's end")
@@ -488,8 +481,7 @@ input()
 
 @on_a_screen
 def test_another_programs_event_of_that_name_hinders_neither_start_nor_removal(
-    desktop: Desktop,
-) -> None:
+        desktop: Desktop) -> None:  # fmt: skip
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     argv = [*desktop.windows.python, "-c", EVENT]
     with subprocess.Popen(argv, env=desktop.env, **pipes) as other:

@@ -1,7 +1,5 @@
 """The proxy on a Unix socket: who may connect, whose file it is, who is seen to ask."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal
@@ -90,8 +88,7 @@ def mode_of(path: Path) -> str:
 @pytest.mark.parametrize("mask", [0o000, 0o077, 0o777])
 @pytest.mark.parametrize("mode", [0o600, 0o660, 0o666, 0o700])
 def test_it_has_its_mode_from_its_first_instant_whatever_the_umask(
-    mode: int, mask: int, short: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        mode: int, mask: int, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """A chmod behind bind would come too late for who connects in between."""
     path = short / "proxy"
     bind, modes = socket.socket.bind, []
@@ -113,8 +110,7 @@ def test_it_has_its_mode_from_its_first_instant_whatever_the_umask(
 
 @linux
 def test_a_folder_that_opens_what_is_made_in_it_does_not_open_the_socket(
-    short: Path, start_unix: Callable[..., Proxy]
-) -> None:
+        short: Path, start_unix: Callable[..., Proxy]) -> None:  # fmt: skip
     # Where a folder has a default access list, the umask does not count for what is made there.
     folder = short / "folder"
     folder.mkdir()
@@ -134,9 +130,8 @@ def test_a_folder_that_opens_what_is_made_in_it_does_not_open_the_socket(
 
 
 def test_every_address_is_served(
-    agent_with_key: Agent, short: Path, start_unix: Callable[..., Proxy],
-    ssh_keygen: Callable[..., bytes],
-) -> None:  # fmt: skip
+        agent_with_key: Agent, short: Path, start_unix: Callable[..., Proxy],
+        ssh_keygen: Callable[..., bytes]) -> None:  # fmt: skip
     first, second = short / "first", short / "second"
     addresses = (f"unix:{first}", "127.0.0.1:0", f"unix:{second}")
     proxy = start_unix(*addresses, upstream=agent_with_key.sock)
@@ -189,8 +184,7 @@ def can_not_listen(path: Path) -> str:
 
 
 def test_a_second_proxy_is_refused_and_the_first_goes_on(
-    short: Path, home: Path, start_unix: Callable[..., Proxy]
-) -> None:
+        short: Path, home: Path, start_unix: Callable[..., Proxy]) -> None:  # fmt: skip
     path = short / "proxy"
     proxy = start_unix(f"unix:{path}", upstream=short / "none")
     done = call(home, "--addr", f"127.0.0.1:0,unix:{path}", "--upstream", home / "none")
@@ -232,8 +226,7 @@ def test_a_socket_of_a_living_program_is_never_touched(kind: int, short: Path) -
     ("a path of 108 bytes", "", "too long"),
 ]))  # fmt: skip
 def test_what_is_no_socket_and_can_not_be_is_one_clear_line_and_never_touched(
-    where: str, why: str, short: Path
-) -> None:
+        where: str, why: str, short: Path) -> None:  # fmt: skip
     (short / "file").write_text("mine\n")
     (short / "folder").mkdir()
     os.mkfifo(short / "pipe")
@@ -270,8 +263,7 @@ def test_what_is_not_its_own_any_more_is_not_removed(now: str, short: Path) -> N
 
 
 def test_another_user_is_let_in_by_mode_and_token_and_named(
-    short: Path, agent_with_key: Agent, start_unix: Callable[..., Proxy]
-) -> None:
+        short: Path, agent_with_key: Agent, start_unix: Callable[..., Proxy]) -> None:  # fmt: skip
     if os.geteuid() != 0:
         cannot_run("only root can be another user: run the tests as root")
     uid = 4000000000
@@ -293,8 +285,7 @@ def test_another_user_is_let_in_by_mode_and_token_and_named(
 
 
 def test_on_macos_the_process_and_its_user_are_told_by_its_own_options(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     # sys/un.h and sys/ucred.h: SOL_LOCAL 0, LOCAL_PEERCRED 1 (a struct xucred: version, uid,
     # number of groups, 16 groups), LOCAL_PEERPID 2 (an int).
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -324,9 +315,8 @@ def test_a_place_is_taken_from_one_address_for_another(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_is_removed_at_once_so_that_the_next_takes_its_path_while_one_drains(
-    number: int, short: Path, gate: Scripted, scripted_agent: Callable[..., Path],
-    start_unix: Callable[..., Proxy], clients: Clients,
-) -> None:  # fmt: skip
+        number: int, short: Path, gate: Scripted, scripted_agent: Callable[..., Path],
+        start_unix: Callable[..., Proxy], clients: Clients) -> None:  # fmt: skip
     path = short / "proxy"
     proxy = start_unix(f"unix:{path}", f"unix:{short}/b", upstream=scripted_agent(gate))
     (idle,) = clients.open(path, b"")

@@ -3,8 +3,6 @@
 Most of it happens in this process; what a client of the running proxy sees of it stands last.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import hashlib
@@ -45,9 +43,8 @@ def nothing_is_waited_for_without_end() -> Iterator[None]:
 
 
 def sign(
-    upstream: Union[Path, sap.Upstream, None], wanted: sap.Wanted = ANY, timeout: float = 20,
-    places: Sequence[Path] = (),
-) -> Tuple[bytes, bytes]:  # fmt: skip
+        upstream: Union[Path, sap.Upstream, None], wanted: sap.Wanted = ANY, timeout: float = 20,
+        places: Sequence[Path] = ()) -> Tuple[bytes, bytes]:  # fmt: skip
     """The key blob that signs and the armored signature, asked for as a request is."""
     if isinstance(upstream, Path):
         upstream = sap.Upstream(str(upstream))
@@ -92,8 +89,7 @@ NAMING = ["not at all", "by its line", "by its fingerprint", "pinned"]
 
 @pytest.mark.parametrize("naming", NAMING)
 def test_what_the_agent_holds_counts_from_the_next_request(
-    agent: Agent, keys: Keys, naming: str
-) -> None:
+        agent: Agent, keys: Keys, naming: str) -> None:  # fmt: skip
     wanted = named(keys, naming)
     assert refusal(sap.AgentError, agent.sock, wanted) == LISTS_NONE
     agent.add(keys["ed25519"])
@@ -318,9 +314,8 @@ TROUBLE = [
 
 @pytest.mark.parametrize("text, kind, words", rows(TROUBLE))
 def test_a_command_in_trouble_is_told_and_ended(
-    command: Callable[..., Command], caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch, text: str, kind: type, words: str,
-) -> None:  # fmt: skip
+        command: Callable[..., Command], caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch, text: str, kind: type, words: str) -> None:  # fmt: skip
     one = command(text)
     if " ended " in words:
         monkeypatch.setattr(sap, "EXEC_GRACE", 10)  # a busy machine is slow at ending it
@@ -334,8 +329,7 @@ def test_a_command_in_trouble_is_told_and_ended(
 
 
 def test_a_command_s_last_words_are_in_the_log_escaped(
-    command: Callable[..., Command], caplog: pytest.LogCaptureFixture
-) -> None:
+        command: Callable[..., Command], caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
     words = b"cannot reach \x1b[31mthe agent\x1b[0m \xff\xe2\x80\xae\r\nsecond\0line"
     caplog.set_level(logging.WARNING)
     refusal(sap.AgentError, command(f"os.write(2, {words!r})\nsys.exit(1)").upstream)
@@ -360,8 +354,7 @@ def test_a_command_is_asked_to_end_before_it_is_killed(
 
 @pytest.mark.parametrize("text", rows([("silent", FAMILY + HANG), ("flooding", FAMILY + FLOOD)]))
 def test_a_client_that_goes_away_takes_its_command_with_it(
-    command: Callable[..., Command], text: str
-) -> None:
+        command: Callable[..., Command], text: str) -> None:  # fmt: skip
     one = command(text)
     ours, theirs = socket.socketpair()
     agents = sap.Agents(one.upstream, (), 30)
@@ -378,8 +371,7 @@ def test_a_client_that_goes_away_takes_its_command_with_it(
 
 @pytest.mark.parametrize("while_", ["at the start", "a request waits"])
 def test_no_command_outlives_the_proxy(
-    start_proxy: StartProxy, command: Callable[..., Command], while_: str
-) -> None:
+        start_proxy: StartProxy, command: Callable[..., Command], while_: str) -> None:  # fmt: skip
     one = command(FAMILY + HANG)
     proxy = start_proxy(upstream=one.setting)
     wait_for(lambda: len(one.started()) == 3, message="the look at the agent at the start")
@@ -452,8 +444,7 @@ def test_the_first_agent_that_answers_is_used_and_each_change_logged_once(
 
 
 def test_the_first_place_that_is_empty_is_used_and_a_later_one_hinted_at(
-    places: List[Path], start_agent: StartAgent, keys: Keys
-) -> None:
+        places: List[Path], start_agent: StartAgent, keys: Keys) -> None:  # fmt: skip
     start_agent(places[0])
     later = start_agent(places[1])
     later.add(keys["ed25519"])
@@ -463,8 +454,7 @@ def test_the_first_place_that_is_empty_is_used_and_a_later_one_hinted_at(
 
 
 def test_no_agent_is_hinted_at_that_is_of_no_use(
-    places: List[Path], start_agent: StartAgent, keys: Keys
-) -> None:
+        places: List[Path], start_agent: StartAgent, keys: Keys) -> None:  # fmt: skip
     """It has no keys, is the one in use, or hangs: that holds the answer up only briefly."""
     mine, hanging = start_agent(), start_agent(places[2])
     start_agent(places[0])
@@ -477,8 +467,7 @@ def test_no_agent_is_hinted_at_that_is_of_no_use(
 
 
 def test_for_a_pinned_key_no_other_agent_is_hinted_at(
-    places: List[Path], start_agent: StartAgent, keys: Keys
-) -> None:
+        places: List[Path], start_agent: StartAgent, keys: Keys) -> None:  # fmt: skip
     """It would be named for keys that are not the one."""
     mine, other = start_agent(), start_agent(places[0])
     for agent in (mine, other):
@@ -586,8 +575,7 @@ TRUTHS = [
 
 @pytest.mark.parametrize("steps, key", rows(TRUTHS))
 def test_the_first_key_that_fits_signs_however_the_truth_is_told(
-    liar: Liar, steps: List[Step], key: bytes
-) -> None:
+        liar: Liar, steps: List[Step], key: bytes) -> None:  # fmt: skip
     fingerprint = sap.parse_public_key(key).fingerprint
     assert signer(liar.be(steps), sap.Wanted(fingerprint=fingerprint)) == key
     liar.left()
@@ -625,8 +613,7 @@ ALL_LIES = [(*row, ANY) for row in LIES] + [(*row, THE_KEY) for row in LIES_OF_A
 
 @pytest.mark.parametrize("steps, expected, wanted", rows(ALL_LIES))
 def test_a_lie_is_told_and_its_connection_closed(
-    liar: Liar, steps: List[Step], expected: Expected, wanted: sap.Wanted
-) -> None:
+        liar: Liar, steps: List[Step], expected: Expected, wanted: sap.Wanted) -> None:  # fmt: skip
     kind, words = expected
     assert words in refusal(kind, liar.be(steps), wanted)
     liar.left()
@@ -742,8 +729,7 @@ def test_a_client_that_goes_away_takes_its_agent_connection_with_it(
 
 
 def test_a_client_that_goes_away_while_the_agent_accepts_nobody_is_noticed(
-    start_proxy: StartProxy, full: Path
-) -> None:
+        start_proxy: StartProxy, full: Path) -> None:  # fmt: skip
     proxy = start_proxy(upstream=full)
     with connect(proxy.port) as client:
         client.sendall(POST)
@@ -751,8 +737,7 @@ def test_a_client_that_goes_away_while_the_agent_accepts_nobody_is_noticed(
 
 
 def test_neither_waiting_nor_bytes_behind_the_request_are_a_sign_that_the_client_left(
-    liar: Liar, proxy: Proxy
-) -> None:
+        liar: Liar, proxy: Proxy) -> None:  # fmt: skip
     sent = threading.Event()
     # The agent's own time: the proxy sees the bytes while it waits.
     liar.be([send(LIST), lambda c: (sent.wait(10), time.sleep(0.2), c.sendall(SIG))])
@@ -765,8 +750,7 @@ def test_neither_waiting_nor_bytes_behind_the_request_are_a_sign_that_the_client
 
 
 def test_an_agent_that_hangs_at_the_start_holds_up_neither_requests_nor_the_end(
-    start_proxy: StartProxy, liar: Liar
-) -> None:
+        start_proxy: StartProxy, liar: Liar) -> None:  # fmt: skip
     proxy = start_proxy(upstream=liar.be([stall]))
     liar.asked()
     assert http(proxy.port, "GET", "/healthz", seconds=5).status == 200

@@ -1,7 +1,5 @@
 """The harness of windows.py itself, and what runs inside the Windows Python."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -66,8 +64,7 @@ def carried() -> Path:
 
 
 def test_the_carried_python_has_what_the_programs_import(
-    carried: Path, home: Path, windows: Lab
-) -> None:
+        carried: Path, home: Path, windows: Lab) -> None:  # fmt: skip
     script = home / "import all.py"
     script.write_text(IMPORT_ALL)
     programs = [PROXY, *(ROOT / "contrib" / "windows").glob("*.pyw")]
@@ -81,8 +78,7 @@ def test_the_carried_python_has_what_the_programs_import(
 
 
 def test_the_carried_python_runs_the_program(
-    carried: Path, agent_with_key: Agent, home: Path, windows: Lab
-) -> None:
+        carried: Path, agent_with_key: Agent, home: Path, windows: Lab) -> None:  # fmt: skip
     before = sorted(carried.iterdir())
     argv = ["check", "--addr", "127.0.0.1:0", "--upstream", windows.pipe(agent_with_key.sock)]
     python = [carried / "pythonw.exe", "-I", "-B"]
@@ -132,8 +128,7 @@ def test_the_embeddable_package_of_python_org_is_taken_as_it_is(tmp_path: Path) 
 
 @pytest.mark.parametrize(("name", "changes", "said"), EMBEDDABLES)
 def test_what_is_no_embeddable_package_is_refused(
-    tmp_path: Path, name: str, changes: Any, said: str
-) -> None:
+        tmp_path: Path, name: str, changes: Any, said: str) -> None:  # fmt: skip
     done = embeddable(tmp_path, name, changes)
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr.startswith(b"WINDOWS_PYTHON") and said.encode() in done.stderr

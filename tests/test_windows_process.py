@@ -1,7 +1,5 @@
 """The process where Windows differs: inside a tray, its log, its console, what it gives up."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import fcntl
@@ -76,9 +74,8 @@ def begin(port: int, gate: Scripted) -> socket.socket:
 
 @pytest.mark.parametrize("drain, status", [(10, 200), (0.2, 503)])
 def test_in_a_thread_what_is_in_flight_is_finished_within_a_bound_and_each_line_has_its_level(
-    start_proxy: Callable[..., Proxy], gate: Scripted, scripted_agent: Callable[..., Path],
-    drain: float, status: int,
-) -> None:  # fmt: skip
+        start_proxy: Callable[..., Proxy], gate: Scripted, scripted_agent: Callable[..., Path],
+        drain: float, status: int) -> None:  # fmt: skip
     gate.comment = b"a\n\x1b\xe2\x80\xae"
     proxy = start_proxy("-v", upstream=scripted_agent(gate), python=hosted(drain))
     proxy.wait_log(rf"the host knows \['127\.0\.0\.1:{proxy.port}'\]$")
@@ -94,8 +91,7 @@ def test_in_a_thread_what_is_in_flight_is_finished_within_a_bound_and_each_line_
 
 
 def test_a_start_that_fails_there_says_why_and_never_that_it_listens(
-    start_proxy: Callable[..., Proxy]
-) -> None:
+        start_proxy: Callable[..., Proxy]) -> None:  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as busy:
         name = f"127.0.0.1:{busy.getsockname()[1]}"
         proxy = start_proxy(addr=name, python=hosted(10), wait=False)
@@ -180,8 +176,7 @@ CTRL_LOGOFF_EVENT, CTRL_SHUTDOWN_EVENT = 5, 6
     (CTRL_SHUTDOWN_EVENT, signal.SIGTERM, True),
 ])  # fmt: skip
 def test_an_event_of_the_console_is_a_signal_and_where_windows_would_end_us_it_waits(
-    event: int, number: int, waits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        event: int, number: int, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     done: List[Any] = []
     monkeypatch.setattr(p.signal, "raise_signal", done.append)
     monkeypatch.setattr(p.time, "sleep", lambda seconds: done.append(float(seconds)))
@@ -223,8 +218,7 @@ def flood(handler: p.StderrHandler, lines: int) -> None:
 # (Behind 70 lines in a pipe of 64 KiB there is room for some to wait.)
 @pytest.mark.parametrize("lines", [70, 1000])
 def test_on_windows_a_stalled_log_holds_up_one_signature_for_half_a_second(
-    piped: Piped, lines: int
-) -> None:
+        piped: Piped, lines: int) -> None:  # fmt: skip
     """As that of a console does in which text is selected."""
     flood(piped[0], lines)
     assert 0.5 <= seconds(piped[0], "outcome=signed 1") < 2
@@ -278,8 +272,7 @@ PATHS = rows([
 
 @pytest.mark.parametrize(("path", "expanded"), PATHS)
 def test_on_windows_a_paths_variables_are_expanded_as_everywhere_there(
-    path: str, expanded: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        path: str, expanded: str, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(sys, "platform", "win32")
     assert p.expand(path, WINDOWS) == expanded
 
@@ -292,8 +285,7 @@ def test_a_variable_of_windows_that_is_not_set_is_said(monkeypatch: pytest.Monke
 
 
 def test_a_port_that_windows_keeps_for_itself_is_told_with_what_shows_them(
-    monkeypatch: pytest.MonkeyPatch
-) -> None:
+        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     def forbidden(*args: Any) -> None:
         raise PermissionError(errno.EACCES, "an attempt was made")
 
@@ -304,8 +296,7 @@ def test_a_port_that_windows_keeps_for_itself_is_told_with_what_shows_them(
 
 
 def test_on_windows_no_program_of_the_current_folder_is_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     """Windows looks for one there first, and a repository may hold an ssh-keygen.exe."""
     name = "NoDefaultCurrentDirectoryInExePath"
     monkeypatch.setenv(name, "")  # to be as it was after the test
@@ -361,8 +352,7 @@ def test_ctrl_c_waits_for_nobody_who_has_asked_for_nothing(console: Console) -> 
 @windows
 @pytest.mark.parametrize("again, status", [(False, 200), (True, 503)])
 def test_ctrl_c_finishes_what_is_in_flight_and_a_second_ends_it_at_once(
-    console: Console, gate: Scripted, again: bool, status: int
-) -> None:
+        console: Console, gate: Scripted, again: bool, status: int) -> None:  # fmt: skip
     client = begin(console.port, gate)
     console.press(CTRL_C)
     console.wait_log(" INFO stopping")
@@ -420,8 +410,7 @@ def read_no_further(proxy: Proxy) -> None:
 
 @windows
 def test_a_log_that_nobody_reads_holds_up_no_request_there(
-    start_proxy: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
-) -> None:
+        start_proxy: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(Proxy, "_read", read_no_further)
     port = start_proxy().port
     for _ in range(300):

@@ -1,7 +1,5 @@
 """The head's way for foreign text into a log; RFC 4251 section 5: the data types."""
 
-from __future__ import annotations
-
 import tracemalloc
 from typing import Any, Callable
 
@@ -122,8 +120,7 @@ def test_what_is_no_such_value_is_refused(method: str, data: str, error: str) ->
     (sap.string, b"testing", "00000007 74657374696e67"),
 ])  # fmt: skip
 def test_a_value_is_written_where_it_fits(
-    write: Callable[[Any], bytes], value: Any, data: str
-) -> None:
+        write: Callable[[Any], bytes], value: Any, data: str) -> None:  # fmt: skip
     assert write(value) == bytes.fromhex(data)
     if set(data) == {"f"}:
         with pytest.raises(OverflowError):

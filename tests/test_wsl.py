@@ -3,8 +3,6 @@
 Neither runs here: a stand-in for PowerShell decodes the very command that it is given.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -247,8 +245,7 @@ def refusal(kind: type, *args: Any, **env: Any) -> str:
 
 @pytest.mark.parametrize("value", [PIPE, r"\\.\pipe\openssh-ssh-agent", r"\\.\pipe\a $(b) & c"])
 def test_an_agent_behind_a_pipe_is_asked_by_a_process_of_its_own_each_time(
-    windows: Windows, agent_with_key: Agent, value: str
-) -> None:
+        windows: Windows, agent_with_key: Agent, value: str) -> None:  # fmt: skip
     windows.serve(agent_with_key.sock, value.replace("\\", "/"))
     assert listed(value) == listed(value) == ["ed25519@test"]
     assert len(windows.noted("pids")) == 2
@@ -256,8 +253,7 @@ def test_an_agent_behind_a_pipe_is_asked_by_a_process_of_its_own_each_time(
 
 
 def test_a_session_s_interop_is_handed_on_only_where_something_accepts_there(
-    windows: Windows, agent_with_key: Agent, short: Path
-) -> None:
+        windows: Windows, agent_with_key: Agent, short: Path) -> None:  # fmt: skip
     windows.serve(agent_with_key.sock)
     dead, live = str(short / "dead_interop"), str(short / "live_interop")
     with socket.socket(socket.AF_UNIX) as ended:
@@ -302,9 +298,8 @@ TROUBLE = [
 
 @pytest.mark.parametrize("trouble, kind, words, log", rows(TROUBLE))
 def test_trouble_is_told_in_one_line_each_and_ended(
-    windows: Windows, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
-    trouble: str, kind: type, words: str, log: str,
-) -> None:  # fmt: skip
+        windows: Windows, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+        trouble: str, kind: type, words: str, log: str) -> None:  # fmt: skip
     caplog.set_level(logging.WARNING)
     if kind is not sap.AgentTimeout:
         monkeypatch.setattr(sap, "EXEC_GRACE", 10)  # a busy machine is slow at ending it

@@ -25,8 +25,6 @@ of its own. Three kinds of tests run then:
 How the program ends is not shown by these: Windows has no SIGTERM, so Proxy.stop() ends it at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
