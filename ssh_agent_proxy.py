@@ -2204,7 +2204,7 @@ class Client(io.RawIOBase):
             except BlockingIOError:
                 return None
             except OSError as e:
-                if e.errno:  # Else it is time to look at the gap: on Windows no shutdown wakes us.
+                if e.errno:  # else it is time to look at the gap: on Windows nothing wakes us
                     raise ClientGone(f"the connection broke: {e.strerror or e}") from e
         self.since = time.monotonic()
         self.begun = self.begun or size > 0
@@ -2301,8 +2301,9 @@ class Handler:
         if self.client.begun or self.has_sent():
             return False
         self.client.gap = 0
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RD)
+        if sys.platform != "win32":  # there it wakes nobody, and what comes could not be read
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RD)
         return True
 
     def read_body(self, head: Head, hash_algorithm: str) -> tuple[bytes, Payload]:
@@ -3128,8 +3129,7 @@ def add_token(config: Config, name: str, *leash: str) -> int:
                     raise OSError(errno.ENOSPC, "there is no room for it")
                 return output(f"{token}\n".encode())
             except (OSError, ProxyError):
-                # Part of a token would be one that is easy to guess; one that could not be printed
-                # nobody would know of. (What another has added since stays.)
+                # Half a token can be guessed, and an unprinted one is nobody's. (Another's stays.)
                 if os.fstat(f.fileno()).st_size <= size + len(added):
                     f.truncate(size)
                 raise
