@@ -23,7 +23,8 @@ def serve(name: str, port: int) -> None:
     pipe = _winapi.CreateNamedPipe(name, *how)
     print("serve", name, flush=True)
     while True:
-        _winapi.ConnectNamedPipe(pipe, overlapped=True).GetOverlappedResult(True)
+        with contextlib.suppress(OSError):  # ERROR_NO_DATA: a client that has come and gone
+            _winapi.ConnectNamedPipe(pipe, overlapped=True).GetOverlappedResult(True)
         client, pipe = pipe, _winapi.CreateNamedPipe(name, *how)
         threading.Thread(target=Relay(client, name, port).run, daemon=True).start()
 

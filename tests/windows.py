@@ -240,7 +240,7 @@ class Pipes:
         with client, socket.socket(socket.AF_UNIX) as server, contextlib.suppress(OSError):
             name = b""
             while not name.endswith(b"\n"):
-                name += client.recv(1)
+                name += client.recv(1) or b"\n"  # it ended before it had said a name
             server.connect(name.decode().strip().rpartition("\\")[2].replace("!", "/"))
             threading.Thread(target=copy, args=(client, server), daemon=True).start()
             copy(server, client)
