@@ -196,6 +196,18 @@ def test_a_log_that_cannot_be_renamed_is_written_on(local: Path) -> None:
     assert [line[-1] for line in lines] == list("012345678")
 
 
+def test_a_log_that_cannot_be_opened_for_once_goes_on(
+        local: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    handler = tray.LogFile()
+    handler.maxBytes = 1
+    record = logging.LogRecord("x", logging.INFO, "", 0, "it goes on", (), None)
+    for change in lambda: shutil.rmtree(local), local.mkdir, handler.close:
+        handler.emit(record)
+        change()
+    assert (local / "tray.log").read_text().endswith(" it goes on\n")
+
+
 @pytest.mark.parametrize("place", [None, "", "relative"])
 def test_a_log_without_a_place_is_a_setting_that_is_wrong(
         place: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -449,6 +461,8 @@ def test_the_next_session_starts_it(desktop: Desktop) -> None:
 
 @on_a_screen
 def test_a_second_start_says_that_one_runs(desktop: Desktop) -> None:
+    kept = ("/v", "ListenOn", "/d", "this computer", "/f")  # a first run has a balloon of its own
+    desktop.windows.wine("reg", "add", KEY, *kept, env=desktop.env)
     desktop.start()
     desktop.logged("listening on")
     before = desktop.windows_shown()

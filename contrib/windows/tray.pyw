@@ -501,6 +501,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
     def doRollover(self) -> None:
         if self.stream:
             self.stream.close()
+        self.stream = None  # what can't be opened now is tried again
         with contextlib.suppress(OSError):
             os.replace(self.baseFilename, f"{self.baseFilename}.1")
         self.stream = self._open()
