@@ -614,7 +614,7 @@ class Watch:
         """ClientGone, unless it is bytes that made it ready."""
         sent = b""
         if not hasattr(select, "POLLRDHUP"):
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(OSError):
                 sent = client.recv(1, socket.MSG_PEEK)
         if not sent:
             raise ClientGone("the client went away before it was answered")
@@ -891,14 +891,17 @@ if sys.platform == "win32":
             access = _winapi.GENERIC_READ | _winapi.GENERIC_WRITE
             flags = _winapi.FILE_FLAG_OVERLAPPED | SECURITY_SQOS_PRESENT | SECURITY_IDENTIFICATION
             how = (access, 0, _winapi.NULL, _winapi.OPEN_EXISTING, flags, _winapi.NULL)
+            tries = 0  # more, once it was busy: its server may make it anew for each client
             while not self.handle:
                 try:
                     self.handle = _winapi.CreateFile(name, *how)
                 except OSError as e:
-                    if e.winerror != _winapi.ERROR_PIPE_BUSY:
+                    tries = 100 if e.winerror == _winapi.ERROR_PIPE_BUSY else tries - 1
+                    if tries < 0:
                         why = _NO_PIPE.get(e.winerror, e.strerror)
-                        raise AgentError(f"no answer from {self.what}: {why}") from e
+                        raise AgentError(f"no answer from the {self.upstream}: {why}") from e
                     self.what = f"the {self.upstream}, whose pipe was busy,"
+                    time.sleep(0.01)
                     with contextlib.suppress(OSError):  # ERROR_SEM_TIMEOUT
                         _winapi.WaitNamedPipe(name, self._slice())  # (0: its server's choice)
 
@@ -925,12 +928,11 @@ if sys.platform == "win32":
             self._finish(_winapi.WriteFile(self.handle, data, overlapped=True)[0])
 
         def _receive(self) -> bytes:
-            try:
+            with contextlib.suppress(OSError):  # ERROR_BROKEN_PIPE: it has hung up
                 begun, _ = _winapi.ReadFile(self.handle, 65536, overlapped=True)
                 self._finish(begun)
-            except OSError:  # ERROR_BROKEN_PIPE: it has hung up
-                return b""
-            return begun.getbuffer() or b""
+                return begun.getbuffer() or b""
+            return b""
 
         def end(self) -> None:
             if self.handle:
@@ -1735,7 +1737,7 @@ class File(NamedTuple):
             fresh = 0 <= time.time() - found.st_mtime < 1
             being_written = private and fresh and not data.endswith(b"\n")
             if not being_written:
-                return parse(data.decode("utf-8", "replace"))
+                return parse(data.decode("utf-8-sig", "replace"))
         except (OSError, ProxyError) as e:
             why = f"{e.strerror}" if isinstance(e, OSError) else f"{e}"
             if private and isinstance(e, FileNotFoundError):
@@ -1916,9 +1918,7 @@ class Config(NamedTuple):
         leash = token.key if token else ""
         if pin and leash in ("", pin.key.fingerprint):  # a key known whole saves a listing
             return Wanted(pin.key, "", setting, pin.comment)
-        if leash:
-            return Wanted(fingerprint=leash, pinned="the key= of this token")
-        return Wanted()
+        return Wanted(fingerprint=leash, pinned="the key= of this token") if leash else Wanted()
 
     def tokens(self) -> Sequence[Token]:
         """Those who may ask; none where everyone may."""
@@ -2490,7 +2490,7 @@ class Server:
             try:
                 connection, address = listener.socket.accept()
             except OSError as e:
-                if not self.stopping and e.errno != errno.ECONNABORTED:
+                if not (self.stopping or isinstance(e, ConnectionError)):  # already reset
                     LOG.error("cannot take a connection on %s: %s", listener.name, e.strerror)
                     time.sleep(0.1)  # no file descriptors, say: a tight loop would not help
                 continue
@@ -2640,9 +2640,8 @@ class StderrHandler(logging.Handler):
             self.lost += 1
             return
         self.stalled = False
-        whole = written == len(data)
-        self.cut = b"" if whole else b"\n"
-        self.lost = 0 if whole else 1
+        self.lost = 0 if written == len(data) else 1
+        self.cut = b"\n" * self.lost
 
     def write(self, data: bytes, patience: float) -> int:
         """How many bytes were taken within PATIENCE seconds."""
@@ -2680,7 +2679,7 @@ class WindowsHandler(StderrHandler):
         done = threading.Event()
         deadline = time.monotonic() + patience
         with contextlib.suppress(queue.Full):
-            self.lines.put((data, done), timeout=patience)
+            self.lines.put((data, done), timeout=0 if self.late else patience)
             if patience and not self.late:
                 self.late = not done.wait(deadline - time.monotonic())
             return len(data)
@@ -2805,6 +2804,7 @@ def output(data: bytes) -> int:
 # What serve logs at its start and check prints: a level of logging, and a line.
 Finding = tuple[int, str]
 MARKS = {10: "ok  ", 20: "ok  ", 30: "warn", 40: "FAIL"}
+WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  Windows connects to none of them
 WAYS_OUT = "; SSH_AGENT_PROXY_UPSTREAM or SSH_AUTH_SOCK names the agent, ssh-add adds keys to it"
 
 
@@ -2978,7 +2978,8 @@ def who_listens(address: Union[Address, UnixAddress], patience: float) -> str:
             sock.settimeout(patience)
             sock.connect(address.path)
         else:
-            sock = socket.create_connection(address, patience)
+            here = WILDCARDS.get(address.host, address.host)
+            sock = socket.create_connection((here, address.port), patience)
         with sock:
             sock.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
             found = re.search(rb"\r\nServer: ([^\r\n]*)\r\n", sock.recv(4096))
@@ -3141,8 +3142,7 @@ def failure(e: Exception) -> tuple[int, str]:
     """The exit status, and what is to be said."""
     if isinstance(e, ProxyError):
         return 2 if isinstance(e, ConfigError) else 1, str(e)
-    # Of the system: no file descriptors, say.
-    return 1, f"cannot run: {getattr(e, 'strerror', None) or e}"
+    return 1, f"cannot run: {getattr(e, 'strerror', None) or e}"  # no file descriptors, say
 
 
 def run(env: Env, argv: Sequence[str]) -> int:
@@ -3179,7 +3179,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             os.fstat(fd)
         except OSError:  # closed: a socket would get that number, and the log
-            os.open(os.devnull, os.O_RDWR)
+            os.dup2(os.open(os.devnull, os.O_RDWR), fd)
     if sys.platform == "win32":  # an ssh-keygen.exe in the current folder is not ours to run
         os.environ["NoDefaultCurrentDirectoryInExePath"] = "1"  # noqa: SIM112
     try:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from unittest.mock import Mock
 
 import pytest
 from conftest import (
@@ -279,6 +280,15 @@ def test_every_free_address_is_told(short: Path) -> None:
         f"ok   unix:{short}/a\\x1b\\u202eb is free to listen on",
     ]
     assert files(short) == {}
+
+
+@pytest.mark.parametrize(("host", "asked"), [("0.0.0.0", "127.0.0.1"), ("::", "::1")])
+def test_whoever_listens_everywhere_is_asked_here_for_windows_connects_to_no_wildcard(
+        host: str, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    connect = Mock(side_effect=OSError)
+    monkeypatch.setattr(p.socket, "create_connection", connect)
+    assert p.who_listens(p.Address(host, 1), 2) == ""
+    connect.assert_called_once_with((asked, 1), 2)
 
 
 def test_the_proxy_that_runs_there_already_is_known_and_not_disturbed(

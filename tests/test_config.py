@@ -142,15 +142,15 @@ def test_paths_are_expanded(given: str, meant: str) -> None:
 
 
 @pytest.mark.parametrize("before, after", [
-    ("# a comment\n\n", "\n"), ("\n  \n", "\r\n"), ("", "\n\n# more\n"),
+    ("\ufeff# a comment\n\n", "\n"), ("\n  \n", "\r\n"), ("", "\n\n# more\n"),
 ])  # fmt: skip
 def test_a_pin_may_have_comments_and_empty_lines_around_it(
         before: str, after: str, keys: Keys, tmp_path: Path) -> None:  # fmt: skip
+    line = keys.line("ed25519")
     file = tmp_path / "pin"
-    file.write_bytes((before + keys.line("ed25519") + after).encode())
-    assert pin(config(PUBKEY_FILE=str(file))) == keys.line("ed25519")
-    missing = str(tmp_path / "missing")  # which is ignored beside a pin
-    assert pin(config(PUBKEY=file.read_text(), PUBKEY_FILE=missing)) == keys.line("ed25519")
+    file.write_bytes((before + line + after).encode())
+    assert pin(config(PUBKEY_FILE=str(file))) == line
+    assert pin(config(PUBKEY=file.read_text("utf-8-sig"), PUBKEY_FILE="/ignored")) == line
 
 
 def test_a_running_proxy_follows_the_pins_file(

@@ -143,13 +143,16 @@ def test_requests_run_side_by_side(gate: Scripted, gated: Proxy, clients: Client
 
 # ---------------------------------------------------------------- the pipe itself
 
-# With one instance, which is taken until a line comes in; then it serves whoever comes, once.
+# With one instance, which is taken until a line comes in; then there is none, and one that is made
+# anew serves whoever comes, once.
 BUSY = """
-import _winapi as w, contextlib, sys
+import _winapi as w, contextlib, sys, time
 make = lambda: w.CreateNamedPipe(sys.argv[1], w.PIPE_ACCESS_DUPLEX, 0, 2, 4096, 4096, 0, w.NULL)
 taken = make(), w.CreateFile(sys.argv[1], w.GENERIC_READ, 0, w.NULL, w.OPEN_EXISTING, 0, w.NULL)
 print("taken", flush=True)
 sys.stdin.readline()
+[w.CloseHandle(end) for end in taken]
+time.sleep(0.1)
 pipe = make()
 with contextlib.suppress(OSError):  # ERROR_PIPE_CONNECTED: the client was quicker
     w.ConnectNamedPipe(pipe)

@@ -352,6 +352,13 @@ def test_a_command_is_asked_to_end_before_it_is_killed(
     assert (short / "note").exists()
 
 
+def test_a_client_whose_network_failed_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever reading says of it: here that it is not connected."""
+    monkeypatch.delattr(sap.select, "POLLRDHUP")  # as elsewhere than on Linux
+    with socket.socket() as client, pytest.raises(sap.ClientGone):
+        sap.Watch("", 0, None).look_at(client)
+
+
 @pytest.mark.parametrize("text", rows([("silent", FAMILY + HANG), ("flooding", FAMILY + FLOOD)]))
 def test_a_client_that_goes_away_takes_its_command_with_it(
         command: Callable[..., Command], text: str) -> None:  # fmt: skip
