@@ -223,8 +223,9 @@ def test_on_windows_a_stalled_log_holds_up_one_signature_for_half_a_second(
     flood(piped[0], lines)
     assert 0.5 <= seconds(piped[0], "outcome=signed 1") < 2
     assert seconds(piped[0], "outcome=signed 2") < 0.25
+    assert seconds(piped[0], "outcome=refused 3") < 0.25
     flood(piped[0], 1000)
-    assert seconds(piped[0], "outcome=signed 3") < 0.25
+    assert seconds(piped[0], "outcome=signed 4") < 0.25
 
 
 def test_on_windows_too_no_line_is_cut_and_what_was_lost_is_counted(piped: Piped) -> None:
@@ -255,7 +256,7 @@ def test_at_the_end_what_is_on_its_way_is_waited_for(piped: Piped) -> None:
     slow.join()
 
 
-# ---------------------------------------------------------------- connections that are reset
+# ---------------------------------------------------------------- connections, settings, addresses
 
 # A hundred that Windows' accept tells of, before each that comes.
 RESET = """
@@ -278,8 +279,6 @@ def test_connections_that_were_reset_before_they_were_taken_hold_up_nobody(
     assert ask(proxy.port, get("/healthz")).status == 200
     assert not proxy.lines("cannot take a connection")
 
-
-# ---------------------------------------------------------------- settings and addresses
 
 HOME = r"C:\Users\Jörg"
 WINDOWS = {"UserProfile": HOME, "PROGRAMFILES(X86)": r"C:\Program Files (x86)",
